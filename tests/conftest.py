@@ -1,0 +1,25 @@
+"""What every test starts from: no network, one thread, a fixed seed."""
+
+import os
+
+# Set before anything imports Hugging Face or matplotlib: both read the environment once, at import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first call of a shape pays for warming up. CI derandomizes, so that a red run can be run again.
+settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Weights and inputs are the same in each run and whichever worker a test lands on."""
+    torch.manual_seed(0)
