@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# The benchmark tables to run; by default each file of benchmarks/ that is a command.
+TABLES ?= $(patsubst benchmarks/%.py,%,$(shell grep -l '^if __name__' benchmarks/*.py))
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
@@ -35,8 +37,8 @@ format: $(VENV)/.dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench ## the benchmark tables, run by run and resumable (about an hour each on 2 cores)
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.bench ## the benchmark tables, hours on 2 cores but resumable; one of them: make bench TABLES=accuracy
+	set -e; for table in $(TABLES); do $(BIN)/python -m benchmarks.$$table; done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"tithe needs Python 3.11 or newer and found {v}: name one, for example make PYTHON=python3.12 test")'
