@@ -1,0 +1,187 @@
+"""Apply a delta to a model in memory: everything is checked before the first byte of the model is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tithe.checkpoint.file import TensorFile
+from tithe.checkpoint.fingerprint import digest, state_tensors, storage_key, ties, words
+from tithe.checkpoint.format import Entry, Header, Record, decode, read_record
+from tithe.checkpoint.source import prefix_hint
+from tithe.errors import TitheError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A tensor of the base that an entry of the delta speaks of."""
+
+    name: str
+    entry: Entry
+    target: Tensor
+
+
+def apply(model: Model, path: str | Path) -> Model:
+    """Write a delta into `model`, in place; applying it again changes nothing.
+
+    Args:
+        model: the base that the delta was made from, or the tuned model itself, attached or not, on any device.
+        path: a delta of `plan.save` or `tithe.diff`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TitheError: when the file is truncated, damaged, no delta or of a later version; when names, shapes, dtypes or
+            ties differ; or when the model is another base. The model then has every bit it had before.
+
+    Example:
+        >>> import tempfile, tithe
+        >>> base, tuned = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> path = tempfile.mkdtemp() + "/delta.safetensors"
+        >>> tithe.diff(base, tuned, path)
+        >>> torch.equal(tithe.apply(base, path).weight, tuned.weight)
+        True
+    """
+    file = TensorFile(Path(path))
+    header = decode(file)
+    matches = _matches(model, header, file.path)
+    records = {name: read_record(file, name, entry) for name, entry in header.stored().items()}
+    check_base(str(file.path), matches, lambda name: records[name].indices if name in records else None)
+    writes = [(match.target, _placed(records[match.name], match.target)) for match in matches if match.name in records]
+    with torch.no_grad():
+        for target, record in writes:
+            write_record(target, record)
+    return model
+
+
+def check_base(place: str, matches: Iterable[Match], indices: Callable[[str], Tensor | None]) -> None:
+    """Compare the part of each tensor that the delta leaves alone with the fingerprint.
+
+    Args:
+        place: the delta, for the message.
+        matches: the base's tensors; one is looked at at a time.
+        indices: leading name → flat indices that the delta writes, None for all of them.
+
+    Raises:
+        TitheError: when a digest differs; it says how many do, and the first.
+    """
+    num_checked = 0
+    wrong: list[str] = []
+    for match in matches:
+        written = indices(match.name)
+        if match.entry.kind != "dense":
+            num_checked += 1
+            if digest(match.name, match.target, written) != match.entry.base:
+                wrong.append(match.name)
+    if wrong:
+        module = wrong[0].rpartition(".")[0] or "the root module"
+        raise TitheError(
+            place,
+            found=f"another base: {len(wrong)} of {num_checked} tensors differ, first '{wrong[0]}' in {module}",
+            expected="the model that this delta was made from",
+            remedy="load that base before applying, with nothing trained or applied in between",
+        )
+
+
+def check_form(name: str, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Compare the shape and dtype of a base tensor with the delta's.
+
+    Raises:
+        TitheError: when either differs.
+    """
+    if shape != entry.shape:
+        raise TitheError(
+            name,
+            found=f"shape {list(shape)}",
+            expected=f"shape {list(entry.shape)}, as in the delta",
+            remedy="build the base with the configuration that the delta was made with",
+        )
+    if dtype != entry.dtype:
+        raise TitheError(
+            name,
+            found=f"dtype {dtype}",
+            expected=f"dtype {entry.dtype}, as in the delta",
+            remedy=f"load the base in {entry.dtype}",
+        )
+
+
+def write_record(target: Tensor, record: Record) -> None:
+    """Write a record into a tensor of any memory layout, in place, bit for bit."""
+    if record.indices is None:
+        target.copy_(record.values)
+    elif target.is_contiguous():
+        bits = record.values.view(_word(record.values))
+        target.view(-1).view(bits.dtype)[record.indices] = bits
+    else:
+        whole = target.contiguous()
+        write_record(whole, record)
+        target.copy_(whole)
+
+
+def _word(values: Tensor) -> torch.dtype:
+    return words("values", values[:0]).dtype
+
+
+def _placed(record: Record, target: Tensor) -> Record:
+    indices = None if record.indices is None else record.indices.to(target.device)
+    return Record(indices, record.values.to(target.device))
+
+
+def _matches(model: nn.Module, header: Header, path: Path) -> list[Match]:
+    """Every storage of the model with its entry, after all checks that need no values."""
+    state = state_tensors(model)
+    leader = {name: lead for lead, entry in header.entries.items() for name in (lead, *entry.aliases)}
+    absent = [
+        lead for lead, entry in header.entries.items() if not any(name in state for name in (lead, *entry.aliases))
+    ]
+    if absent:
+        raise TitheError(
+            absent[0],
+            found=f"no such tensor in the model, as for {len(absent)} of the delta's{prefix_hint(absent, state)}",
+            expected=f"the tensors that {path} was made with",
+            remedy="build the same network as the base",
+        )
+    matches: list[Match] = []
+    for names in ties(state, first=leader).values():
+        known = [leader[name] for name in names if name in leader]
+        if not known:
+            raise TitheError(
+                names[0],
+                found=f"a tensor that {path} does not know{prefix_hint(names[:1], leader)}",
+                expected="the tensors that the delta was made with and no others",
+                remedy="build the same network as the base",
+            )
+        stored = [lead for lead in known if header.entries[lead].kind != "kept"]
+        if stored and len(set(known)) > 1:
+            raise TitheError(
+                names[0],
+                found=f"one storage for {' and '.join(sorted(set(known)))}",
+                expected="separate weights, as when the delta was made",
+                remedy="untie these weights before applying",
+            )
+        for lead in dict.fromkeys(known):
+            check_form(names[0], header.entries[lead], tuple(state[names[0]].shape), state[names[0]].dtype)
+            matches.append(Match(lead, header.entries[lead], state[names[0]]))
+    _check_live(model, [match for match in matches if match.entry.kind != "kept"])
+    return matches
+
+
+def _check_live(model: nn.Module, matches: list[Match]) -> None:
+    own = {storage_key(name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    own |= {storage_key(name, tensor) for name, tensor in model.named_buffers(remove_duplicate=False)}
+    for match in matches:
+        if match.target.numel() and storage_key(match.name, match.target) not in own:
+            raise TitheError(
+                match.name,
+                found="a state_dict entry that is a copy, not a parameter or buffer of the model",
+                expected="a state_dict that shares memory with the model",
+                remedy="apply to the plain model, before it is sharded or quantised",
+            )

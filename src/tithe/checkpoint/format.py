@@ -1,0 +1,239 @@
+"""The versioned header of a delta, and its records.
+
+A tensor `NAME` that changed is stored as `NAME#indices` (flat row-major, strictly increasing, int32 below 2³¹ entries,
+else int64) with `NAME#values` (1-D, the tensor's dtype), or whole as `NAME#dense`. The metadata key `tithe` holds the
+header, JSON:
+
+    {"version": 1, "library": "0.1.0", "metadata": {"method": "…", …}, "aliases": {"NAME": ["OTHER NAME", …]},
+     "tensors": {"NAME": [dtype, shape, "kept" | "indices" | "dense", digest of the unselected part, checksum]}}
+
+and the key `tithe_checksum` its blake2b, so that no damaged bit goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from tithe.checkpoint.file import CODES, DTYPES, TensorFile
+from tithe.checkpoint.fingerprint import checksum
+from tithe.errors import TitheError
+
+VERSION: Final = 1
+Kind = Literal["kept", "indices", "dense"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor.
+
+    Args:
+        dtype: its dtype.
+        shape: its shape.
+        kind: "kept" (nothing stored), "indices" (some entries) or "dense" (all of it).
+        base: digest of the entries that are not stored; empty for "dense".
+        content: checksum of what is stored; empty for "kept".
+        aliases: further names of the same storage.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    kind: Kind
+    base: str
+    content: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a delta says about itself: tensors by name, free metadata, and who wrote it."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    version: int = VERSION
+    library: str = ""
+
+    def stored(self) -> dict[str, Entry]:
+        """The entries that a record changes."""
+        return {name: entry for name, entry in self.entries.items() if entry.kind != "kept"}
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """New values of one tensor: at flat int64 `indices`, or all of it when they are None."""
+
+    indices: Tensor | None
+    values: Tensor
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype that indices into a tensor of `numel` entries are stored in."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def encode(header: Header) -> dict[str, str]:
+    """The safetensors metadata of a delta."""
+    try:
+        library = installed_version("tithe")
+    except PackageNotFoundError:
+        library = "unknown"
+    tensors = {
+        name: [CODES[entry.dtype], list(entry.shape), entry.kind, entry.base, entry.content]
+        for name, entry in header.entries.items()
+    }
+    aliases = {name: list(entry.aliases) for name, entry in header.entries.items() if entry.aliases}
+    content = {
+        "version": header.version,
+        "library": library,
+        "metadata": dict(header.metadata),
+        "aliases": aliases,
+        "tensors": tensors,
+    }
+    text = json.dumps(content, separators=(",", ":"))
+    return {"format": "pt", "tithe": text, "tithe_checksum": _checksum(text)}
+
+
+def _checksum(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _damaged(file: TensorFile, found: str, expected: str = "the header that tithe wrote") -> TitheError:
+    remedy = "copy or download the file again: it is damaged or was edited"
+    return TitheError(str(file.path), found=found, expected=expected, remedy=remedy)
+
+
+def _entry(value: Any, aliases: Any) -> Entry:
+    code, shape, kind, base, content = value
+    numbers = tuple(shape)
+    sound = all(type(n) is int and n >= 0 for n in numbers) and kind in ("kept", "indices", "dense")
+    others = tuple(aliases)
+    if not sound or not all(isinstance(text, str) for text in (base, content, *others)):
+        raise ValueError("not an entry")
+    return Entry(DTYPES[code], numbers, kind, base, content, others)
+
+
+def decode(file: TensorFile) -> Header:
+    """The header of an open file.
+
+    Raises:
+        TitheError: when the file is no delta, is of a later format, or its header is damaged.
+    """
+    text = file.metadata.get("tithe")
+    if text is None:
+        raise TitheError(
+            str(file.path),
+            found="a safetensors file without a tithe header",
+            expected="a delta written by plan.save or tithe.diff",
+            remedy="pass a delta, or load this file as a plain checkpoint",
+        )
+    try:
+        content: Any = json.loads(text)
+        version = content["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, "a header that is not readable JSON with a version") from error
+    if type(version) is not int or version < 1:
+        raise _damaged(file, f"format version {version!r}", f"a format version from 1 to {VERSION}")
+    if version > VERSION:
+        raise TitheError(
+            str(file.path),
+            found=f"format version {version}",
+            expected=f"a format version up to {VERSION}",
+            remedy="upgrade tithe: this delta was written by a later release",
+        )
+    try:
+        aliases: Any = content["aliases"]
+        entries = {str(name): _entry(value, aliases.get(name, ())) for name, value in content["tensors"].items()}
+        metadata = {str(key): str(value) for key, value in content["metadata"].items()}
+        library = str(content["library"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(file, "a header with missing or malformed parts") from error
+    header = Header(entries, metadata, version, library)
+    _check_layout(file, header)
+    if _checksum(text) != file.metadata.get("tithe_checksum"):
+        raise _damaged(file, "a header that does not match its checksum")
+    return header
+
+
+def _check_layout(file: TensorFile, header: Header) -> None:
+    """Compare the tensors that the file holds with those the header announces: names, shapes, dtypes, counts."""
+    names = [name for key, entry in header.entries.items() for name in (key, *entry.aliases)]
+    if len(set(names)) != len(names):
+        raise _damaged(file, "a header that names a tensor twice")
+    parts = {
+        f"{name}#{part}"
+        for name, entry in header.stored().items()
+        for part in (("dense",) if entry.kind == "dense" else ("indices", "values"))
+    }
+    odd = sorted(parts.symmetric_difference(file.names))
+    if odd:
+        what = "no" if odd[0] in parts else "an unannounced"
+        raise _damaged(file, f"{what} tensor '{odd[0]}'", "exactly the tensors that the header announces")
+    for name, entry in header.stored().items():
+        if entry.kind == "dense":
+            _check_part(file, f"{name}#dense", CODES[entry.dtype], entry.shape)
+            continue
+        count = file.shape(f"{name}#indices")
+        if len(count) != 1:
+            raise _damaged(file, f"'{name}#indices' of shape {list(count)}", "one dimension")
+        _check_part(file, f"{name}#indices", CODES[index_dtype(entry.numel)], count)
+        _check_part(file, f"{name}#values", CODES[entry.dtype], count)
+
+
+def _check_part(file: TensorFile, part: str, code: str, shape: tuple[int, ...]) -> None:
+    found = (file.code(part), file.shape(part))
+    if found != (code, shape):
+        raise TitheError(
+            part,
+            found=f"{found[0]} of shape {list(found[1])} in {file.path}",
+            expected=f"{code} of shape {list(shape)}",
+            remedy="copy or download the file again: it is damaged or was edited",
+        )
+
+
+def read_record(file: TensorFile, name: str, entry: Entry) -> Record:
+    """One record, copied out of the file and checked.
+
+    Raises:
+        TitheError: when indices are out of range, unsorted or repeated, or the bytes do not match their checksum.
+    """
+    if entry.kind == "dense":
+        parts = (file.tensor(f"{name}#dense").clone(),)
+        record = Record(None, parts[0])
+    else:
+        parts = (file.tensor(f"{name}#indices").clone(), file.tensor(f"{name}#values").clone())
+        record = Record(parts[0].long(), parts[1])
+    at = record.indices
+    if at is not None and at.numel():
+        low, high = int(at.min()), int(at.max())
+        steps = at[1:] - at[:-1]
+        bad = [
+            (low < 0 or high >= entry.numel, f"indices from {low} to {high}", f"indices in [0, {entry.numel})"),
+            (bool((steps < 0).any()), "unsorted indices", "strictly increasing indices"),
+            (bool((steps == 0).any()), "duplicate indices", "strictly increasing indices"),
+        ]
+        for wrong, found, expected in bad:
+            if wrong:
+                remedy = "copy or download the file again: it is damaged or was edited"
+                raise TitheError(f"{name}#indices", found=f"{found} in {file.path}", expected=expected, remedy=remedy)
+    if checksum(*parts) != entry.content:
+        raise TitheError(
+            name,
+            found=f"stored values in {file.path} that do not match their checksum",
+            expected="the bytes that were written",
+            remedy="copy or download the file again: it is damaged or was edited",
+        )
+    return record
