@@ -1,0 +1,211 @@
+"""The same measurement on tensors that have a shape and no data: the price before paying."""
+
+import random
+import sys
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_map
+
+from tithe.batch import map_batch
+from tithe.errors import TitheError
+from tithe.ledger.log import replay
+from tithe.ledger.recorder import Recorder, recording, storages, tensors
+from tithe.ledger.table import Ledger
+
+# pyright: reportPrivateUsage=false
+# torch keeps the pieces of fake tensors that a mode of one's own needs under names with an underscore.
+
+__all__ = ["predict"]
+
+_aten = torch.ops.aten
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Return whether a tensor has data in a prediction: whole numbers, which models branch on, and single numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() <= 1
+
+
+class _FakeRecorder(Recorder):
+    """Runs operators on fake tensors, except where whole numbers (token ids, masks) or single numbers are all they see.
+
+    So `if attention_mask.all()` has an answer, and nothing that has the size of an activation is allocated or computed.
+    A real parameter that meets an operator is replaced by its fake for that operator only: autograd sees the parameter.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(fake=True)
+        self.grads: list[tuple[Tensor, Tensor | None]] = []
+        self._mode = FakeTensorMode()
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+        """Run the operator for real if all it sees and makes is small, else on fakes."""
+        inputs = tensors((args, kwargs))
+        try:
+            known = all(not isinstance(leaf, FakeTensor) and _is_small(leaf) for leaf in inputs)
+            if known and (_needs_data(func) or all(map(_is_small, tensors(self._run_fake(func, args, kwargs)[1])))):
+                return inputs, func(*args, **kwargs)
+            if func.overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_):
+                args = (args[0], _positions(args[1]), *args[2:])
+            return self._run_fake(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise TitheError(
+                self.place() or "the loss function",
+                found=f"{func}, whose result depends on the values of an activation",
+                expected="shapes and branches that follow from the batch's shapes, whole numbers and masks",
+                remedy="measure a real step with tithe.measure, or take this operator out of the forward pass",
+            ) from error
+
+    def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+        fakes: tuple[Any, Any] = tree_map(self.fake, (args, kwargs))
+        try:
+            with self._mode:
+                return tensors(fakes), func(*fakes[0], **fakes[1])
+        except (UnsupportedFakeTensorException, UnsupportedOperatorException) as error:
+            raise TitheError(
+                self.place() or "the loss function",
+                found=f"{func}, which does not run on fake tensors ({error})",
+                expected="operators with a shape-only implementation",
+                remedy="measure a real step with tithe.measure, or register a fake: torch.library.register_fake",
+            ) from error
+
+    def fake(self, value: Any) -> Any:
+        """Return the fake that stands for a real tensor; anything else as it is."""
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = value if type(value) in (Tensor, nn.Parameter, nn.Buffer) else value.as_subclass(Tensor)
+        fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, plain)
+        for storage in storages(value):
+            if self.born_here(storage):
+                # What a view of the fake keeps alive, a view of the real one would have.
+                weakref.finalize(fake.untyped_storage(), _release, storage).atexit = False
+        return fake
+
+    def watch(self, tensor: Tensor) -> bool:
+        """Lay aside the gradient that a real leaf has, besides marking the coming one."""
+        fresh = super().watch(tensor)
+        if fresh and not isinstance(tensor, FakeTensor):
+            self.grads.append((tensor, tensor.grad))
+            tensor.grad = None
+        return fresh
+
+
+def _release(storage: torch.UntypedStorage) -> None:
+    """Let go of a storage: by being called, its only reference ends."""
+
+
+def _needs_data(func: Any) -> bool:
+    # `nonzero`, `item`: a fake cannot tell what they return.
+    return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+
+
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Write masks among indices as positions, as indexing itself does: only then is the result's shape known."""
+    out: list[Tensor | None] = []
+    for index in indices:
+        known = index is not None and not isinstance(index, FakeTensor) and index.dtype is torch.bool
+        out += index.nonzero(as_tuple=True) if index is not None and known else [index]
+    return out
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Generator[None]:
+    """Put everything back that a forward pass changes: small buffers in place, replaced attributes, random states."""
+    small = [tensor for tensor in [*model.buffers(), *model.parameters()] if _is_small(tensor)]
+    before = [tensor.detach().clone() for tensor in small]
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()  # it may hold fakes of the parameters
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        for module, own, buffers in attributes:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for key in [key for key, value in vars(module).items() if isinstance(value, FakeTensor)]:
+                del vars(module)[key]
+                if key in own:
+                    vars(module)[key] = own[key]
+        with torch.no_grad():
+            for tensor, value in zip(small, before, strict=True):
+                if not torch.equal(tensor, value):  # an unneeded write would spoil the version counter
+                    tensor.copy_(value)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled functions run as they were written: a compiler would take the fake tensors for its own."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def predict(model: nn.Module, closure: Callable[[Any], Tensor], batch: Any) -> Ledger:
+    """Return what `closure(batch).backward()` will spend, without allocating or computing anything of that size.
+
+    Equal to `measure` of the same call when no parameter has a gradient yet, with the same blind spots. The model, its
+    gradients and buffers, the batch and the random states stay as they are.
+
+    Only whole numbers (token ids, masks, positions) and single numbers are computed for real, so that models may branch
+    on them. `weights` is filled in; the plan, which knows what is trained, fills in the rest.
+
+    Args:
+        model: gives the paths, and what must not change.
+        closure: runs the forward pass on a batch and returns the loss, a scalar.
+        batch: any tree of tensors; its floating-point tensors are only looked at for their shape, dtype and device.
+
+    Raises:
+        TitheError: when the forward pass branches on the values of an activation, has an operator without a shape-only
+            implementation, or returns a loss that is not a scalar or is detached.
+
+    Example:
+        >>> layer = nn.Linear(8, 4)
+        >>> predict(layer, lambda x: layer(x).relu().sum(), torch.zeros(2, 8)).saved
+        32
+    """
+    recorder = _FakeRecorder()
+    recorder.name(model)
+    own = {storage._cdata: storage.nbytes() for t in [*model.parameters(), *model.buffers()] for storage in storages(t)}
+    with _untouched(model), _eager():
+        fakes = map_batch(lambda leaf: leaf.detach().clone() if _is_small(leaf) else recorder.fake(leaf), batch)
+        try:
+            for parameter in model.parameters():
+                recorder.watch(parameter)
+            with recording(recorder):
+                loss = closure(fakes)
+                _check(loss)
+                loss.backward()
+        finally:
+            for leaf, grad in recorder.grads:
+                leaf.grad = grad
+    return replace(replay(recorder.events), weights=sum(own.values()))
+
+
+def _check(loss: Tensor) -> None:
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise TitheError(
+            "loss",
+            found=f"a tensor of shape {tuple(loss.shape)}"
+            + ("" if loss.requires_grad else ", detached from the graph"),
+            expected="a scalar that depends on the trained parameters",
+            remedy="return the mean loss over the samples, without .detach() or .item()",
+        )
