@@ -19,7 +19,9 @@ PACKAGE = ROOT / "src" / "tithe"
 MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
-PARTS = {"rules", "select", "distributed", "ledger", "scoring", "carry", "checkpoint", "history"}
+PARTS = {
+    "rules", "select", "distributed", "ledger", "scoring", "choosing", "mount", "carry", "checkpoint", "history",
+}  # fmt: skip
 CORE = VALUES | PARTS | {"plan"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
@@ -37,6 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"errors", "batch", "selection", "budget", "rules"},
     "history": {"errors", "batch", "selection", "budget", "rules", "checkpoint"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
+    "choosing": {"errors", "batch", "selection", "budget", "rules", "select", "scoring"},
+    "mount": {"errors", "batch", "selection", "rules"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
@@ -45,10 +49,11 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"tithe", "errors", "select"},
     "demo": {"tithe", "errors", "select", "train"},
     "cli": {"tithe", "errors", "select", "train", "demo"},
+    "__main__": {"cli"},
 }
 
 # Rooms that an extra pays for. Everything else is the core and imports CORE_PACKAGES alone.
-WITH_EXTRAS = {"train", "integrations", "demo", "cli"}
+WITH_EXTRAS = {"train", "integrations", "demo", "cli", "__main__"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
