@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tithe.checkpoint.source import prefix_hint
 from tithe.errors import TitheError
 
 Model = TypeVar("Model", bound=nn.Module)
+_SAME_NETWORK: Final = "pass the network that the delta was made with, unwrapped: model.module under DDP, model._orig_mod under torch.compile"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +53,17 @@ def apply(model: Model, path: str | Path) -> Model:
     """
     file = TensorFile(Path(path))
     header = decode(file)
-    matches = _matches(model, header, file.path)
+    state = state_tensors(model)
+    matches = _matches(model, state, header, file.path)
     records = {name: read_record(file, name, entry) for name, entry in header.stored().items()}
     check_base(str(file.path), matches, lambda name: records[name].indices if name in records else None)
     writes = [(match.target, _placed(records[match.name], match.target)) for match in matches if match.name in records]
     with torch.no_grad():
         for target, record in writes:
             write_record(target, record)
+    if any(name not in state for name, _ in model.named_parameters()):
+        # An attached plan hides θ, a copy of selected weights, from state_dict; its loading hooks read it back from them.
+        model.load_state_dict({}, strict=False)
     return model
 
 
@@ -135,9 +140,8 @@ def _placed(record: Record, target: Tensor) -> Record:
     return Record(indices, record.values.to(target.device))
 
 
-def _matches(model: nn.Module, header: Header, path: Path) -> list[Match]:
+def _matches(model: nn.Module, state: Mapping[str, Tensor], header: Header, path: Path) -> list[Match]:
     """Every storage of the model with its entry, after all checks that need no values."""
-    state = state_tensors(model)
     leader = {name: lead for lead, entry in header.entries.items() for name in (lead, *entry.aliases)}
     absent = [
         lead for lead, entry in header.entries.items() if not any(name in state for name in (lead, *entry.aliases))
@@ -147,7 +151,7 @@ def _matches(model: nn.Module, header: Header, path: Path) -> list[Match]:
             absent[0],
             found=f"no such tensor in the model, as for {len(absent)} of the delta's{prefix_hint(absent, state)}",
             expected=f"the tensors that {path} was made with",
-            remedy="build the same network as the base",
+            remedy=_SAME_NETWORK,
         )
     matches: list[Match] = []
     for names in ties(state, first=leader).values():
@@ -157,7 +161,7 @@ def _matches(model: nn.Module, header: Header, path: Path) -> list[Match]:
                 names[0],
                 found=f"a tensor that {path} does not know{prefix_hint(names[:1], leader)}",
                 expected="the tensors that the delta was made with and no others",
-                remedy="build the same network as the base",
+                remedy=_SAME_NETWORK,
             )
         stored = [lead for lead in known if header.entries[lead].kind != "kept"]
         if stored and len(set(known)) > 1:

@@ -99,7 +99,7 @@ def _locate(file: TensorFile, where: Mapping[str, TensorFile], origin: Path) -> 
             absent[0],
             found=f"no such tensor in {origin}, as for {len(absent)} of the delta's{prefix_hint(absent, where)}",
             expected=f"the tensors that {file.path} was made with",
-            remedy="merge into the checkpoint that the model was loaded from, saved by the same class",
+            remedy="load the base with the class that was trained, save_pretrained it, and merge into that folder",
         )
     for lead, names in places.items():
         for name in names:

@@ -133,9 +133,5 @@ def prefix_hint(missing: Iterable[str], present: Iterable[str]) -> str:
         for other in theirs:
             for longer, shorter, whose in ((other, name, "has"), (name, other, "lacks")):
                 if longer.endswith("." + shorter):
-                    prefix = longer.removesuffix(shorter)
-                    inner = "the wrapped model (model.module under DDP, model._orig_mod under torch.compile)"
-                    return (
-                        f" (it {whose} the prefix '{prefix}': pass {inner}, or the class that the delta was made with)"
-                    )
+                    return f" (it {whose} the prefix '{longer.removesuffix(shorter)}')"
     return ""
