@@ -88,7 +88,8 @@ class _FakeRecorder(Recorder):
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
             return value
         with torch._C.DisableTorchFunctionSubclass():
-            plain = value if type(value) in (Tensor, nn.Parameter, nn.Buffer) else value.as_subclass(Tensor)
+            known = value.grad_fn is None and type(value) in (Tensor, nn.Parameter, nn.Buffer)
+            plain = value if known else value.detach().as_subclass(Tensor)
         fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, plain)
         for storage in storages(value):
             if self.born_here(storage):
