@@ -1,0 +1,37 @@
+"""Train only part of a PyTorch network, and really save the memory, the compute and the communication."""
+
+from tithe import rules, select
+from tithe.budget import Budget
+from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
+from tithe.errors import TitheError, TitheWarning
+from tithe.ledger import Ledger, measure
+from tithe.methods import FISH
+from tithe.plan import Plan, attach
+from tithe.schedule import Schedule, each_step, every, once
+from tithe.selection import Coordinates, Selection
+
+__all__ = [
+    "FISH",
+    "Budget",
+    "Coordinates",
+    "DeltaInfo",
+    "Ledger",
+    "Plan",
+    "Schedule",
+    "Selection",
+    "TitheError",
+    "TitheWarning",
+    "apply",
+    "attach",
+    "diff",
+    "each_step",
+    "every",
+    "inspect",
+    "measure",
+    "merge",
+    "once",
+    "rules",
+    "select",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""Whether an optimizer updates each value on its own: only then does it mean the same on a flat list of weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from tithe.errors import TitheError
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside a trainer's wrapper (accelerate keeps it as `.optimizer`).
+
+    Raises:
+        TitheError: when there is none.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TitheError(
+            "bind", found=f"a {type(inner).__name__}", expected="a torch.optim.Optimizer", remedy="pass the optimizer"
+        )
+    return inner
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    """Try the optimizer's class on a few numbers: six together have to move as the same six in two threes.
+
+    Raises:
+        TitheError: when they do not, or the class cannot be tried.
+    """
+    kind = type(optimizer)
+    accepted = inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    start = torch.tensor([0.5, -1.0, 2.0, 30.0, -40.0, 50.0], dtype=torch.float64)
+    grads = [start.sin() * scale for scale in (1.0, 0.3, -2.0)]
+    try:
+        together = _run(kind, settings, [start], [[grad] for grad in grads])
+        apart = _run(kind, settings, list(start.split(3)), [list(grad.split(3)) for grad in grads])
+        agree = torch.allclose(together, apart, rtol=1e-4, atol=1e-8)
+        found = "an update that depends on the other values of the tensor"
+    except Exception as error:  # whatever a stranger's class raises, the answer is the same
+        agree, found = False, f"an optimizer that cannot be tried on a vector ({type(error).__name__}: {error})"
+    if not agree:
+        raise TitheError(
+            kind.__name__,
+            found=found,
+            expected="an elementwise optimizer, such as SGD, Adam, AdamW, RMSprop or Adagrad",
+            remedy="use one of those, or bind(optimizer, elementwise=True) if you know it is elementwise",
+        )
+
+
+def _run(
+    kind: Any, settings: dict[str, Any], start: list[torch.Tensor], grads: list[list[torch.Tensor]]
+) -> torch.Tensor:
+    values = [nn.Parameter(part.clone()) for part in start]
+    optimizer = kind(values, **settings)
+    for step in grads:
+        for value, grad in zip(values, step, strict=True):
+            value.grad = grad.clone()
+        optimizer.step()
+    return torch.cat([value.detach() for value in values])

@@ -1,0 +1,134 @@
+"""FISH Mask: train the k weights with the most Fisher information.
+
+Sung, Nair, Raffel. *Training Neural Networks with Fixed Sparse Masks.* NeurIPS 2021, arXiv 2111.09839.
+
+Deviations from the authors' code: scores are per-sample squares of whole batches instead of batches of one, taken in
+evaluation mode; weights outside the mask are not touched by weight decay or momentum; nothing dense is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tithe.budget import Budget
+from tithe.choosing import Choosing
+from tithe.errors import TitheError
+from tithe.schedule import Schedule
+from tithe.select.picks import share, top_in_each, top_k
+from tithe.selection import Coordinates
+
+Score = Literal["fisher", "gradient", "magnitude", "random"]
+Fisher = Literal["empirical", "true"]
+Scope = Literal["global", "tensor"]
+
+
+@dataclass(frozen=True)
+class FISH:
+    """Train the k single weights with the largest score; the head is always trained and charged to the density.
+
+        F_j = 1/N Σ_i (∂ log p(y_i | x_i) / ∂w_j)²        k = density · (all parameters) − (head parameters)
+
+    Args:
+        density: fraction of all parameters that is trained, head included, in (0, 1].
+        k: number of weights trained besides the head. Exactly one of `density` and `k` is given.
+        samples: N, how many samples the scores are taken over, all ranks together.
+        fisher: "empirical" takes the given labels y_i; "true" the exact expectation over the model's own p(y | x_i).
+        score: "fisher", "gradient" (|mean gradient|), "magnitude" (|w|) or "random" (uniform).
+        scope: "global" is the paper's one cut over all tensors; "tensor" gives each tensor the same density.
+        warmup: steps that train the head alone before the choice is made.
+        reselect: a Schedule for choosing again, or None for once.
+
+    Raises:
+        TitheError: when not exactly one of density and k is given, or a value is out of range.
+
+    Example:
+        >>> FISH(density=0.005).score
+        'fisher'
+    """
+
+    density: float | None = None
+    k: int | None = None
+    samples: int = 1024
+    fisher: Fisher = "empirical"
+    score: Score = "fisher"
+    scope: Scope = "global"
+    warmup: int = 0
+    reselect: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.k is None):
+            raise TitheError(
+                "FISH",
+                found=f"density={self.density} and k={self.k}",
+                expected="exactly one of them",
+                remedy="write FISH(density=0.005) or FISH(k=10_000)",
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise TitheError(
+                "FISH", found=f"density={self.density}", expected="a fraction in (0, 1]", remedy="try 0.005"
+            )
+        for name, least in (("k", 1), ("samples", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise TitheError(
+                    "FISH", found=f"{name}={value!r}", expected=f"a whole number ≥ {least}", remedy=f"change {name}"
+                )
+        for name, options in (("fisher", Fisher), ("score", Score), ("scope", Scope)):
+            if getattr(self, name) not in get_args(options):
+                raise TitheError(
+                    "FISH",
+                    found=f"{name}={getattr(self, name)!r}",
+                    expected="one of " + ", ".join(map(repr, get_args(options))),
+                    remedy=f"change {name}",
+                )
+        if self.reselect is not None and not isinstance(self.reselect, Schedule):
+            raise TitheError(
+                "FISH",
+                found=f"reselect={self.reselect!r}",
+                expected="a Schedule or None",
+                remedy='write reselect=tithe.every(1, "epochs")',
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the score is computed from data."""
+        return self.score in ("fisher", "gradient")
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """K for this model.
+
+        Raises:
+            TitheError: when nothing is left after the head, or more is asked for than there is.
+        """
+        available = sum(choosing.sizes.values())
+        if self.k is not None:
+            k = self.k
+        else:
+            k = Budget(fraction=self.density).of(choosing.num_parameters) - choosing.num_head
+        if k <= 0:
+            least = (choosing.num_head + 1) / choosing.num_parameters
+            raise TitheError(
+                "head",
+                found=f"{choosing.num_head} head parameters against a budget of {k + choosing.num_head}",
+                expected="a budget that leaves at least one weight besides the head",
+                remedy=f"use density above {least:.2g}, a smaller head, or k=",
+            )
+        if k > available:
+            raise TitheError(
+                "where",
+                found=f"{available} weights to choose from",
+                expected=f"at least k = {k}",
+                remedy="use a lower density, or let where= match more parameters",
+            )
+        return k
+
+    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
+        """One selection for each tensor to choose from, empty ones included."""
+        k = self.num_selected(choosing)
+        scores = choosing.scores(self.score, samples=self.samples, fisher=self.fisher)
+        if self.scope == "global":
+            picked = top_k(scores, k)
+        else:
+            picked = top_in_each(scores, share(k, choosing.sizes))
+        return {name: Coordinates(choosing.shapes[name], indices.cpu()) for name, indices in picked.items()}

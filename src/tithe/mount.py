@@ -1,0 +1,171 @@
+"""Puts carriers on a model's modules and takes them off again: the hooks, the flags, and how to undo each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+from torch.utils.hooks import RemovableHandle
+
+from tithe.errors import TitheError
+from tithe.rules import Binding, Carrier, graft, theta_key
+
+
+def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """After `state_dict()`: θ is no key of the model's."""
+    for key, value in module.__dict__.items():
+        if isinstance(value, Carrier):
+            state.pop(prefix + theta_key(key), None)
+
+
+def _provide(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before loading: θ takes its values from the weight that is being loaded, so that strict loading finds it."""
+    for key, value in list(module.__dict__.items()):
+        if isinstance(value, Carrier) and theta_key(key) in module._parameters:
+            weight = state.get(prefix + key, value.binding.weight)
+            same = isinstance(weight, Tensor) and weight.shape == value.binding.weight.shape
+            source = weight if same else value.binding.weight  # a wrong shape is reported for the weight itself
+            state[prefix + theta_key(key)] = value.binding.selection.gather(source.detach())
+
+
+def _evaluate(module: nn.Module, args: Any) -> None:
+    """Before the forward of a frozen norm: `model.train()` does not reach its running statistics."""
+    if module.training:
+        module.training = False
+
+
+def _graft_flat_weights(module: nn.Module, args: Any) -> None:
+    """Before the forward of an RNN, which reads its weights from a list instead of its attributes."""
+    names = module._flat_weights_names
+    module._flat_weights = [graft(getattr(module, name)) for name in names]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _plain_flat_weights(module: nn.Module, args: Any, output: Any) -> None:
+    """After the forward of an RNN: no graph is held between calls."""
+    names = module._flat_weights_names
+    module._flat_weights = [module._parameters[name] for name in names]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class _Settle:
+    """Before the root's forward: what an optimizer moved is committed, and a model moved to a device is followed.
+
+    An object rather than a closure, so that a deep copy of the model settles its own weights.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
+        self.places = places
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for owner, key in self.places:
+            carrier = owner.__dict__.get(key)
+            if isinstance(carrier, Carrier):
+                binding = carrier.binding
+                binding.commit()
+                if binding.indices.device != binding.weight.device:
+                    binding.follow()
+                    owner.__dict__[key] = Carrier(binding, owner, key)
+
+
+class Mount:
+    """Every weight of a model outside the head, bound and frozen, with θ on its module; undone by `release`.
+
+    Args:
+        model: the model; its class, its forward and its `state_dict` keys stay as they are.
+        weights: name → parameter, one for each distinct weight outside the head.
+
+    Raises:
+        TitheError: when another plan is attached to the model.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        self.model = model
+        self.bindings = {name: Binding(name, weight) for name, weight in weights.items()}
+        self._owner: dict[str, tuple[nn.Module, str]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._still: dict[nn.Module, tuple[RemovableHandle, bool]] = {}
+        self._required = {name: weight.requires_grad for name, weight in weights.items()}
+        for path, module in model.named_modules():
+            if any(isinstance(value, Carrier) for value in module.__dict__.values()):
+                raise TitheError(
+                    path or "model",
+                    found="a plan already attached",
+                    expected="a model without one",
+                    remedy="call release() on the first plan",
+                )
+        by_id = {id(weight): self.bindings[name] for name, weight in weights.items()}
+        for module in model.modules():
+            self._place(module, by_id)
+        places = [(m, key) for m in model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
+        self._handles.append(model.register_forward_pre_hook(_Settle(places)))
+        for binding in self.bindings.values():
+            binding.weight.requires_grad_(False)
+            binding.weight.grad = None
+
+    def _place(self, module: nn.Module, by_id: Mapping[int, Binding]) -> None:
+        placed = False
+        for key, parameter in module._parameters.items():
+            binding = by_id.get(id(parameter))
+            if parameter is None or binding is None:
+                continue
+            module.__dict__[key] = Carrier(binding, module, key)
+            self._owner.setdefault(binding.name, (module, key))
+            placed = True
+        if placed:
+            self._handles.append(module.register_state_dict_post_hook(_hide))
+            self._handles.append(module.register_load_state_dict_pre_hook(_provide))
+            if isinstance(module, nn.RNNBase):
+                self._handles.append(module.register_forward_pre_hook(_graft_flat_weights))
+                self._handles.append(module.register_forward_hook(_plain_flat_weights, always_call=True))
+
+    def show(self, binding: Binding) -> None:
+        """Register θ on its module while it holds values, so that `parameters()`, DDP and trainers find it."""
+        module, key = self._owner[binding.name]
+        module._parameters.pop(theta_key(key), None)
+        if binding.theta.numel():
+            module.register_parameter(theta_key(key), binding.theta)
+
+    def still(self) -> None:
+        """Keep every norm with running statistics and no selected value in evaluation mode."""
+        everything = all(binding.selection.full for binding in self.bindings.values())
+        for module in self.model.modules():
+            if not isinstance(module, _NormBase) or not module.track_running_stats:
+                continue
+            carriers = [value for value in module.__dict__.values() if isinstance(value, Carrier)]
+            whole_head = (
+                bool(module._parameters)
+                and not carriers
+                and any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+            )
+            trained = everything or whole_head or any(carrier.binding.theta.numel() for carrier in carriers)
+            if trained and module in self._still:
+                self._wake(module)
+            elif not trained and module not in self._still:
+                self._still[module] = (module.register_forward_pre_hook(_evaluate), module.training)
+
+    def _wake(self, module: nn.Module) -> None:
+        handle, was_training = self._still.pop(module)
+        handle.remove()
+        module.training = self.model.training if was_training else False
+
+    def release(self) -> None:
+        """Take everything off: no attribute, no hook and no flag is left."""
+        for module in list(self._still):
+            self._wake(module)
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            for key in [key for key, value in module.__dict__.items() if isinstance(value, Carrier)]:
+                del module.__dict__[key]
+                module._parameters.pop(theta_key(key), None)
+        for name, binding in self.bindings.items():
+            binding.weight.requires_grad_(self._required[name])
+
+
+def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every distinct floating-point parameter by its first name."""
+    return {name: p for name, p in model.named_parameters() if torch.is_floating_point(p)}

@@ -1,0 +1,440 @@
+"""The attached model: the one mutable object.
+
+Budget ──┐                                   ┌──> θ (nn.Parameter on its layer) ──> any torch.optim
+         v                                   │                                        │ step
+data ─> score ─> pick ─> Selection ─> Rule bound to the layer                         v
+         ^        (pure, seeded)     forward keeps only what it must          commit: w <- S θ
+         │                           backward: θ.grad = Sᵀ∇w                          │
+         └── Schedule says "again": carry optimizer state, swap indices in place <────┘
+Ledger watches: predicted == measured (live storages).   checkpoint writes θ, indices, step, seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tithe import checkpoint, distributed, ledger, names
+from tithe.batch import num_samples
+from tithe.carry import carry
+from tithe.choosing import Choosing
+from tithe.elementwise import check_elementwise, inner_optimizer
+from tithe.errors import TitheError
+from tithe.mount import Mount
+from tithe.rules import Binding
+from tithe.schedule import Schedule
+from tithe.scoring import Loss, check_loss
+from tithe.selection import Coordinates
+from tithe.state import Buffers, PlanState
+
+
+class Method(Protocol):
+    """What `attach` asks of a method: when to choose, and what."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that its score is taken over."""
+        ...
+
+    @property
+    def warmup(self) -> int:
+        """Steps before the first choice."""
+        ...
+
+    @property
+    def reselect(self) -> Schedule | None:
+        """When to choose again."""
+        ...
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether choosing reads data."""
+        ...
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """How many values it will select; raises TitheError when the budget leaves nothing."""
+        ...
+
+    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
+        """A selection for each tensor to choose from."""
+        ...
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    loss: Loss | None = None,
+    data: Iterable[Any] | None = None,
+    where: str | Sequence[str] = "*",
+    head: str | Sequence[str] = (),
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Choose what to train in `model`, and train nothing else from now on.
+
+    The model is not wrapped, its class and its `state_dict` keys stay as they are, and `plan.release()` gives it back.
+
+    Args:
+        model: any module with floating-point parameters that require gradients.
+        method: what to choose, for example `tithe.FISH(density=0.005)`.
+        loss: `loss(model, batch)` → scalar, the mean over the samples of the batch; needed by scores of gradients.
+        data: batches, trees of tensors whose first axis counts samples; needed by scores of gradients.
+        where: globs over parameter names to choose from; one that begins with "!" leaves out.
+        head: globs over parameter names that are trained whole.
+        seed: of every random draw.
+        state: `plan.state_dict()` of an earlier run: its choice is taken over, nothing is scored.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TitheError: when a glob matches nothing, nothing is left to choose, data or loss is missing, the loss is no
+            scalar with a gradient, a scored weight gets no gradient, or the model has a plan already.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> plan = attach(model, tithe.FISH(k=3, score="magnitude"), where="weight")
+        >>> [name for name, _ in plan.named_parameters()], plan.selected("weight").numel()
+        (['weight'], 3)
+        >>> plan.release()
+    """
+    plan = Plan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+    try:
+        if state is not None:
+            plan.load_state_dict(state)
+        else:
+            plan.start()
+    except BaseException:
+        plan.release()
+        raise
+    return plan
+
+
+class Plan:
+    """A model of which a selected part is trained. Made by `attach`, which documents the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        loss: Loss | None,
+        data: Iterable[Any] | None,
+        where: str | Sequence[str],
+        head: str | Sequence[str],
+        seed: int,
+    ) -> None:
+        self.model, self.method, self.seed = model, method, seed
+        self.num_steps = self.num_epochs = 0
+        self._loss, self._data = loss, data
+        split = names.split(model, where=where, head=head)
+        self._alias, self._head = split.alias, split.head
+        self._num_parameters = sum(p.numel() for p in split.floats.values())
+        self._frozen_head = {name: p.requires_grad for name, p in split.head.items()}
+        self._buffers = Buffers(model)
+        if isinstance(data, Iterator) and method.needs_data:
+            self._data = _first(data, method.samples)
+        bound = {name: p for name, p in split.floats.items() if name not in split.head}
+        self._mount = Mount(model, bound)
+        self._candidates = [self._mount.bindings[name] for name in split.candidates]
+        self._moved = {b.name: b.selection.indices for b in self._candidates}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._handles: list[Any] = []
+        self._chosen = self._released = self._check_ranks = False
+        for parameter in self._head.values():
+            parameter.requires_grad_(True)
+        self._mount.still()
+
+    def start(self) -> None:
+        """Make the first choice, or only check that it can be made when the method warms up first.
+
+        Raises:
+            TitheError: as `attach`.
+        """
+        self.method.num_selected(self._choosing())
+        if self.method.needs_data and (self._loss is None or self._data is None):
+            self._choosing().scores("fisher")
+        if self.method.warmup == 0:
+            self.reselect()
+        elif not self._head:
+            raise TitheError(
+                "head",
+                found=f"no head, and a warm-up of {self.method.warmup} steps",
+                expected="parameters to train before the choice is made",
+                remedy='pass head=["classifier.*"], or warmup=0',
+            )
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of the parameters that are trained whole."""
+        return tuple(self._head)
+
+    @property
+    def selections(self) -> dict[str, Coordinates]:
+        """Name → selection of every tensor of which something is selected, the head apart."""
+        return {b.name: b.selection for b in self._candidates if b.selection.size}
+
+    def selected(self, name: str) -> Tensor:
+        """Sorted flat int64 indices of the selected entries of parameter `name`; empty when it is frozen.
+
+        Raises:
+            TitheError: when the model has no floating-point parameter of that name, or it belongs to the head.
+        """
+        binding = self._mount.bindings.get(self._alias.get(name, name))
+        if binding is None:
+            raise TitheError(
+                name,
+                found="the head" if self._alias.get(name, name) in self._head else "no such parameter",
+                expected="a floating-point parameter outside the head",
+                remedy="use a name of model.named_parameters()",
+            )
+        return binding.selection.indices
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with names: the model's own parameter names. Tensors chosen later are there, still empty."""
+        changes = self.method.reselect is not None or not self._chosen
+        for binding in self._candidates:
+            if binding.selection.size or changes:
+                yield binding.name, binding.theta
+        yield from self._head.items()
+
+    def predict(self, batch: Any) -> ledger.Ledger:
+        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+
+        Raises:
+            TitheError: when the plan has no loss, or the model cannot run on shapes alone.
+        """
+        self._check_live()
+        if self._loss is None:
+            raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
+        loss = self._loss
+        found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        size = sum(p.numel() * p.element_size() for p in trained)
+        index = sum(b.index_bytes for b in self._candidates)
+        return dataclasses.replace(found, theta=size, gradients=size, optimizer=2 * size, index=index)
+
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Run `closure` (forward, returning the loss) and backward, as often as the method needs; returns the loss.
+
+        Raises:
+            TitheError: when the loss is not a scalar that a gradient flows through.
+        """
+        self._check_live()
+        loss = check_loss(closure(), finite=False)
+        loss.backward()
+        return loss
+
+    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
+        """Commit θ into the weights after each `optimizer.step()`, and carry its state when the choice changes.
+
+        Args:
+            optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
+            elementwise: None tries it out on a few numbers; True takes your word for it.
+
+        Raises:
+            TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole (Adafactor,
+                Muon, LARS, L-BFGS …), which means nothing on a flat list of single weights.
+        """
+        self._check_live()
+        optimizer = inner_optimizer(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.named_parameters() if id(p) not in held]
+        if missing:
+            raise TitheError(
+                missing[0],
+                found=f"an optimizer without {len(missing)} of the plan's parameters",
+                expected="an optimizer over plan.parameters()",
+                remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
+            )
+        if not elementwise:
+            check_elementwise(optimizer)
+        self._optimizers.append(optimizer)
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def step(self) -> bool:
+        """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
+        self._check_live()
+        self._commit()
+        self.num_steps += 1
+        if not self._chosen:
+            return self.num_steps >= self.method.warmup and self.reselect()
+        return self._due(step=self.num_steps) and self.reselect()
+
+    def end_epoch(self) -> bool:
+        """Count a finished epoch; choose when it is due. Returns whether the choice changed."""
+        self._check_live()
+        self.num_epochs += 1
+        return self._chosen and self._due(epoch=self.num_epochs) and self.reselect()
+
+    def reselect(self) -> bool:
+        """Choose again now: stayers keep their optimizer state, leavers drop it, entrants start at zero.
+
+        θ keeps its identity; under a global cut its size follows the new choice. Weights that leave keep their trained
+        value. Returns whether anything changed.
+        """
+        self._check_live()
+        self._commit()
+        selections = self.method.choose(self._choosing())
+        order = [selections[b.name].indices for b in self._candidates]
+        digest = torch.stack(
+            [torch.stack([i.sum(), (i * i % 1_000_003).sum(), i.new_tensor(i.numel())]) for i in order]
+        )
+        distributed.check_same("selection", digest.to(self._candidates[0].weight.device))
+        first, self._chosen = not self._chosen, True
+        return self._take(selections) or first
+
+    def save(self, path: str | Path) -> None:
+        """Write what training changed, atomically: every weight ever selected, the head, and buffers that changed.
+
+        Raises:
+            TitheError: when the file cannot be written.
+        """
+        self._check_live()
+        self._commit()
+        selections = {
+            b.name: Coordinates(b.selection.shape, self._moved[b.name])
+            for b in self._candidates
+            if self._moved[b.name].numel()
+        }
+        dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
+        metadata = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps)}
+        checkpoint.write_delta(path, self.model, selections, dense, metadata=metadata)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
+        self._check_live()
+        self._commit()
+        return PlanState(
+            num_steps=self.num_steps,
+            num_epochs=self.num_epochs,
+            seed=self.seed,
+            chosen=self._chosen,
+            indices={b.name: b.selection.indices.cpu() for b in self._candidates},
+            moved={name: indices.cpu() for name, indices in self._moved.items()},
+            values={
+                b.name: Coordinates(b.selection.shape, self._moved[b.name]).gather(b.weight.detach())
+                for b in self._candidates
+            },
+            head={name: p.detach().clone() for name, p in self._head.items()},
+            buffers=self._buffers.changed(self.model),
+        ).as_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `plan.state_dict()`; load the optimizer's own state after it.
+
+        Raises:
+            TitheError: when the state belongs to another model, head or place; the plan is left as it was.
+        """
+        self._check_live()
+        found = PlanState.of(state)
+        found.check(moved=self._moved, shapes={b.name: b.selection.shape for b in self._candidates}, head=self._head)
+        self._commit()
+        with torch.no_grad():
+            for binding in self._candidates:
+                moved = Coordinates(binding.selection.shape, found.moved[binding.name])
+                moved.scatter_(binding.weight, found.values[binding.name].to(binding.weight.device))
+            for name, value in found.head.items():
+                self._head[name].copy_(value)
+            self._buffers.write(self.model, found.buffers)
+        self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
+        self._chosen = found.chosen
+        self._take({b.name: Coordinates(b.selection.shape, found.indices[b.name]) for b in self._candidates})
+        for binding in self._candidates:
+            binding.refresh()
+            self._moved[binding.name] = found.moved[binding.name].to(binding.weight.device)
+
+    def release(self) -> None:
+        """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
+        if self._released:
+            return
+        self._commit()
+        for handle in self._handles:
+            handle.remove()
+        self._mount.release()
+        for name, parameter in self._head.items():
+            parameter.requires_grad_(self._frozen_head[name])
+        self._released = True
+
+    def _due(self, *, step: int | None = None, epoch: int | None = None) -> bool:
+        return self.method.reselect is not None and self.method.reselect.due(step=step, epoch=epoch)
+
+    def _choosing(self) -> Choosing:
+        return Choosing(
+            self.model,
+            self._candidates,
+            num_parameters=self._num_parameters,
+            num_head=sum(p.numel() for p in self._head.values()),
+            loss=self._loss,
+            batches=self._data,
+            seed=self.seed,
+            step=self.num_steps,
+        )
+
+    def _take(self, selections: Mapping[str, Coordinates]) -> bool:
+        changed = False
+        for binding in self._candidates:
+            new = selections[binding.name]
+            old = binding.selection.indices
+            if torch.equal(old, new.indices.to(old.device)):
+                continue
+            self._check_ranks = self._check_ranks or old.numel() != new.size
+            changed = True
+            binding.select(new)
+            self._mount.show(binding)
+            self._carry(binding, old)
+            moved = self._moved[binding.name].to(old.device)
+            self._moved[binding.name] = (
+                torch.cat([moved, binding.indices]).unique() if moved.numel() else binding.indices
+            )
+        self._mount.still()
+        return changed
+
+    def _carry(self, binding: Binding, old: Tensor) -> None:
+        for optimizer in self._optimizers:
+            if binding.theta in optimizer.state:
+                carry(optimizer.state[binding.theta], old, binding.indices)
+            elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.param_groups[0]["params"].append(binding.theta)
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._commit()
+        if self._check_ranks and distributed.world_size() > 1:
+            sums = torch.stack([b.theta.detach().double().sum() for b in self._candidates])
+            distributed.check_same(
+                "theta",
+                sums.view(torch.int64),
+                remedy="the new choice changed how many values a tensor trains, and DistributedDataParallel fixes its "
+                'buckets when it wraps: wrap the model again after reselect(), or use scope="tensor"',
+            )
+        self._check_ranks = False
+
+    def _commit(self) -> None:
+        for binding in self._candidates:
+            binding.commit(force=True)
+
+    def _check_live(self) -> None:
+        if self._released:
+            raise TitheError("plan", found="a released plan", expected="an attached one", remedy="attach again")
+
+
+def _first(data: Iterator[Any], samples: int) -> list[Any]:
+    """The batches that hold the first `samples` samples of data that can be read only once."""
+    kept: list[Any] = []
+    count = 0
+    for batch in data:
+        kept.append(batch)
+        count += num_samples(batch)
+        if count >= samples:
+            break
+    return kept

@@ -1,0 +1,25 @@
+"""Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
+
+from tithe.rules import conv, embedding, linear, norm
+from tithe.rules.binding import Binding, theta_key
+from tithe.rules.carrier import Carrier, graft, raw, register
+from tithe.rules.probe import Probe, SquareProbe, SumProbe
+from tithe.rules.ruled import Cost, Rule
+
+__all__ = [
+    "Binding",
+    "Carrier",
+    "Cost",
+    "Probe",
+    "Rule",
+    "SquareProbe",
+    "SumProbe",
+    "conv",
+    "embedding",
+    "graft",
+    "linear",
+    "norm",
+    "raw",
+    "register",
+    "theta_key",
+]

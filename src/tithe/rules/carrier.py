@@ -1,0 +1,217 @@
+"""How a rule reaches an operation: the weight carries it.
+
+While a plan is attached, `module.weight` is a `Carrier`: a tensor subclass over the same storage whose
+`__torch_function__` sends `F.linear`, convolutions, embeddings and norms to the rule registered for them, and every
+other use of the weight to *graft*, which is exact for any operation:
+
+    forward: the weight itself        backward: ∇θ = Sᵀ ∇w
+
+Module classes and forwards stay untouched, and whatever calls the operation, module or function, is caught. The real
+parameter stays in `module._parameters` under its own key; the carrier only shadows the attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tithe.rules.binding import Binding
+from tithe.rules.probe import Probe, SquareProbe
+from tithe.rules.ruled import Rule, Ruled, saved_tensors
+
+Handler = Callable[..., Any]
+
+_RULES: dict[Callable[..., Any], Handler] = {}
+_VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_METADATA = {Tensor._is_view, Tensor.requires_grad_, Tensor.register_hook, Tensor.__repr__, Tensor.__format__}
+
+
+def register(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
+    """Send `operations` to a handler of the same signature; it may return NotImplemented to leave the call to graft.
+
+    The table is open: register a rule for your own operation, or replace one of ours.
+
+    Example:
+        >>> @register(torch.nn.functional.bilinear)
+        ... def bilinear(*args, **kwargs):
+        ...     return NotImplemented
+    """
+
+    def keep(handler: Handler) -> Handler:
+        _RULES.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return keep
+
+
+class Graft(torch.autograd.Function):
+    """The weight itself, with Sᵀ as its backward: `apply(weight, theta, indices)`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, theta: Tensor, indices: Tensor) -> Tensor:
+        """An alias of the weight: no copy."""
+        ctx.save_for_backward(indices)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """∇θ = Sᵀ ∇w."""
+        (indices,) = saved_tensors(ctx)
+        return None, grads[0].reshape(-1).index_select(0, indices), None
+
+
+class ProbeGraft(torch.autograd.Function):
+    """Graft for a probe: `apply(weight, anchor, probe)`.
+
+    A parameter of leading size 1 (a class token, position embeddings) is handed out once per sample, because its
+    gradient then arrives sample by sample. Any other use mixes samples, and the probe is told so.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, probe: Probe) -> Tensor:
+        """The weight, expanded over samples where that separates them."""
+        ctx.probe = probe
+        ctx.stacked = isinstance(probe, SquareProbe) and probe.num_samples > 1
+        if ctx.stacked and not (weight.dim() > 1 and weight.shape[0] == 1 and probe.expand):
+            probe.separable = False
+            ctx.stacked = False
+        return weight.expand(probe.num_samples, *weight.shape[1:]) if ctx.stacked else weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Hands the gradient to the probe."""
+        ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(grads[0])
+        return None, None, None
+
+
+class Carrier(Tensor):
+    """A weight that carries its rule; see the module's docstring."""
+
+    binding: Binding
+    owner: nn.Module
+    key: str
+
+    @staticmethod
+    def __new__(cls, binding: Binding, owner: nn.Module, key: str) -> Carrier:  # noqa: D102
+        carrier = torch.Tensor._make_subclass(cls, binding.weight.detach(), False)
+        carrier.binding, carrier.owner, carrier.key = binding, owner, key
+        carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
+        return carrier
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (name == "__get__" and func not in _VIEWS) or name == "__set__" or func in _METADATA:
+            if torch.compiler.is_compiling():
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            return func(*_each(raw, args), **_each(raw, kwargs))
+        if not torch.is_grad_enabled():
+            return func(*_each(raw, args), **_each(raw, kwargs))
+        handler = _RULES.get(func)
+        if handler is not None:
+            out = handler(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return func(*_each(graft, args), **_each(graft, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
+        from copy import deepcopy
+
+        return Carrier(deepcopy(self.binding, memo), deepcopy(self.owner, memo), self.key)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Carrier, (self.binding, self.owner, self.key)
+
+
+def raw(weight: Tensor) -> Tensor:
+    """The parameter under a carrier, as its module holds it now; any other tensor as it is."""
+    if not isinstance(weight, Carrier):
+        return weight
+    return cast(Tensor, weight.owner._parameters.get(weight.key, weight.binding.weight))
+
+
+def graft(weight: Tensor) -> Tensor:
+    """The parameter under a carrier with Sᵀ as its backward; any other tensor as it is."""
+    if not isinstance(weight, Carrier):
+        return weight
+    binding = asking(weight)
+    if binding is None:
+        return raw(weight)
+    if binding.probe is not None:
+        return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe))
+    return cast(Tensor, Graft.apply(raw(weight), binding.theta, binding.indices))
+
+
+def asking(weight: Any) -> Binding | None:
+    """The binding of a carrier that a gradient is asked of; None for a frozen weight or an ordinary tensor.
+
+    A module whose parameter was swapped from outside (`torch.func.functional_call`) computes with what was swapped in.
+    """
+    if not isinstance(weight, Carrier) or not weight.binding.active:
+        return None
+    return weight.binding if raw(weight) is weight.binding.weight else None
+
+
+def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`function` over the carriers in nested lists, tuples and dicts."""
+    if isinstance(tree, Carrier):
+        return function(tree)
+    if type(tree) in (list, tuple):
+        return type(tree)([_each(function, item) for item in tree])
+    if type(tree) is dict:
+        return {key: _each(function, item) for key, item in tree.items()}
+    return tree
+
+
+def apply_rule(rule: Rule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run `rule` on the parameters under the carriers."""
+    asked_weight, asked_bias = asking(weight), asking(bias)
+    return cast(
+        Tensor,
+        Ruled.apply(
+            rule,
+            x,
+            raw(weight),
+            None if bias is None else raw(bias),
+            None if asked_weight is None else asked_weight.asked,
+            None if asked_bias is None else asked_bias.asked,
+        ),
+    )
+
+
+def needs_no_rule(weight: Any, bias: Any) -> bool:
+    """Whether graft does as well: everything is selected, so that nothing can be left out, or the weight is ordinary.
+
+    Then the stock operation runs, and training is stock training bit for bit.
+    """
+    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
+        return True
+    if weight.binding.probe is not None or not weight.binding.selection.full:
+        return False
+    return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.full)
+
+
+def autocast(x: Tensor, *, to_float32: bool = False) -> Tensor:
+    """X as autocast would hand it to an operation of its lower-precision list, or of its float32 list."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return x
+    return x.to(torch.float32 if to_float32 else torch.get_autocast_dtype(kind))
+
+
+def fits(x: Any, weight: Tensor) -> bool:
+    """Whether x is an ordinary tensor of the dtype that the operation will compute in."""
+    if not isinstance(x, Tensor) or isinstance(x, Carrier):
+        return False
+    return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

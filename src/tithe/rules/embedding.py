@@ -1,0 +1,74 @@
+"""The rule for `F.embedding`: gradients of the selected rows only, no dense table of gradients.
+
+Shapes: ids (...), gy (..., D), the table (V, D).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tithe.rules.binding import Binding
+from tithe.rules.carrier import apply_rule, asking, needs_no_rule, register
+from tithe.rules.ruled import Rule
+
+
+class EmbeddingRule(Rule):
+    """A look-up table of which single entries are selected; keeps the ids, which live anyway.
+
+    Args:
+        binding: the table's binding.
+        padding_idx: the row that gets no gradient, or None.
+    """
+
+    def __init__(self, binding: Binding, padding_idx: int | None) -> None:
+        self.binding, self.padding_idx = binding, padding_idx
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stock look-up."""
+        return F.embedding(x, weight, self.padding_idx), ()
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        """The ids."""
+        return (x,)
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Rows of gy whose id is a touched row, added up per row; then gather."""
+        num_rows, width = weight.shape
+        ids, gy_ND = kept[0].reshape(-1), gy.reshape(-1, width)
+        probe, touch = self.binding.probe, self.binding.touch
+        if probe is not None:
+            gy_ND = gy_ND if self.padding_idx is None else gy_ND * (ids != self.padding_idx)[:, None]
+            probe.rows(kept[0], gy_ND.view_as(gy))
+            return None, None, None, None
+        assert touch is not None, "a rule is only built for a selected or a probed table"
+        # Every untouched row shares one spare slot at the end, so that no shape depends on the ids.
+        num_touched = touch.rows.numel()
+        slot = torch.full((num_rows,), num_touched, dtype=torch.int64, device=ids.device)
+        slot[touch.rows] = torch.arange(num_touched, device=ids.device)
+        if self.padding_idx is not None:
+            slot[self.padding_idx] = num_touched
+        sums = gy.new_zeros(num_touched + 1, width).index_add_(0, slot.index_select(0, ids), gy_ND)
+        return None, None, sums.reshape(-1).index_select(0, touch.at(True, False)), None
+
+
+@register(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`F.embedding` by rule; renormalised tables and gradients scaled by frequency go through graft."""
+    binding = asking(weight)
+    if binding is None or needs_no_rule(weight, None) or max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return apply_rule(EmbeddingRule(binding, padding_idx), input, weight, None)

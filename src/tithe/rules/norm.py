@@ -1,0 +1,265 @@
+"""Rules for the scale and shift of norms, and for a vector that multiplies the last axis.
+
+Shapes: N positions, D normalised entries, C channels; x and gy (..., D) or (N, C, ...); scale and shift (D,) or (C,).
+The normalised value is written x̂.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tithe.rules.binding import Binding
+from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.ruled import Rule
+from tithe.rules.vector import selected_sum
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class LayerNormRule(Rule):
+    """Layer norm: keeps what stock keeps while the input needs a gradient, else only the selected entries of x̂.
+
+    Args:
+        shape: the normalised axes.
+        eps: added to the variance.
+        weight: the scale's binding, or None when it is frozen.
+        bias: the shift's binding, or None when it is frozen, absent or trained whole.
+    """
+
+    def __init__(self, shape: list[int], eps: float, weight: Binding | None, bias: Binding | None) -> None:
+        self.shape, self.eps, self.weight, self.bias = shape, eps, weight, bias
+        self.width = math.prod(shape)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stock operation; its mean and 1/σ."""
+        y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, (mean, rstd)
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        """(x, mean, 1/σ) for an input gradient; otherwise x̂ at the selected entries, or nothing."""
+        if need_x or (self.weight is not None and self.weight.probe is not None):
+            return (x, *extra)
+        if self.weight is None:
+            return ()
+        mean, rstd = (t.reshape(-1, 1) for t in extra)
+        x_NK = x.reshape(-1, self.width).index_select(1, self.weight.indices)
+        return ((x_NK - mean) * rstd,)
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> Gradients:
+        """The input gradient of the stock kernel; Σ gy x̂ and Σ gy at the selected entries."""
+        gx = gtw = gtb = None
+        gy_ND = gy.reshape(-1, self.width)
+        if len(kept) == 3:
+            x, mean, rstd = kept
+            probed = self.weight is not None and self.weight.probe is not None
+            wants_scale = self.weight is not None and not probed
+            gx, gw, _ = torch.ops.aten.native_layer_norm_backward.default(
+                gy, x, self.shape, mean, rstd, weight, weight, [need_x, wants_scale, False]
+            )
+            if self.weight is not None and wants_scale:
+                gtw = gw.reshape(-1).index_select(0, self.weight.indices)
+            elif self.weight is not None:
+                xhat = (x.reshape(-1, self.width) - mean.reshape(-1, 1)) * rstd.reshape(-1, 1)
+                gtw = selected_sum(self.weight, gy_ND, xhat)
+        elif self.weight is not None:
+            gtw = (gy_ND.index_select(1, self.weight.indices) * kept[0]).sum(0)
+        if self.bias is not None:
+            gtb = selected_sum(self.bias, gy_ND)
+        gb = gy_ND.sum(0).reshape(self.shape) if need_bias else None
+        return gx, gb, gtw, gtb
+
+
+class RMSNormRule(Rule):
+    """Root-mean-square norm: keeps x and 1/σ, where stock's composition on a CPU keeps several tensors of x's size.
+
+    Args:
+        shape: the normalised axes.
+        eps: added to the mean square.
+        weight: the scale's binding, or None when it is frozen.
+    """
+
+    def __init__(self, shape: list[int], eps: float, weight: Binding | None) -> None:
+        self.shape, self.eps, self.weight = shape, eps, weight
+        self.width = math.prod(shape)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stock operation; 1/σ of each position."""
+        square = x.reshape(-1, self.width).square().mean(1, keepdim=True)
+        return F.rms_norm(x, self.shape, weight, self.eps), (torch.rsqrt(square + self.eps),)
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        """(x, 1/σ) for an input gradient; otherwise x̂ at the selected entries, or nothing."""
+        if need_x or (self.weight is not None and self.weight.probe is not None):
+            return (x, *extra)
+        if self.weight is None:
+            return ()
+        return (x.reshape(-1, self.width).index_select(1, self.weight.indices) * extra[0],)
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> Gradients:
+        """Gx = (gy w − x̂ mean(gy w x̂)) / σ; Σ gy x̂ at the selected entries."""
+        gx = gtw = None
+        gy_ND = gy.reshape(-1, self.width)
+        if len(kept) == 1 and self.weight is not None:
+            gtw = (gy_ND.index_select(1, self.weight.indices) * kept[0]).sum(0)
+        elif kept:
+            x, rstd = kept
+            xhat = x.reshape(-1, self.width) * rstd
+            if need_x:
+                scaled = gy_ND * weight.reshape(-1)
+                mean = (scaled * xhat).mean(1, keepdim=True)
+                gx = ((scaled - xhat * mean) * rstd).reshape(x.shape)
+            if self.weight is not None:
+                gtw = selected_sum(self.weight, gy_ND, xhat)
+        return gx, None, gtw, None
+
+
+class BatchNormRule(Rule):
+    """Batch norm in evaluation mode: an affine map of each channel; keeps the selected channels of x and nothing else.
+
+    Args:
+        mean: running mean (C,).
+        variance: running variance (C,).
+        eps: added to the variance.
+        weight: the scale's binding, or None when it is frozen.
+        bias: the shift's binding, or None when it is frozen, absent or trained whole.
+    """
+
+    def __init__(
+        self, mean: Tensor, variance: Tensor, eps: float, weight: Binding | None, bias: Binding | None
+    ) -> None:
+        self.mean, self.variance, self.eps, self.weight, self.bias = mean, variance, eps, weight, bias
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The stock operation."""
+        return F.batch_norm(x, self.mean, self.variance, weight, bias, False, 0.0, self.eps), ()
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        """1/σ, and x̂ of the selected channels (of all for a probe)."""
+        rstd = torch.rsqrt(self.variance + self.eps)
+        if self.weight is None:
+            return (rstd,)
+        mean = self.mean
+        if self.weight.probe is None:
+            idx = self.weight.indices
+            x, mean, scale = x.index_select(1, idx), mean.index_select(0, idx), rstd.index_select(0, idx)
+        else:
+            scale = rstd
+        view = [1, -1] + [1] * (x.dim() - 2)
+        return rstd, ((x - mean.view(view)) * scale.view(view)).to(x.dtype)
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> Gradients:
+        """Gx = gy w / σ; Σ gy x̂ and Σ gy at the selected channels."""
+        gx = gtw = gtb = None
+        if need_x:
+            gx = gy * (weight * kept[0]).to(gy.dtype).view([1, -1] + [1] * (gy.dim() - 2))
+        if self.weight is not None and self.weight.probe is not None:
+            gtw = selected_sum(self.weight, gy.movedim(1, -1), kept[1].movedim(1, -1))
+        elif self.weight is not None:
+            product = gy.index_select(1, self.weight.indices) * kept[1]
+            gtw = product.transpose(0, 1).reshape(self.weight.indices.numel(), -1).sum(1)
+        last = gy.movedim(1, -1)
+        if self.bias is not None:
+            gtb = selected_sum(self.bias, last)
+        gb = last.reshape(-1, gy.shape[1]).sum(0) if need_bias else None
+        return gx, gb, gtw, gtb
+
+
+class ScaleRule(Rule):
+    """y = w x along the last axis, as in models that write their own RMS norm; keeps the selected columns of x.
+
+    Args:
+        weight: the vector's binding.
+    """
+
+    def __init__(self, weight: Binding) -> None:
+        self.weight = weight
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The product."""
+        return weight * x, ()
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        """The selected columns, or all of x for a probe."""
+        return (x if self.weight.probe is not None else x.index_select(-1, self.weight.indices),)
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> Gradients:
+        """Gx = gy w; Σ gy x at the selected entries."""
+        gx = gy * weight if need_x else None
+        if self.weight.probe is not None:
+            return gx, None, selected_sum(self.weight, gy, kept[0]), None
+        product = gy.index_select(-1, self.weight.indices) * kept[0]
+        return gx, None, product.reshape(-1, self.weight.indices.numel()).sum(0), None
+
+
+@register(F.layer_norm)
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` by rule."""
+    asked_weight, asked_bias = asking(weight), asking(bias)
+    frozen = asked_weight is None and asked_bias is None
+    if weight is None or frozen or needs_no_rule(weight, bias) or not fits(input, weight):
+        return NotImplemented
+    input = autocast(input, to_float32=True)
+    rule = LayerNormRule(list(normalized_shape), eps, asked_weight, asked_bias)
+    return apply_rule(rule, input, weight, bias)
+
+
+@register(F.rms_norm)
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`F.rms_norm` by rule."""
+    if weight is None or asking(weight) is None or needs_no_rule(weight, None) or input.dtype != weight.dtype:
+        return NotImplemented
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return apply_rule(RMSNormRule(list(normalized_shape), eps, asking(weight)), input, weight, None)
+
+
+@register(F.batch_norm)
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` by rule in evaluation mode; with batch statistics the whole input is needed anyway."""
+    if training or running_mean is None or running_var is None or weight is None or needs_no_rule(weight, bias):
+        return NotImplemented
+    if not fits(input, weight) or input.dtype != weight.dtype:
+        return NotImplemented
+    rule = BatchNormRule(running_mean, running_var, eps, asking(weight), asking(bias))
+    return apply_rule(rule, input, weight, bias)
+
+
+@register(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(input: Tensor, other: Tensor) -> Tensor:
+    """`weight * x` by rule, for a vector along x's last axis."""
+    weight, x = (input, other) if asking(input) is not None else (other, input)
+    binding = asking(weight)
+    if binding is None or not isinstance(x, Tensor) or weight.dim() != 1 or needs_no_rule(weight, None):
+        return NotImplemented
+    if asking(x) is not None or x.dtype != weight.dtype or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+        return NotImplemented
+    return apply_rule(ScaleRule(binding), x, weight, None)

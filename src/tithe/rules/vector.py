@@ -1,0 +1,32 @@
+"""The selected gradient of a vector that broadcasts along the last axis: a bias, a norm's scale or shift."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tithe.rules.binding import Binding
+
+
+def selected_sum(binding: Binding, terms: Tensor, factor: Tensor | None = None) -> Tensor | None:
+    """Σ over all but the last axis of `terms` · `factor`, at the selected entries.
+
+    Args:
+        binding: the vector's binding; a probe takes the terms instead, and gets no gradient.
+        terms: (..., D).
+        factor: (..., D), or None for ones.
+
+    Returns:
+        (K,), in the order of the flat indices; None for a probe.
+    """
+    if binding.probe is not None:
+        binding.probe.vector(terms if factor is None else terms * factor)
+        return None
+    width = terms.shape[-1]
+    terms = terms.reshape(-1, width)
+    factor = None if factor is None else factor.reshape(-1, width)
+    # A few columns are cheaper to copy out than all are to sum; summing all first is bitwise what stock does.
+    if binding.indices.numel() * 4 < width:
+        terms = terms.index_select(1, binding.indices)
+        factor = None if factor is None else factor.index_select(1, binding.indices)
+        return (terms if factor is None else terms * factor).sum(0)
+    return (terms if factor is None else terms * factor).sum(0).index_select(0, binding.indices)

@@ -1,0 +1,6 @@
+"""Scores that need data: passes of the model over samples, with the rules' probes listening."""
+
+from tithe.scoring.likelihood import Likelihood
+from tithe.scoring.passes import Loss, Passes, check_loss
+
+__all__ = ["Likelihood", "Loss", "Passes", "check_loss"]

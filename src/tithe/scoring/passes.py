@@ -1,0 +1,266 @@
+"""Passes over the data that score weights: a whole batch at once where a rule can, one sample at a time where not.
+
+The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit beside
+a training step; each group is one pass over the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tithe import distributed
+from tithe.batch import num_samples, slice_batch
+from tithe.errors import TitheError
+from tithe.ledger import measure
+from tithe.rules import Binding, Probe, SquareProbe, SumProbe
+from tithe.rules.probe import SampleProbe
+from tithe.scoring.likelihood import Likelihood
+
+Loss = Callable[[Any, Any], Tensor]
+Statistic = Literal["square", "sum"]
+
+_MICRO = 4
+"""Samples to a backward pass: enough for dense products, few enough to stay below a training step's activations."""
+_AGREE = 1e-3
+"""Relative difference at which a weight scored by batch is taken to mix samples, and is scored one by one instead."""
+
+
+def check_loss(value: Any, *, finite: bool = True) -> Tensor:
+    """`value` when it is a scalar that backward can start from; `finite`: NaN and infinity are refused too.
+
+    Raises:
+        TitheError: when it is not a tensor, not a scalar, detached, or not finite.
+    """
+    if not isinstance(value, Tensor):
+        found = f"a {type(value).__name__}"
+    elif value.dim() != 0 and value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}"
+    elif not value.requires_grad:
+        found = "a tensor that no gradient flows through"
+    elif finite and not bool(torch.isfinite(value.detach()).all()):
+        found = f"a loss of {float(value.detach())}"
+    else:
+        return value
+    raise TitheError(
+        "loss",
+        found=found,
+        expected="a finite scalar computed from the model's output with gradients enabled",
+        remedy="return the mean loss itself: no .item(), no .detach(), no torch.no_grad(), no reduction='none'",
+    )
+
+
+class Passes:
+    """Scores weights by passes over data.
+
+    Args:
+        model: the model, with carriers in place.
+        bindings: the weights to score, in the model's order.
+        loss: `loss(model, batch)`, the mean over the samples of the batch.
+        batches: the data.
+        samples: how many samples to use, over all ranks.
+        fisher: "empirical" (the given labels) or "true" (the model's own distribution).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bindings: Sequence[Binding],
+        loss: Loss,
+        batches: Sequence[Any],
+        samples: int,
+        fisher: str = "empirical",
+    ) -> None:
+        self.model, self.bindings, self.loss, self.fisher = model, bindings, loss, fisher
+        share = -(-samples // distributed.world_size())
+        self.batches: list[Any] = []
+        for batch in batches:
+            size = num_samples(batch)
+            have = sum(num_samples(b) for b in self.batches)
+            if size:
+                self.batches.append(batch if have + size <= share else slice_batch(batch, 0, share - have))
+            if have + size >= share:
+                break
+        self.num_samples = sum(num_samples(b) for b in self.batches)
+        if not self.num_samples:
+            raise TitheError(
+                "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
+            )
+
+    def scores(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
+        """Name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
+
+        Raises:
+            TitheError: when a weight gets no gradient from any sample.
+        """
+        total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
+        with self._evaluation():
+            for group in self._groups():
+                sums = self._squares(group) if statistic == "square" else self._sums(group)
+                self._check_reached(group)
+                for binding in group:
+                    score = distributed.sum_(sums.pop(binding.name)).div_(total)
+                    binding.probe = None
+                    yield binding.name, score.abs_() if statistic == "sum" else score
+
+    def _groups(self) -> Iterator[list[Binding]]:
+        limit = self._room()
+        group: list[Binding] = []
+        size = 0
+        for binding in self.bindings:
+            need = binding.weight.numel() * (8 if binding.weight.dtype == torch.float64 else 4)
+            if group and size + need > limit:
+                yield group
+                group, size = [], 0
+            group.append(binding)
+            size += need
+        if group:
+            yield group
+
+    def _room(self) -> float:
+        """Bytes of sums that fit beside a pass without passing a training step on the same batch.
+
+        Measured: what two samples save for backward, scaled to the batch; a step that trains part of the network
+        saves about half of that. Never less than an eighth of the weights, which bounds the number of passes.
+        """
+        floor = sum(b.weight.numel() * 4 for b in self.bindings) / 8
+        batch = self.batches[0]
+        few = slice_batch(batch, 0, min(2, num_samples(batch)))
+        lowest = self.bindings[0]
+        lowest.probe = SumProbe(lowest.weight)
+        try:
+            saved = measure(lambda: check_loss(self.loss(self.model, few))).saved
+        finally:
+            lowest.probe = None
+        return max(floor, saved / num_samples(few) * num_samples(batch) / 2)
+
+    def _sums(self, group: list[Binding]) -> dict[str, Tensor]:
+        for binding in group:
+            binding.probe = SumProbe(binding.weight)
+        for batch in self.batches:
+            self._backward(group, batch)
+        return {b.name: _probe(b).total for b in group}
+
+    def _squares(self, group: list[Binding]) -> dict[str, Tensor]:
+        for binding in group:
+            binding.probe = SquareProbe(binding.weight)
+        alone = self._mixing(group)
+        together = [b for b in group if b not in alone]
+        for binding in alone:
+            binding.probe = None
+        if together:
+            for batch in self.batches:
+                for start in range(0, num_samples(batch), _MICRO):
+                    self._backward(together, slice_batch(batch, start, min(start + _MICRO, num_samples(batch))))
+        sums = {b.name: _probe(b).total for b in together}
+        if alone:
+            self._one_by_one(alone, sums)
+        return sums
+
+    def _one_by_one(self, group: list[Binding], sums: dict[str, Tensor]) -> None:
+        probes = {b.name: SampleProbe(b.weight) for b in group}
+        for binding in group:
+            binding.probe = probes[binding.name]
+        for batch in self.batches:
+            for n in range(num_samples(batch)):
+                self._backward(group, slice_batch(batch, n, n + 1))
+        sums.update({name: probe.squares for name, probe in probes.items()})
+
+    def _mixing(self, group: list[Binding]) -> list[Binding]:
+        """The weights whose batched scores of two samples differ from the same two scored one by one.
+
+        It finds whatever makes samples inseparable: another axis than the first, a weight used twice, an operation
+        without a rule, a loss that is not a mean over samples.
+        """
+        batch = self.batches[0]
+        if num_samples(batch) < 2:
+            return group
+        try:
+            self._backward(group, slice_batch(batch, 0, 2))
+        except (RuntimeError, ValueError, IndexError):
+            for binding in group:  # an expanded parameter did not fit where it is used
+                _probe(binding).expand = False
+            self._backward(group, slice_batch(batch, 0, 2))
+        both = {b.name: _fold(_probe(b).total) for b in group}
+        for binding in group:
+            _probe(binding).total.zero_()
+        separable = {b.name: _probe(b).separable for b in group}
+        for n in range(2):
+            self._backward(group, slice_batch(batch, n, n + 1))
+        mixing: list[Binding] = []
+        for binding in group:
+            one, two = _fold(_probe(binding).total), both[binding.name]
+            agree = (one - two).abs().max() <= _AGREE * one.abs().max() + 1e-30
+            if not separable[binding.name] or not bool(agree):
+                mixing.append(binding)
+            _probe(binding).total.zero_()
+        return mixing
+
+    def _backward(self, group: list[Binding], batch: Any) -> None:
+        size = num_samples(batch)
+        if self.fisher == "true":
+            self._true_backward(group, batch, size)
+            return
+        for binding in group:
+            _probe(binding).begin(size)
+        (check_loss(self.loss(self.model, batch)) * size).backward()
+        for binding in group:
+            _probe(binding).end()
+
+    def _true_backward(self, group: list[Binding], batch: Any, size: int) -> None:
+        for binding in group:
+            _probe(binding).begin(size)
+        with Likelihood() as likelihood:
+            check_loss(self.loss(self.model, batch))
+        for root in likelihood.roots(size):
+            for binding in group:
+                _probe(binding).begin(size)
+            root.backward(retain_graph=True)
+            for binding in group:
+                _probe(binding).end()
+
+    def _check_reached(self, group: list[Binding]) -> None:
+        missed = [b.name for b in group if not _probe(b).reached]
+        if missed:
+            raise TitheError(
+                missed[0],
+                found=f"no gradient from any of {self.num_samples} samples, here and in {len(missed) - 1} more tensors"
+                if len(missed) > 1
+                else f"no gradient from any of {self.num_samples} samples",
+                expected="a weight that the loss depends on",
+                remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
+            )
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Evaluation mode, gradients enabled, and every flag and every .grad as it was afterwards."""
+        training = [module for module in self.model.modules() if module.training]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for binding in self.bindings:
+                binding.probe = None
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
+
+
+def _probe(binding: Binding) -> Probe:
+    assert binding.probe is not None, "a pass sets the probe of every weight it scores"
+    return binding.probe
+
+
+def _fold(total: Tensor) -> Tensor:
+    """Sums over each of the first two axes: enough to tell two score tensors apart without keeping both."""
+    flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
+    return torch.cat([flat.sum(0), flat.sum(1)]).clone()

@@ -1,0 +1,21 @@
+"""Formulas of importance that need nothing but the weight; those of gradients are accumulated by the rules' probes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w|, in float32.
+
+    Example:
+        >>> magnitude(torch.tensor([-2.0, 1.0]))
+        tensor([2., 1.])
+    """
+    return weight.detach().float().abs()
+
+
+def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1): the largest k of it are a uniform draw of k entries; the same on every device and rank."""
+    return torch.rand(weight.shape, generator=generator)

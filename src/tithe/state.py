@@ -1,0 +1,150 @@
+"""A plan's state as plain tensors and numbers: checked before anything is changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe.errors import TitheError
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlanState:
+    """What `plan.state_dict()` holds.
+
+    Args:
+        num_steps: finished steps.
+        num_epochs: finished epochs.
+        seed: of the plan.
+        chosen: whether the first choice was made.
+        indices: name → entries selected now, sorted flat int64.
+        moved: name → entries ever selected, sorted flat int64.
+        values: name → the weight's values at `moved`.
+        head: name → head parameter.
+        buffers: name → buffer that changed in training.
+    """
+
+    num_steps: int
+    num_epochs: int
+    seed: int
+    chosen: bool
+    indices: dict[str, Tensor]
+    moved: dict[str, Tensor]
+    values: dict[str, Tensor]
+    head: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dict, with the format's version."""
+        return {"format": _FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> PlanState:
+        """Read a plain dict.
+
+        Raises:
+            TitheError: when keys are missing or the version is another.
+        """
+        missing = [field.name for field in fields(cls) if field.name not in state]
+        if missing or state.get("format") != _FORMAT:
+            raise TitheError(
+                "plan state",
+                found=f"format {state.get('format')!r}" + (f" without {', '.join(missing)}" if missing else ""),
+                expected=f"what plan.state_dict() of format {_FORMAT} returns",
+                remedy="save it with plan.state_dict() of this version",
+            )
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
+
+    def check(
+        self, *, moved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], head: Mapping[str, Tensor]
+    ) -> None:
+        """Compare with a plan: the same tensors, and no trained weight that this state does not set.
+
+        Raises:
+            TitheError: naming the first difference.
+        """
+        for what, here, there in (("where", shapes, self.indices), ("head", head, self.head)):
+            if set(here) != set(there):
+                differ = sorted(set(here) ^ set(there))
+                raise TitheError(
+                    differ[0],
+                    found=f"{len(differ)} names on one side only",
+                    expected=f"a state saved with the same model and {what}=",
+                    remedy=f"attach with the {what}= of the saved plan",
+                )
+        for name, parameter in head.items():
+            if parameter.shape != self.head[name].shape:
+                raise _shape_error(name, tuple(self.head[name].shape), tuple(parameter.shape))
+        for name, shape in shapes.items():
+            here, there = moved[name].cpu(), self.moved[name].cpu()
+            if there.numel() and int(there[-1]) >= torch.Size(shape).numel():
+                raise _shape_error(name, (int(there[-1]) + 1,), shape)
+            if there.numel() != self.values[name].numel():
+                raise _shape_error(name, tuple(self.values[name].shape), tuple(there.shape))
+            if not bool(torch.isin(here, there).all()):
+                raise TitheError(
+                    name,
+                    found="weights already trained here that the state does not set",
+                    expected="a freshly loaded base, or the plan that the state was saved from",
+                    remedy="load the base model again, attach, and load the state then",
+                )
+
+
+def _shape_error(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> TitheError:
+    return TitheError(
+        name,
+        found=f"a saved tensor that needs shape {found}",
+        expected=f"shape {expected}",
+        remedy="load the model that the state was saved with",
+    )
+
+
+class Buffers:
+    """Which persistent buffers (running statistics) changed since a plan was attached.
+
+    Args:
+        model: read now for the comparison.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = {name: _digest(buffer) for name, buffer in _persistent(model).items()}
+
+    def changed(self, model: nn.Module) -> dict[str, Tensor]:
+        """Copies of the buffers whose bytes are others now."""
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in _persistent(model).items()
+            if self._before.get(name) != _digest(buffer)
+        }
+
+    def write(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Write saved buffers in place.
+
+        Raises:
+            TitheError: when the model has no such buffer.
+        """
+        buffers = _persistent(model)
+        for name, value in values.items():
+            if name not in buffers or buffers[name].shape != value.shape:
+                raise TitheError(
+                    name, found="no buffer of that shape", expected=f"shape {tuple(value.shape)}", remedy="same model"
+                )
+            buffers[name].copy_(value)
+
+
+def _persistent(model: nn.Module) -> dict[str, Tensor]:
+    keys = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in keys}
+
+
+def _digest(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+    return hashlib.blake2b(data.numpy().data, digest_size=16).digest()
