@@ -17,7 +17,9 @@ from tithe.checkpoint.source import prefix_hint
 from tithe.errors import TitheError
 
 Model = TypeVar("Model", bound=nn.Module)
-_SAME_NETWORK: Final = "pass the network that the delta was made with, unwrapped: model.module under DDP, model._orig_mod under torch.compile"
+_SAME_NETWORK: Final = (
+    "pass the network that the delta was made with, unwrapped (model.module under DDP, model._orig_mod under compile)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ def apply(model: Model, path: str | Path) -> Model:
         for target, record in writes:
             write_record(target, record)
     if any(name not in state for name, _ in model.named_parameters()):
-        # An attached plan hides θ, a copy of selected weights, from state_dict; its loading hooks read it back from them.
+        # An attached plan hides θ, a copy of selected weights, from state_dict; its loading hooks read it again.
         model.load_state_dict({}, strict=False)
     return model
 
