@@ -34,7 +34,7 @@ def test_a_chain_costs_what_arithmetic_says() -> None:
     hidden = float32(n, h)
     assert ledger.saved == hidden  # ReLU's output is also the second layer's input: one storage
     assert ledger.saved_by_module == {"1": hidden}
-    # At ReLU in backward: its output, the gradients above and below it, those of the second layer, the loss and its own.
+    # At ReLU in backward: its output, the gradients above and below, those of the second layer, the loss and its own.
     head = float32(h, o) + float32(o)
     assert ledger.peak == 3 * hidden + head + 2 * 4
     assert ledger.by_kind == {"saved": hidden, "gradients": head, "other": 2 * hidden + 2 * 4}
@@ -426,6 +426,24 @@ def test_branching_on_an_activation_is_a_clear_error(forward: Callable[[Tensor],
     model = nn.Sequential(Fancy(forward))
     with pytest.raises(TitheError, match=r"^0: found aten\..*depends on the values.*Remedy: measure"):
         predict(model, lambda x: model(x).sum(), torch.ones(2, 4))
+
+
+def test_leaving_torch_is_a_clear_error() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(TitheError, match=r"the forward pass: found data asked of a tensor .*numpy"):
+        predict(model, lambda x: model(x).sum() * float(model(x).detach().numpy().sum()), torch.ones(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # the compiler's own
+@pytest.mark.slow
+def test_compiled_models_are_predicted_as_written() -> None:
+    model = nn.Sequential(nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 3))
+    compiled, x = torch.compile(model, backend="aot_eager"), torch.randn(16, 20)
+    compiled(x).sum().backward()
+    model.zero_grad()
+    predicted = predict(model, lambda x: compiled(x).sum(), x)
+    assert predicted == predict(model, lambda x: model(x).sum(), x)
+    measure(lambda: compiled(x).sum().backward())
 
 
 @pytest.mark.parametrize("closure", [lambda x: x, lambda x: x.sum().detach()])

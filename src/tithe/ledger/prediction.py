@@ -195,6 +195,15 @@ def predict(model: nn.Module, closure: Callable[[Any], Tensor], batch: Any) -> L
                 loss = closure(fakes)
                 _check(loss)
                 loss.backward()
+        except RuntimeError as error:
+            if "tensor subclasses" not in str(error):  # what torch says when a fake is asked for `.numpy()`
+                raise
+            raise TitheError(
+                "the forward pass",
+                found=f"data asked of a tensor that has only a shape ({error})",
+                expected="torch operators from the batch to the loss",
+                remedy="measure a real step with tithe.measure, or stay in torch",
+            ) from error
         finally:
             for leaf, grad in recorder.grads:
                 leaf.grad = grad

@@ -1,6 +1,7 @@
 """Watching a piece of work: every operator, every tensor saved for backward, every module entered."""
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -231,6 +232,10 @@ def _watching_resize(recorder: Recorder) -> Generator[None]:
 def recording(recorder: Recorder, *inner: AbstractContextManager[Any]) -> Generator[Recorder]:
     """Record what runs inside; every hook is gone afterwards, whatever happened."""
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", "Using `torch.compile.module.` when there are global hooks"
+        )  # ours, and harmless
         stack.callback(recorder.close)
         for handle in (
             register_module_forward_pre_hook(recorder.enter),
