@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import tithe
 from deltas import Tied, bits, net, pick, train
 from tithe.checkpoint import apply, diff, inspect, write_delta
 from tithe.errors import TitheError
@@ -257,3 +258,33 @@ def test_inspect_refuses(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "plain")
     with pytest.raises(TitheError, match="without a tithe header"):
         inspect(tmp_path / "plain")
+
+
+# A plan's own delta, and a model that a plan is attached to.
+
+
+def _squared(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def test_attached(tmp_path):
+    batches = [torch.randn(4, 8) for _ in range(3)]
+    base, tuned = net(), net()
+    method = tithe.FISH(density=0.3, samples=4)
+    plan = tithe.attach(tuned, method, loss=_squared, data=batches, head=["3.*"])
+    optimizer = torch.optim.AdamW(plan.parameters(), lr=0.1)
+    plan.bind(optimizer)
+    for batch in batches:
+        plan.backward(lambda batch=batch: _squared(tuned, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        plan.step()
+    plan.save(tmp_path / "d")
+    assert bits(apply(net(), tmp_path / "d")) == bits(tuned)
+    other = tithe.attach(base, method, loss=_squared, data=batches, head=["3.*"])
+    assert bits(apply(base, tmp_path / "d")) == bits(tuned)
+    for name, selection in other.selections.items():
+        theta = dict(other.named_parameters()).get(name)
+        assert theta is None or torch.equal(theta, selection.gather(base.get_parameter(name)))
+    other.release()
+    assert bits(base) == bits(tuned)
