@@ -294,8 +294,12 @@ class Plan:
         first, self._chosen = not self._chosen, True
         return self._take(selections) or first
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write what training changed, atomically: every weight ever selected, the head, and buffers that changed.
+
+        Args:
+            path: the file.
+            metadata: free strings for its header, beside the method, seed and steps.
 
         Raises:
             TitheError: when the file cannot be written.
@@ -308,8 +312,8 @@ class Plan:
             if self._moved[b.name].numel()
         }
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
-        metadata = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps)}
-        checkpoint.write_delta(path, self.model, selections, dense, metadata=metadata)
+        told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
+        checkpoint.write_delta(path, self.model, selections, dense, metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
