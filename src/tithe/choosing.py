@@ -1,17 +1,52 @@
-"""What a method is handed when it chooses: sizes, shapes, and scores by name. The method never sees a module."""
+"""What a plan asks of a method, and what the method is handed when it chooses. It never sees a module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tithe.batch import num_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
+from tithe.schedule import Schedule
 from tithe.scoring import Loss, Passes
 from tithe.select import scores as formulas
+from tithe.selection import Coordinates
+
+
+class Method(Protocol):
+    """What `attach` asks of a method: when to choose, and what."""
+
+    @property
+    def samples(self) -> int:
+        """Samples that its score is taken over."""
+        ...
+
+    @property
+    def warmup(self) -> int:
+        """Steps before the first choice."""
+        ...
+
+    @property
+    def reselect(self) -> Schedule | None:
+        """When to choose again."""
+        ...
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether choosing reads data."""
+        ...
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """How many values it will select; raises TitheError when the budget leaves nothing."""
+        ...
+
+    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
+        """A selection for each tensor to choose from."""
+        ...
 
 
 class Choosing:
@@ -36,7 +71,7 @@ class Choosing:
         num_parameters: int,
         num_head: int,
         loss: Loss | None,
-        batches: Sequence[Any] | None,
+        batches: Iterable[Any] | None,
         seed: int,
         step: int,
     ) -> None:
@@ -72,3 +107,15 @@ class Choosing:
             )
         passes = Passes(self._model, self._bindings, self._loss, self._batches, samples, fisher)
         return passes.scores("square" if kind == "fisher" else "sum")
+
+
+def first_batches(data: Iterator[Any], samples: int) -> list[Any]:
+    """The batches that hold the first `samples` samples of data that can be read only once."""
+    kept: list[Any] = []
+    count = 0
+    for batch in data:
+        kept.append(batch)
+        count += num_samples(batch)
+        if count >= samples:
+            break
+    return kept

@@ -1,4 +1,4 @@
-"""What ranks have to agree on. The only importer of torch.distributed; every function is the identity on one process."""
+"""What ranks have to agree on. The only importer of torch.distributed; on one process nothing happens."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +39,14 @@ def _evaluate(module: nn.Module, args: Any) -> None:
 
 def _graft_flat_weights(module: nn.Module, args: Any) -> None:
     """Before the forward of an RNN, which reads its weights from a list instead of its attributes."""
-    names = module._flat_weights_names
-    module._flat_weights = [graft(getattr(module, name)) for name in names]  # pyright: ignore[reportGeneralTypeIssues]
+    names = cast(list[str], module._flat_weights_names)
+    object.__setattr__(module, "_flat_weights", [graft(getattr(module, name)) for name in names])
 
 
 def _plain_flat_weights(module: nn.Module, args: Any, output: Any) -> None:
     """After the forward of an RNN: no graph is held between calls."""
-    names = module._flat_weights_names
-    module._flat_weights = [module._parameters[name] for name in names]  # pyright: ignore[reportGeneralTypeIssues]
+    names = cast(list[str], module._flat_weights_names)
+    object.__setattr__(module, "_flat_weights", [module._parameters[name] for name in names])
 
 
 class _Settle:

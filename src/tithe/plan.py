@@ -14,55 +14,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tithe import checkpoint, distributed, ledger, names
-from tithe.batch import num_samples
 from tithe.carry import carry
-from tithe.choosing import Choosing
+from tithe.choosing import Choosing, Method, first_batches
 from tithe.elementwise import check_elementwise, inner_optimizer
 from tithe.errors import TitheError
 from tithe.mount import Mount
 from tithe.rules import Binding
-from tithe.schedule import Schedule
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Coordinates
 from tithe.state import Buffers, PlanState
-
-
-class Method(Protocol):
-    """What `attach` asks of a method: when to choose, and what."""
-
-    @property
-    def samples(self) -> int:
-        """Samples that its score is taken over."""
-        ...
-
-    @property
-    def warmup(self) -> int:
-        """Steps before the first choice."""
-        ...
-
-    @property
-    def reselect(self) -> Schedule | None:
-        """When to choose again."""
-        ...
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether choosing reads data."""
-        ...
-
-    def num_selected(self, choosing: Choosing) -> int:
-        """How many values it will select; raises TitheError when the budget leaves nothing."""
-        ...
-
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
-        """A selection for each tensor to choose from."""
-        ...
 
 
 def attach(
@@ -139,7 +105,7 @@ class Plan:
         self._frozen_head = {name: p.requires_grad for name, p in split.head.items()}
         self._buffers = Buffers(model)
         if isinstance(data, Iterator) and method.needs_data:
-            self._data = _first(data, method.samples)
+            self._data = first_batches(data, method.samples)
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
         self._mount = Mount(model, bound)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
@@ -430,15 +396,3 @@ class Plan:
     def _check_live(self) -> None:
         if self._released:
             raise TitheError("plan", found="a released plan", expected="an attached one", remedy="attach again")
-
-
-def _first(data: Iterator[Any], samples: int) -> list[Any]:
-    """The batches that hold the first `samples` samples of data that can be read only once."""
-    kept: list[Any] = []
-    count = 0
-    for batch in data:
-        kept.append(batch)
-        count += num_samples(batch)
-        if count >= samples:
-            break
-    return kept

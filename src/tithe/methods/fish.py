@@ -82,7 +82,7 @@ class FISH:
                     expected="one of " + ", ".join(map(repr, get_args(options))),
                     remedy=f"change {name}",
                 )
-        if self.reselect is not None and not isinstance(self.reselect, Schedule):
+        if not isinstance(self.reselect, (Schedule, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TitheError(
                 "FISH",
                 found=f"reselect={self.reselect!r}",
@@ -127,8 +127,6 @@ class FISH:
         """One selection for each tensor to choose from, empty ones included."""
         k = self.num_selected(choosing)
         scores = choosing.scores(self.score, samples=self.samples, fisher=self.fisher)
-        if self.scope == "global":
-            picked = top_k(scores, k)
-        else:
-            picked = top_in_each(scores, share(k, choosing.sizes))
+        sizes = choosing.sizes
+        picked = top_k(scores, k, sizes) if self.scope == "global" else top_in_each(scores, share(k, sizes))
         return {name: Coordinates(choosing.shapes[name], indices.cpu()) for name, indices in picked.items()}

@@ -26,7 +26,14 @@ Handler = Callable[..., Any]
 
 _RULES: dict[Callable[..., Any], Handler] = {}
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
-_METADATA = {Tensor._is_view, Tensor.requires_grad_, Tensor.register_hook, Tensor.__repr__, Tensor.__format__}
+_READS_NO_VALUES = frozenset(
+    [
+        *("_is_view", "requires_grad_", "register_hook", "__repr__", "__format__", "__len__", "get_device"),
+        *("dim", "ndimension", "size", "stride", "numel", "nelement", "element_size", "storage_offset", "data_ptr"),
+        *("is_contiguous", "is_floating_point", "is_complex", "untyped_storage", "new_empty", "new_zeros", "new_ones"),
+        *("new_full", "new_tensor", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    ]
+)
 
 
 def register(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
@@ -95,7 +102,7 @@ class Carrier(Tensor):
     key: str
 
     @staticmethod
-    def __new__(cls, binding: Binding, owner: nn.Module, key: str) -> Carrier:  # noqa: D102
+    def __new__(cls: type[Carrier], binding: Binding, owner: nn.Module, key: str) -> Carrier:  # noqa: D102
         carrier = torch.Tensor._make_subclass(cls, binding.weight.detach(), False)
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
@@ -111,7 +118,7 @@ class Carrier(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if (name == "__get__" and func not in _VIEWS) or name == "__set__" or func in _METADATA:
+        if (name == "__get__" and func not in _VIEWS) or name == "__set__" or name in _READS_NO_VALUES:
             if torch.compiler.is_compiling():
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tithe.rules.binding import Binding
 from tithe.rules.carrier import apply_rule, asking, needs_no_rule, register
+from tithe.rules.probe import SquareProbe
 from tithe.rules.ruled import Rule
 
 
@@ -71,4 +72,8 @@ def embedding(
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
+    probe = binding.probe
+    if isinstance(probe, SquareProbe) and probe.expand and input.shape[:1] == (1,):
+        # Positions shared by all samples are looked up once per sample, so that their gradients arrive apart.
+        input = input.expand(probe.num_samples, *input.shape[1:])
     return apply_rule(EmbeddingRule(binding, padding_idx), input, weight, None)

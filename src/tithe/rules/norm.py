@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class RMSNormRule(Rule):
         if len(kept) == 1 and self.weight is not None:
             gtw = (gy_ND.index_select(1, self.weight.indices) * kept[0]).sum(0)
         elif kept:
-            x, rstd = kept
+            x, rstd = kept[0], kept[-1]
             xhat = x.reshape(-1, self.width) * rstd
             if need_x:
                 scaled = gy_ND * weight.reshape(-1)
@@ -258,7 +259,7 @@ def mul(input: Tensor, other: Tensor) -> Tensor:
     """`weight * x` by rule, for a vector along x's last axis."""
     weight, x = (input, other) if asking(input) is not None else (other, input)
     binding = asking(weight)
-    if binding is None or not isinstance(x, Tensor) or weight.dim() != 1 or needs_no_rule(weight, None):
+    if binding is None or not isinstance(cast(object, x), Tensor) or weight.dim() != 1 or needs_no_rule(weight, None):
         return NotImplemented
     if asking(x) is not None or x.dtype != weight.dtype or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
         return NotImplemented

@@ -11,6 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_CACHE = 1 << 18
+"""Entries of a product that stay in a core's cache between the multiplication and the squaring."""
+
 
 class Probe(ABC):
     """Accumulates a statistic of one weight's gradient over samples, in float32 (float64 for a float64 weight).
@@ -21,13 +24,53 @@ class Probe(ABC):
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.total = torch.zeros(weight.shape, dtype=self.dtype, device=weight.device)
+        self.shape, self.device = weight.shape, weight.device
         self.anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
         self.num_samples = 1
         self.calls = 0
         self.separable = True
         self.expand = True
         self.reached = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was accumulated."""
+        self._dense: Tensor | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def dense(self) -> Tensor:
+        """The running sums, in the weight's shape."""
+        if self._dense is None:
+            self._dense = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return self._dense
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the running sums as they are held now."""
+        held = [] if self._dense is None else [self._dense]
+        held += [] if self._rows is None else list(self._rows)
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def total(self) -> Tensor:
+        """The sums in the weight's shape; rows that no sample touched are zero."""
+        dense = self.dense
+        if self._rows is not None:
+            dense.index_add_(0, *self._rows)
+            self._rows = None
+        return dense
+
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Add `values` (U, D) to distinct `rows` (U,), holding only rows that were touched."""
+        if self._rows is None:
+            self._rows = rows, values
+            return
+        held, sums = self._rows
+        merged, place = torch.cat([held, rows]).unique(return_inverse=True)
+        if merged.numel() > held.numel():
+            grown = sums.new_zeros(merged.numel(), sums.shape[1])
+            sums = grown.index_copy_(0, place[: held.numel()], sums)
+        self._rows = merged, sums.index_add_(0, place[held.numel() :], values)
 
     def begin(self, num_samples: int) -> None:
         """A backward pass over `num_samples` samples follows."""
@@ -77,24 +120,42 @@ class SquareProbe(Probe):
     """Σ over samples of the squared per-sample gradient: the diagonal Fisher information, times N."""
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """Σ_n (Σ_t left_nto right_nti)²; with one position a sample the squares factor into one product."""
-        ls, rs = self.samples(left, left.shape[-1]), self.samples(right, right.shape[-1])
+        """Σ_n (Σ_t left_nto right_nti)²; with one position a sample the squares factor into one product.
+
+        Positions without a gradient (padding, or all but the first token in a classifier's last layer) are left out.
+        """
+        left_NTO, right_NTI = self.samples(left, left.shape[-1]), self.samples(right, right.shape[-1])
         self.calls -= 1
-        if ls is None or rs is None or ls.shape[1] != rs.shape[1]:
+        if left_NTO is None or right_NTI is None or left_NTO.shape[1] != right_NTI.shape[1]:
             self.separable = False
-        elif ls.shape[1] == 1:
-            self.total.addmm_(ls[:, 0].square().t(), rs[:, 0].square())
-        else:
-            product = torch.empty_like(self.total)
-            for l_TO, r_TI in zip(ls, rs, strict=True):
-                torch.mm(l_TO.t(), r_TI, out=product)
-                self.total.addcmul_(product, product)
+            return
+        live_NT = (left_NTO != 0).any(-1) & (right_NTI != 0).any(-1)
+        counts = live_NT.sum(1)
+        single = counts == 1
+        if bool(single.any()):
+            alone_NT = live_NT & single[:, None]
+            self.dense.addmm_(left_NTO[alone_NT].square_().t(), right_NTI[alone_NT].square_())
+        many = (counts > 1).nonzero().flatten().tolist()
+        full = (counts == live_NT.shape[1]).tolist()
+        pairs = [
+            (left_NTO[n], right_NTI[n]) if full[n] else (left_NTO[n][live_NT[n]], right_NTI[n][live_NT[n]])
+            for n in many
+        ]
+        height, width = self.shape[0], self.shape[1]
+        step = height if height * width <= _CACHE * 2 else max(_CACHE // width, 1)
+        product_OI = torch.empty(min(step, height), width, dtype=self.dtype, device=self.device)
+        for start in range(0, height, step):
+            total_OI = self.dense[start : start + step]
+            block_OI = product_OI[: total_OI.shape[0]]
+            for left_TO, right_TI in pairs:
+                torch.mm(left_TO[:, start : start + step].t(), right_TI, out=block_OI)
+                total_OI.addcmul_(block_OI, block_OI)
 
     def vector(self, terms: Tensor) -> None:
         """Σ_n (Σ_t terms_ntd)²."""
         t_NTD = self.samples(terms, terms.shape[-1])
         if t_NTD is not None:
-            self.total.add_(t_NTD.sum(1).square_().sum(0))
+            self.dense.view(-1).add_(t_NTD.sum(1).square_().sum(0))
 
     def whole(self, grad: Tensor) -> None:
         """grad², right for one sample alone."""
@@ -105,7 +166,7 @@ class SquareProbe(Probe):
     def stacked(self, grads: Tensor) -> None:
         """Σ_n grads_n²."""
         self.calls += 1
-        self.total.add_(grads.to(self.dtype).square_().sum(0, keepdim=True))
+        self.dense.add_(grads.to(self.dtype).square_().sum(0, keepdim=True))
 
     def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
         """One small gradient at a time, squared at once."""
@@ -119,12 +180,12 @@ class SquareProbe(Probe):
 
     def _add_square(self, grad: Tensor) -> None:
         grad = grad.to(self.dtype)
-        self.total.addcmul_(grad, grad)
+        self.dense.addcmul_(grad, grad)
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Rows repeated within a sample are summed before they are squared."""
         self.calls += 1
-        num_rows, width = self.total.shape
+        num_rows, width = self.shape
         if self.num_samples == 0 or ids.numel() % self.num_samples:
             self.separable = False
             return
@@ -133,7 +194,9 @@ class SquareProbe(Probe):
         keys, place = (ids_NT + owner).reshape(-1).unique(return_inverse=True)
         sums = torch.zeros(keys.numel(), width, dtype=self.dtype, device=ids.device)
         sums.index_add_(0, place, gy.reshape(-1, width).to(self.dtype))
-        self.total.index_add_(0, keys % num_rows, sums.square_())
+        rows, place = (keys % num_rows).unique(return_inverse=True)
+        squares = torch.zeros(rows.numel(), width, dtype=self.dtype, device=ids.device)
+        self.add_rows(rows, squares.index_add_(0, place, sums.square_()))
 
 
 class SumProbe(Probe):
@@ -146,24 +209,24 @@ class SumProbe(Probe):
     def matrix(self, left: Tensor, right: Tensor) -> None:
         """leftᵀ right over all rows."""
         self.calls += 1
-        self.total.addmm_(
+        self.dense.addmm_(
             left.reshape(-1, left.shape[-1]).t().to(self.dtype), right.reshape(-1, right.shape[-1]).to(self.dtype)
         )
 
     def vector(self, terms: Tensor) -> None:
         """The sum over all rows."""
         self.calls += 1
-        self.total.add_(terms.reshape(-1, terms.shape[-1]).to(self.dtype).sum(0))
+        self.dense.view(-1).add_(terms.reshape(-1, terms.shape[-1]).to(self.dtype).sum(0))
 
     def whole(self, grad: Tensor) -> None:
         """The gradient."""
         self.calls += 1
-        self.total.add_(grad)
+        self.dense.add_(grad)
 
     def stacked(self, grads: Tensor) -> None:
         """Σ_n grads_n."""
         self.calls += 1
-        self.total.add_(grads.to(self.dtype).sum(0, keepdim=True))
+        self.dense.add_(grads.to(self.dtype).sum(0, keepdim=True))
 
     def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
         """The whole batch in one call."""
@@ -172,18 +235,59 @@ class SumProbe(Probe):
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Each row's gradient is added to its place."""
         self.calls += 1
-        self.total.index_add_(0, ids.reshape(-1), gy.reshape(-1, gy.shape[-1]).to(self.dtype))
+        rows, place = ids.reshape(-1).unique(return_inverse=True)
+        sums = torch.zeros(rows.numel(), self.shape[1], dtype=self.dtype, device=ids.device)
+        self.add_rows(rows, sums.index_add_(0, place, gy.reshape(-1, self.shape[1]).to(self.dtype)))
 
 
 class SampleProbe(SumProbe):
-    """Squared per-sample gradients, one sample to a backward pass; exact for any use of the weight, at twice the bytes."""
+    """Squared per-sample gradients, one sample to a backward pass: exact for any use, at twice the bytes."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
-        self.squares = torch.zeros_like(self.total)
+        self.squares = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def end(self) -> None:
         """Square the sample's gradient and start anew."""
         super().end()
-        self.squares.addcmul_(self.total, self.total)
-        self.total.zero_()
+        grad = super().total()
+        self.squares.addcmul_(grad, grad)
+        grad.zero_()
+
+    def total(self) -> Tensor:
+        """The sums of squares."""
+        return self.squares
+
+
+class Listener(SumProbe):
+    """Hears how a weight is used and adds nothing up.
+
+    `held` counts the bytes that sums would take: touched rows for a table, the weight's size for anything else.
+    """
+
+    held = 0
+
+    def matrix(self, left: Tensor, right: Tensor) -> None:
+        """Used as a matrix."""
+        self._heard()
+
+    def vector(self, terms: Tensor) -> None:
+        """Used as a vector."""
+        self._heard()
+
+    def whole(self, grad: Tensor) -> None:
+        """Used in any other way."""
+        self._heard()
+
+    def stacked(self, grads: Tensor) -> None:
+        """Used once per sample."""
+        self._heard()
+
+    def rows(self, ids: Tensor, gy: Tensor) -> None:
+        """Used as a table."""
+        self.calls += 1
+        self.held += ids.unique().numel() * self.shape[1] * self.dtype.itemsize
+
+    def _heard(self) -> None:
+        self.calls += 1
+        self.held = self.shape.numel() * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The model's own predictive distribution, read off the loss it is trained with: what the true Fisher information needs."""
+"""The model's own predictive distribution, read off its loss: what the true Fisher information needs."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ a training step; each group is one pass over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,16 +18,21 @@ from tithe.batch import num_samples, slice_batch
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
-from tithe.rules.probe import SampleProbe
+from tithe.rules.probe import Listener, SampleProbe
 from tithe.scoring.likelihood import Likelihood
 
 Loss = Callable[[Any, Any], Tensor]
 Statistic = Literal["square", "sum"]
 
-_MICRO = 4
-"""Samples to a backward pass: enough for dense products, few enough to stay below a training step's activations."""
+_MICRO = 8
+"""Most samples to a backward pass: enough for dense products."""
+_STEP = 0.7
+"""What a step that trains part of a network keeps for backward, against what a pass that scores all of it keeps
+(measured on BERT-like encoders and ResNets)."""
 _AGREE = 1e-3
 """Relative difference at which a weight scored by batch is taken to mix samples, and is scored one by one instead."""
+_NOISE = 1e-9
+"""Squares below this part of the largest are rounding (a key's bias has no gradient but that), and never picked."""
 
 
 def check_loss(value: Any, *, finite: bool = True) -> Tensor:
@@ -71,7 +76,7 @@ class Passes:
         model: nn.Module,
         bindings: Sequence[Binding],
         loss: Loss,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         samples: int,
         fisher: str = "empirical",
     ) -> None:
@@ -86,6 +91,7 @@ class Passes:
             if have + size >= share:
                 break
         self.num_samples = sum(num_samples(b) for b in self.batches)
+        self.micro = 1
         if not self.num_samples:
             raise TitheError(
                 "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
@@ -100,52 +106,54 @@ class Passes:
         total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
         with self._evaluation():
             for group in self._groups():
-                sums = self._squares(group) if statistic == "square" else self._sums(group)
-                self._check_reached(group)
-                for binding in group:
-                    score = distributed.sum_(sums.pop(binding.name)).div_(total)
+                probes = self._squares(group) if statistic == "square" else self._sums(group)
+                # Tables hold only touched rows until asked for; asked last, they never stand beside the other sums.
+                for binding in sorted(group, key=lambda b: probes[b.name].num_bytes < probes[b.name].shape.numel()):
                     binding.probe = None
+                    score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
                     yield binding.name, score.abs_() if statistic == "sum" else score
 
-    def _groups(self) -> Iterator[list[Binding]]:
-        limit = self._room()
-        group: list[Binding] = []
-        size = 0
-        for binding in self.bindings:
-            need = binding.weight.numel() * (8 if binding.weight.dtype == torch.float64 else 4)
-            if group and size + need > limit:
-                yield group
-                group, size = [], 0
-            group.append(binding)
-            size += need
-        if group:
-            yield group
+    def _groups(self) -> list[list[Binding]]:
+        """Groups whose sums fit beside a pass without passing a training step on the same batch.
 
-    def _room(self) -> float:
-        """Bytes of sums that fit beside a pass without passing a training step on the same batch.
+        Two samples are run with probes that only listen: what they save for backward, scaled to the batch, tells what
+        a training step keeps. The room is never less than an eighth of the weights, which bounds the number of passes.
 
-        Measured: what two samples save for backward, scaled to the batch; a step that trains part of the network
-        saves about half of that. Never less than an eighth of the weights, which bounds the number of passes.
+        Raises:
+            TitheError: when a weight gets no gradient.
         """
-        floor = sum(b.weight.numel() * 4 for b in self.bindings) / 8
         batch = self.batches[0]
-        few = slice_batch(batch, 0, min(2, num_samples(batch)))
-        lowest = self.bindings[0]
-        lowest.probe = SumProbe(lowest.weight)
-        try:
-            saved = measure(lambda: check_loss(self.loss(self.model, few))).saved
-        finally:
-            lowest.probe = None
-        return max(floor, saved / num_samples(few) * num_samples(batch) / 2)
+        size = num_samples(batch)
+        few = slice_batch(batch, 0, min(2, size))
+        listeners = {b.name: Listener(b.weight) for b in self.bindings}
+        for binding in self.bindings:
+            binding.probe = listeners[binding.name]
+        saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
+        self._check_reached(listeners)
+        self.micro = max(1, min(_MICRO, size // 4))
+        limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - self.micro))
+        scale = self.num_samples / num_samples(few)
+        groups: list[list[Binding]] = [[]]
+        held = 0.0
+        for binding in self.bindings:
+            listener = listeners[binding.name]
+            binding.probe = None
+            need = min(listener.held * scale, binding.weight.numel() * listener.dtype.itemsize)
+            if groups[-1] and held + need > limit:
+                groups.append([])
+                held = 0.0
+            groups[-1].append(binding)
+            held += need
+        return groups
 
-    def _sums(self, group: list[Binding]) -> dict[str, Tensor]:
+    def _sums(self, group: list[Binding]) -> dict[str, Probe]:
         for binding in group:
             binding.probe = SumProbe(binding.weight)
         for batch in self.batches:
             self._backward(group, batch)
-        return {b.name: _probe(b).total for b in group}
+        return {b.name: _probe(b) for b in group}
 
-    def _squares(self, group: list[Binding]) -> dict[str, Tensor]:
+    def _squares(self, group: list[Binding]) -> dict[str, Probe]:
         for binding in group:
             binding.probe = SquareProbe(binding.weight)
         alone = self._mixing(group)
@@ -154,21 +162,18 @@ class Passes:
             binding.probe = None
         if together:
             for batch in self.batches:
-                for start in range(0, num_samples(batch), _MICRO):
-                    self._backward(together, slice_batch(batch, start, min(start + _MICRO, num_samples(batch))))
-        sums = {b.name: _probe(b).total for b in together}
+                for start in range(0, num_samples(batch), self.micro):
+                    self._backward(together, slice_batch(batch, start, min(start + self.micro, num_samples(batch))))
+        probes = {b.name: _probe(b) for b in together}
+        for binding in together:
+            binding.probe = None
+        for binding in alone:
+            binding.probe = probes[binding.name] = SampleProbe(binding.weight)
         if alone:
-            self._one_by_one(alone, sums)
-        return sums
-
-    def _one_by_one(self, group: list[Binding], sums: dict[str, Tensor]) -> None:
-        probes = {b.name: SampleProbe(b.weight) for b in group}
-        for binding in group:
-            binding.probe = probes[binding.name]
-        for batch in self.batches:
-            for n in range(num_samples(batch)):
-                self._backward(group, slice_batch(batch, n, n + 1))
-        sums.update({name: probe.squares for name, probe in probes.items()})
+            for batch in self.batches:
+                for n in range(num_samples(batch)):
+                    self._backward(alone, slice_batch(batch, n, n + 1))
+        return probes
 
     def _mixing(self, group: list[Binding]) -> list[Binding]:
         """The weights whose batched scores of two samples differ from the same two scored one by one.
@@ -185,22 +190,21 @@ class Passes:
             for binding in group:  # an expanded parameter did not fit where it is used
                 _probe(binding).expand = False
             self._backward(group, slice_batch(batch, 0, 2))
-        both = {b.name: _fold(_probe(b).total) for b in group}
-        for binding in group:
-            _probe(binding).total.zero_()
+        both = {b.name: _fold(_probe(b)) for b in group}
         separable = {b.name: _probe(b).separable for b in group}
         for n in range(2):
             self._backward(group, slice_batch(batch, n, n + 1))
+        apart = {b.name: _fold(_probe(b)) for b in group}
+        noise = _NOISE * max(float(sums.max()) for sums in apart.values())
         mixing: list[Binding] = []
         for binding in group:
-            one, two = _fold(_probe(binding).total), both[binding.name]
-            agree = (one - two).abs().max() <= _AGREE * one.abs().max() + 1e-30
-            if not separable[binding.name] or not bool(agree):
+            one, two = apart[binding.name], both[binding.name]
+            agree = float((one - two).abs().max()) <= _AGREE * float(one.max()) + noise
+            if not separable[binding.name] or not agree:
                 mixing.append(binding)
-            _probe(binding).total.zero_()
         return mixing
 
-    def _backward(self, group: list[Binding], batch: Any) -> None:
+    def _backward(self, group: Sequence[Binding], batch: Any) -> None:
         size = num_samples(batch)
         if self.fisher == "true":
             self._true_backward(group, batch, size)
@@ -211,7 +215,7 @@ class Passes:
         for binding in group:
             _probe(binding).end()
 
-    def _true_backward(self, group: list[Binding], batch: Any, size: int) -> None:
+    def _true_backward(self, group: Sequence[Binding], batch: Any, size: int) -> None:
         for binding in group:
             _probe(binding).begin(size)
         with Likelihood() as likelihood:
@@ -223,20 +227,19 @@ class Passes:
             for binding in group:
                 _probe(binding).end()
 
-    def _check_reached(self, group: list[Binding]) -> None:
-        missed = [b.name for b in group if not _probe(b).reached]
+    def _check_reached(self, listeners: Mapping[str, Listener]) -> None:
+        missed = [name for name, listener in listeners.items() if not listener.reached]
         if missed:
+            more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
             raise TitheError(
                 missed[0],
-                found=f"no gradient from any of {self.num_samples} samples, here and in {len(missed) - 1} more tensors"
-                if len(missed) > 1
-                else f"no gradient from any of {self.num_samples} samples",
+                found=f"no gradient for it from the loss{more}",
                 expected="a weight that the loss depends on",
                 remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
             )
 
     @contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def _evaluation(self) -> Generator[None]:
         """Evaluation mode, gradients enabled, and every flag and every .grad as it was afterwards."""
         training = [module for module in self.model.modules() if module.training]
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -260,7 +263,9 @@ def _probe(binding: Binding) -> Probe:
     return binding.probe
 
 
-def _fold(total: Tensor) -> Tensor:
-    """Sums over each of the first two axes: enough to tell two score tensors apart without keeping both."""
+def _fold(probe: Probe) -> Tensor:
+    """Sums over each of the first two axes, enough to tell two sets of sums apart; the probe starts anew."""
+    total = probe.total()
     flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
-    return torch.cat([flat.sum(0), flat.sum(1)]).clone()
+    probe.clear()
+    return torch.cat([flat.sum(0), flat.sum(1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -26,44 +27,54 @@ def largest(scores: Tensor, k: int) -> Tensor:
     if k <= 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     cut = torch.topk(scores, k, sorted=False).values.min()
-    above = (scores > cut).nonzero().flatten()
-    ties = (scores == cut).nonzero().flatten()[: k - above.numel()]
-    return torch.cat([above, ties]).sort().values
+    taken = scores > cut
+    ties = (scores == cut).nonzero().flatten()
+    taken[ties[: k - int(taken.sum())]] = True
+    return taken.nonzero().flatten()
 
 
-def top_k(scores: Iterable[tuple[str, Tensor]], k: int) -> dict[str, Tensor]:
-    """One exact global cut: the k largest scores of all tensors together; ties by order of tensor, then by index.
+def top_k(scores: Iterable[tuple[str, Tensor]], k: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """One exact global cut: the k largest scores of all tensors together; ties by order in `sizes`, then by index.
 
-    Tensors are consumed one at a time and never hold more than k candidates, so scores may be streamed.
+    Tensors are consumed one at a time, in any order, and little more than k candidates are held.
 
     Args:
-        scores: names and scores of any shape, in the model's order.
+        scores: names and scores of any shape.
         k: how many to take in all.
+        sizes: name → number of entries, in the model's order.
 
     Returns:
-        Name → sorted flat int64 indices, for every name, possibly empty.
+        Name → sorted flat int64 indices, for every name in `sizes`, possibly empty.
 
     Raises:
         TitheError: when a score is not finite.
 
     Example:
-        >>> top_k([("a", torch.tensor([1.0, 5.0])), ("b", torch.tensor([5.0]))], 2)
+        >>> top_k([("a", torch.tensor([1.0, 5.0])), ("b", torch.tensor([5.0]))], 2, {"a": 2, "b": 1})
         {'a': tensor([1]), 'b': tensor([0])}
     """
-    names: list[str] = []
-    starts = [0]
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     values, places = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    least = -math.inf
     for name, score in scores:
         flat = _finite(name, score)
-        local = largest(flat, k)
+        local = (flat >= least).nonzero().flatten() if least > -math.inf else largest(flat, k)
         values = torch.cat([values.to(flat), flat[local]])
-        places = torch.cat([places.to(local), local + starts[-1]])
-        kept = largest(values, k)
-        values, places = values[kept], places[kept]
-        names.append(name)
-        starts.append(starts[-1] + flat.numel())
-    bounds = torch.searchsorted(places, torch.tensor(starts, device=places.device)).tolist()
-    return {name: places[bounds[i] : bounds[i + 1]] - starts[i] for i, name in enumerate(names)}
+        places = torch.cat([places.to(local), local + starts[name]])
+        if values.numel() > 2 * k:
+            values, places = _cut(values, places, k)
+            least = float(values.min())
+    _, places = _cut(values, places, k)
+    bounds = torch.searchsorted(places, torch.tensor([*starts.values(), sum(sizes.values())], device=places.device))
+    ends = bounds.tolist()
+    return {name: places[ends[i] : ends[i + 1]] - starts[name] for i, name in enumerate(sizes)}
+
+
+def _cut(values: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest candidates in the order of their places."""
+    places, order = places.sort()
+    kept = largest(values[order], k)
+    return values[order][kept], places[kept]
 
 
 def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int]) -> dict[str, Tensor]:
