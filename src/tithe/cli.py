@@ -1,0 +1,216 @@
+"""The command line: `tithe demo · train · merge · inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Annotated, Any
+
+from tithe.errors import TitheError
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(f"The command line needs {error.name}: pip install 'tithe[train]'") from error
+
+WIDTH = 80
+
+app = typer.Typer(
+    name="tithe",
+    help="""Train a tithe of the network; pay a tithe of the memory.
+
+    Start with `tithe demo`; then write a recipe and `tithe train` it.""",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console of at most 80 columns; rich leaves colours and bars out where nobody is looking."""
+    console = Console(stderr=stderr, highlight=False)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+@contextlib.contextmanager
+def _guarded() -> Generator[None]:
+    """Turn what went wrong into one message and an exit code: 2 refused, 3 not finite, 130 interrupted."""
+    try:
+        yield
+    except TitheError as error:
+        _say(f"error: {error}")
+        raise typer.Exit(3 if type(error).__name__ == "NotFiniteError" else 2) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "tithe").startswith("tithe"):
+            raise
+        _say(f"error: the package {error.name} is not installed. Remedy: pip install 'tithe[train]'")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _say("stopped before the first step: nothing to save")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE.toml")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data files: [data] folder, from here.", metavar="FOLDER")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a key of the recipe; repeatable.", metavar="KEY=VALUE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model as a recipe says.
+
+    Ctrl-C finishes the step, saves, and says how to go on. On several
+    processes: torchrun --nproc-per-node 2 -m tithe.cli train RECIPE.toml
+
+    \b
+    Example:
+      tithe train examples/sst2_minilm.toml
+      tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
+
+    \b
+    A whole recipe:
+      [model]
+      pretrained = "bert-base-uncased"  # or a folder, or timm = "resnet18"
+      [data]
+      task = "text-classification"      # or text-regression,
+      train = "train.tsv"               #    image-classification
+      test = "test.tsv"
+      text = "sentence"
+      [method]
+      name = "fish"                     # or full, head
+      density = 0.005
+      [optimizer]
+      lr = 1e-3
+      [run]
+      epochs = 3
+      output = "runs/first"
+    """  # noqa: D301
+    with _guarded():
+        from tithe.train import read_recipe
+        from tithe.train import train as run
+
+        settings = list(overrides or [])
+        if data is not None:
+            settings.append(f"data.folder={json.dumps(str(data.resolve()))}")
+        checked = read_recipe(recipe, settings)
+
+        from tithe.train.loop import Interrupted
+        from tithe.train.report import show
+
+        try:
+            result = run(checked, resume=resume, console=_console(stderr=True))
+        except Interrupted as stop:
+            if os.environ.get("RANK", "0") == "0":
+                again = ["tithe", "train", str(recipe), "--resume"]
+                again += ["--data", str(data)] if data is not None else []
+                again += [part for override in overrides or [] for part in ("--set", override)]
+                _say(f"{stop}. To go on:\n  {shlex.join(again)}")
+            raise typer.Exit(130) from None
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if as_json:
+            _print_json(result)
+        else:
+            show(result, _console())
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The model that was fine-tuned: a folder, a file or an id.")],
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas made from it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new folder or file.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Let later deltas win where two disagree.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ordinary checkpoint: the base with deltas applied.
+
+    BASE is a folder or a Hugging Face id (then OUT is a folder that
+    from_pretrained reads), or one .safetensors file (then OUT is one too).
+
+    \b
+    Example:
+      tithe merge bert-base-uncased runs/first/delta.safetensors -o tuned
+    """  # noqa: D301
+    with _guarded():
+        from tithe.train.merging import merge_deltas
+
+        path = merge_deltas(base, deltas, output, overwrite=overwrite)
+        if as_json:
+            _print_json({"base": base, "deltas": [str(delta) for delta in deltas], "output": str(path)})
+        else:
+            typer.echo(f"written: {path}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A delta.", metavar="FILE")],
+    as_json: Json = False,
+) -> None:
+    """Say what is in a delta: which tensors, how many values, from which method.
+
+    \b
+    Example:
+      tithe inspect runs/first/delta.safetensors
+    """  # noqa: D301
+    with _guarded():
+        import tithe
+
+        info = tithe.inspect(file)
+        if as_json:
+            _print_json(info.as_dict())
+        else:
+            typer.echo(str(info))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the table and the figure.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of networks and batches.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: seconds, and rougher numbers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a small network on embedded images with every method.
+
+    Under two minutes on two cores, without a network or a download.
+
+    \b
+    Example:
+      tithe demo
+      tithe demo --quick --json
+    """  # noqa: D301
+    with _guarded():
+        from tithe import demo as demonstration
+
+        # With --json the demonstration's own table goes to stderr: stdout carries the JSON alone.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = demonstration.run(output, seed=seed, quick=quick)
+        if as_json:
+            _print_json(result)
+
+
+if __name__ == "__main__":
+    app()
