@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"errors", "batch", "selection", "budget", "rules"},
     "history": {"errors", "batch", "selection", "budget", "rules", "checkpoint"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
-    "choosing": {"errors", "batch", "selection", "budget", "rules", "select", "scoring"},
+    "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
     "names": {"errors", "selection"},
     "elementwise": {"errors"},
     "mount": {"errors", "batch", "selection", "rules", "names"},
