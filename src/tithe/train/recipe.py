@@ -296,10 +296,10 @@ _SECTIONS: Mapping[str, Sequence[type[_Section]]] = {
 
 
 def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
-    path: tuple[str, ...] = tuple(str(part) for part in error["loc"])
+    path = [str(part) for part in error["loc"]]
     method = None
-    if path[:1] == ("method",) and path[1:2] in {("fish",), ("full",), ("head",)}:
-        method, path = path[1], path[:1] + path[2:]
+    if len(path) > 1 and path[0] == "method" and path[1] in {"fish", "full", "head"}:
+        method, path = path[1], [path[0], *path[2:]]
     place, kind = lines.place(*path), error["type"]
     if kind == "extra_forbidden":
         known = _known(path, method)
@@ -317,7 +317,9 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         return TitheError(lines.place(*section), found=f"no {name}", expected=thing, remedy=f"add {thing}")
     if kind == "exactly_one":
         found, _, expected = error["msg"].partition("|")
-        return TitheError(place, found=found, expected=expected, remedy="keep one of them")
+        return TitheError(
+            place, found=found, expected=expected, remedy="add one" if found.startswith("none") else "keep one"
+        )
     expected = error["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
     if kind == "union_tag_invalid":
         place, expected = lines.place("method", "name"), "'fish', 'full' or 'head'"
@@ -327,7 +329,7 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
     return TitheError(place, found=repr(error["input"]), expected=expected, remedy="correct the value")
 
 
-def _known(path: tuple[str, ...], method: str | None) -> list[str]:
+def _known(path: Sequence[str], method: str | None) -> list[str]:
     if len(path) == 1:
         return list(_SECTIONS)
     if path[1] == "reselect" and len(path) > 2:
