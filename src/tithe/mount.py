@@ -50,7 +50,7 @@ def _plain_flat_weights(module: nn.Module, args: Any, output: Any) -> None:
 
 
 class _Settle:
-    """Before the root's forward: what an optimizer moved is committed, and a model moved to a device is followed.
+    """Before the root's forward: what an optimizer moved is committed, and a model moved elsewhere is followed.
 
     An object rather than a closure, so that a deep copy of the model settles its own weights.
     """
@@ -66,7 +66,7 @@ class _Settle:
             if isinstance(carrier, Carrier):
                 binding = carrier.binding
                 binding.commit()
-                if binding.indices.device != binding.weight.device:
+                if carrier.memory != binding.weight.data_ptr():
                     binding.follow()
                     owner.__dict__[key] = Carrier(binding, owner, key)
 

@@ -64,8 +64,9 @@ def attach(
             scalar with a gradient, a scored weight gets no gradient, or the model has a plan already.
 
     Example:
+        >>> import tithe
         >>> model = nn.Linear(4, 2)
-        >>> plan = attach(model, tithe.FISH(k=3, score="magnitude"), where="weight")
+        >>> plan = tithe.attach(model, tithe.FISH(k=3, score="magnitude"), where="weight")
         >>> [name for name, _ in plan.named_parameters()], plan.selected("weight").numel()
         (['weight'], 3)
         >>> plan.release()

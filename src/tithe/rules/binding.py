@@ -64,7 +64,9 @@ class Binding:
         self.committed = self.theta._version
 
     def follow(self) -> None:
-        """Follow the weight to another device."""
+        """Follow the weight to other memory, perhaps on another device."""
+        if self.indices.device == self.weight.device:
+            return
         self.selection = self.selection.to(self.weight.device)
         self.indices = self.selection.indices
         if self.touch is not None:

@@ -100,11 +100,13 @@ class Carrier(Tensor):
     binding: Binding
     owner: nn.Module
     key: str
+    memory: int
 
     @staticmethod
     def __new__(cls: type[Carrier], binding: Binding, owner: nn.Module, key: str) -> Carrier:  # noqa: D102
         carrier = torch.Tensor._make_subclass(cls, binding.weight.detach(), False)
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
+        carrier.memory = binding.weight.data_ptr()
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
         return carrier
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Touch:
         column: for each selected entry its position in `columns`, int32 (K,).
         inner: for each selected entry its place within the other axes, int32 (K,); None for a matrix.
         shape: the weight's shape.
+        cheapest: the ways already found cheapest, by what the choice depends on.
     """
 
     rows: Tensor
@@ -39,6 +41,7 @@ class Touch:
     column: Tensor
     inner: Tensor | None
     shape: tuple[int, ...]
+    cheapest: dict[Any, Way] = field(default_factory=dict[Any, "Way"])
 
     @classmethod
     def of(cls, indices: Tensor, shape: tuple[int, ...]) -> Touch:
@@ -198,7 +201,14 @@ def cheapest(touch: Touch, right: Tensor, *, transposed: bool = False) -> Way:
     """
     num_columns = touch.shape[0] if transposed else touch.shape[1]
     num_positions = right.numel() // max(num_columns, 1)
-    sampled = right.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
+    key = (num_positions, right.dtype, transposed)
+    if not compiling and key in touch.cheapest:
+        return touch.cheapest[key]
+    sampled = right.dtype in (torch.float32, torch.float64) and not compiling
     found = ways(touch, transposed=transposed, sampled=sampled)
     prices = [way.cost(num_positions, right.element_size()).price for way in found]
-    return found[prices.index(min(prices))]
+    way = found[prices.index(min(prices))]
+    if not compiling:
+        touch.cheapest[key] = way
+    return way

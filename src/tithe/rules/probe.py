@@ -166,7 +166,7 @@ class SquareProbe(Probe):
     def stacked(self, grads: Tensor) -> None:
         """Σ_n grads_n²."""
         self.calls += 1
-        self.dense.add_(grads.to(self.dtype).square_().sum(0, keepdim=True))
+        self.dense.add_(grads.to(self.dtype).square().sum(0, keepdim=True))
 
     def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
         """One small gradient at a time, squared at once."""

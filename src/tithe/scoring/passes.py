@@ -6,7 +6,7 @@ a training step; each group is one pass over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -122,14 +122,14 @@ class Passes:
         Raises:
             TitheError: when a weight gets no gradient.
         """
-        batch = self.batches[0]
+        batch = max(self.batches, key=num_samples)
         size = num_samples(batch)
         few = slice_batch(batch, 0, min(2, size))
         listeners = {b.name: Listener(b.weight) for b in self.bindings}
         for binding in self.bindings:
             binding.probe = listeners[binding.name]
         saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
-        self._check_reached(listeners)
+        _check_reached([name for name, listener in listeners.items() if not listener.reached])
         self.micro = max(1, min(_MICRO, size // 4))
         limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - self.micro))
         scale = self.num_samples / num_samples(few)
@@ -181,9 +181,12 @@ class Passes:
         It finds whatever makes samples inseparable: another axis than the first, a weight used twice, an operation
         without a rule, a loss that is not a mean over samples.
         """
-        batch = self.batches[0]
+        batch = max(self.batches, key=num_samples)
         if num_samples(batch) < 2:
-            return group
+            self._backward(group, batch)
+            for binding in group:
+                _probe(binding).clear()
+            return [b for b in group if not _probe(b).separable]
         try:
             self._backward(group, slice_batch(batch, 0, 2))
         except (RuntimeError, ValueError, IndexError):
@@ -227,17 +230,6 @@ class Passes:
             for binding in group:
                 _probe(binding).end()
 
-    def _check_reached(self, listeners: Mapping[str, Listener]) -> None:
-        missed = [name for name, listener in listeners.items() if not listener.reached]
-        if missed:
-            more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
-            raise TitheError(
-                missed[0],
-                found=f"no gradient for it from the loss{more}",
-                expected="a weight that the loss depends on",
-                remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
-            )
-
     @contextmanager
     def _evaluation(self) -> Generator[None]:
         """Evaluation mode, gradients enabled, and every flag and every .grad as it was afterwards."""
@@ -261,6 +253,17 @@ class Passes:
 def _probe(binding: Binding) -> Probe:
     assert binding.probe is not None, "a pass sets the probe of every weight it scores"
     return binding.probe
+
+
+def _check_reached(missed: list[str]) -> None:
+    if missed:
+        more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
+        raise TitheError(
+            missed[0],
+            found=f"no gradient for it from the loss{more}",
+            expected="a weight that the loss depends on",
+            remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
+        )
 
 
 def _fold(probe: Probe) -> Tensor:
