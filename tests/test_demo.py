@@ -1,0 +1,222 @@
+"""The demonstration: what it embeds, what it measures, what it writes."""
+
+import copy
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import tithe
+from tithe.demo import digits, run
+from tithe.demo.contestants import CONTESTANTS, DENSITY, optimizer_bytes, trained_weights
+from tithe.demo.network import Digits
+from tithe.demo.pace import Pace
+from tithe.errors import TitheError
+
+
+class Page(Console):
+    """A console of 80 columns that nobody watches."""
+
+    def __init__(self, interrupt_at: str = "nowhere") -> None:
+        super().__init__(file=io.StringIO(), width=80)
+        self.interrupt_at = interrupt_at
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if objects and str(objects[0]).startswith(self.interrupt_at):
+            raise KeyboardInterrupt
+        super().print(*objects, **options)
+
+    @property
+    def text(self) -> str:
+        assert isinstance(self.file, io.StringIO)
+        return self.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("demo") / "made" / "by the demo"
+    page = Page()
+    outcome = run(folder, quick=True, console=page)
+    return folder, outcome, page.text
+
+
+def test_the_digits_are_those_that_were_published() -> None:
+    images, labels = digits.images_and_labels()
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == ((1797, 8, 8), np.uint8, (1797,), np.uint8)
+    assert (images.min(), images.max()) == (0, 16)
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+def test_the_digits_are_those_of_scikit_learn() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = digits.images_and_labels()
+    published = datasets.load_digits()
+    assert np.array_equal(images, published.images)
+    assert np.array_equal(labels, published.target)
+
+
+def test_the_attribution_lies_beside_the_data() -> None:
+    text = Path(digits.__file__).with_name("digits.txt").read_text(encoding="utf-8")
+    for part in ("E. Alpaydin", "C. Kaynak", "10.24432/C50P49", "CC BY 4.0", "Changes made"):
+        assert part in text
+
+
+def test_changed_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "SHA256", "0" * 64)
+    with pytest.raises(TitheError, match=r"digits\.npz.*install tithe again"):
+        digits.images_and_labels()
+
+
+def test_no_image_is_in_two_parts() -> None:
+    first, second = digits.tasks()
+    for task, sizes in ((first, [672, 64, 165]), (second, [320, 160, 416])):
+        parts = (task.train, task.validation, task.test)
+        assert [len(images) for images, _ in parts] == sizes
+        for images, labels in parts:
+            assert images.shape[1:] == (1, 8, 8)
+            assert labels.unique().tolist() == [0, 1, 2, 3, 4]
+    everything = torch.cat([part[0] for part in (second.train, second.validation, second.test)])
+    original, labels = digits.images_and_labels()
+    assert torch.equal(everything[:, 0] * 16, torch.from_numpy(original[labels >= 5]).float())
+
+
+def test_batches_are_full_shuffled_and_repeatable() -> None:
+    _, second = digits.tasks()
+    (one, two), again = (next(epochs) for epochs in [second.epochs(64, 3)] * 2), next(second.epochs(64, 3))
+    assert [len(labels) for _, labels in one] == [64] * 5
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0][0], two[0][0])
+
+
+def test_every_file_is_there_and_nothing_else(shown: tuple[Path, dict[str, Any], str]) -> None:
+    folder, outcome, _ = shown
+    deltas = [f"{contestant.slug}.safetensors" for contestant in CONTESTANTS]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["base.safetensors", "demo.png", "result.json", *deltas]
+    )
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == outcome
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["file"] for row in outcome["rows"]] == deltas
+    for row in outcome["rows"]:
+        assert row["file_bytes"] == (folder / row["file"]).stat().st_size
+
+
+def test_the_table_fits_80_columns_and_cuts_nothing(shown: tuple[Path, dict[str, Any], str]) -> None:
+    _, outcome, text = shown
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for row in outcome["rows"]:
+        line = next(line for line in text.splitlines() if line.startswith(row["name"]) and "MB" in line)
+        assert f"{row['accuracy']:.1%}" in line
+        assert f"{row['trainable_weights']:,}" in line
+    assert "mean nothing" in text
+
+
+def test_numbers_are_measured_and_agree_with_arithmetic(shown: tuple[Path, dict[str, Any], str]) -> None:
+    _, outcome, _ = shown
+    rows = {row["name"]: row for row in outcome["rows"]}
+    model = Digits()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    head = sum(parameter.numel() for parameter in model.head.parameters())
+    tensors = len(list(model.parameters()))
+    full, fish, random, alone = (rows[name] for name in ("full fine-tuning", "FISH", "random mask", "head only"))
+    assert (full["trainable_weights"], alone["trainable_weights"]) == (weights, head)
+    assert fish["trainable_weights"] == random["trainable_weights"] == int(DENSITY * weights)
+    assert full["optimizer_bytes"] == 8 * weights + 4 * tensors
+    assert alone["optimizer_bytes"] == 8 * head + 4 * 2
+    for row in (fish, random):
+        assert 0 < row["optimizer_bytes"] - 8 * row["trainable_weights"] <= 4 * tensors
+        assert row["file_bytes"] < full["file_bytes"] / 10
+    for row in rows.values():
+        assert row["peak_bytes"] > row["saved_bytes_at_peak"] + row["gradient_bytes_at_peak"]
+        assert row["peak_bytes"] > row["optimizer_bytes"]
+        assert row["seconds_per_step"] > 0
+        assert 0 <= row["accuracy"] <= 1
+    assert alone["peak_bytes"] < fish["peak_bytes"] < full["peak_bytes"]
+
+
+def test_a_shipped_delta_moves_the_selected_weights_of_the_base_only(shown: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = shown
+    base = load_file(folder / "base.safetensors")
+    for slug in ("fish", "random"):
+        model = Digits()
+        model.load_state_dict(base)
+        tithe.apply(model, folder / f"{slug}.safetensors")
+        moved = sum(int((value != base[name]).sum()) for name, value in model.state_dict().items())
+        assert 0 < moved <= int(DENSITY * sum(value.numel() for value in base.values()))
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.slug)
+def test_a_contestant_trains_saves_and_leaves_an_ordinary_model(contestant: Any, tmp_path: Path) -> None:
+    _, task = digits.tasks()
+    base = Digits()
+    keys = list(base.state_dict())
+    trainee = contestant.start(copy.deepcopy(base), task, 0)
+    batch = next(task.epochs(64, 0))[0]
+    trainee.step(batch)
+    trainee.end_epoch()
+    state = [value for entry in trainee.optimizer.state.values() for value in entry.values()]
+    assert optimizer_bytes(trainee.optimizer) == sum(value.nbytes for value in state)
+    assert optimizer_bytes(trainee.optimizer) == 8 * trained_weights(trainee) + 4 * len(trainee.optimizer.state)
+    trainee.save(tmp_path / "it.safetensors")
+    trainee.release()
+    contestant.restore(base, tmp_path / "it.safetensors")
+    assert list(trainee.model.state_dict()) == list(base.state_dict()) == keys
+    for name, value in trainee.model.state_dict().items():
+        assert torch.equal(value, base.state_dict()[name]), name
+
+
+def test_the_same_seed_gives_the_same_run(shown: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    torch.manual_seed(1234)
+    state = torch.random.get_rng_state()
+    again = run(tmp_path, quick=True, console=Page())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    same = ("accuracy", "validation_accuracy", "trainable_weights", "peak_bytes", "optimizer_bytes", "file_bytes")
+    for first, second in zip(shown[1]["rows"], again["rows"], strict=True):
+        assert {key: first[key] for key in same} == {key: second[key] for key in same}
+
+
+def test_an_interrupted_run_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("mine", encoding="utf-8")
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, quick=True, console=Page(interrupt_at="random mask"))
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text(encoding="utf-8") == "mine"
+    assert torch.get_num_threads() == threads
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine", encoding="utf-8")
+    with pytest.raises(TitheError, match="taken: found File exists; expected a folder"):
+        run(taken, quick=True, console=Page())
+    assert taken.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_terminal_sees_a_bar_with_the_time_left() -> None:
+    page = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with Pace(page, 2) as pace:
+        pace.phase("sorting")
+        pace.advance()
+        pace.note("half of it is sorted")
+        pace.advance()
+    assert isinstance(page.file, io.StringIO)
+    for part in ("sorting", "left", "half of it is sorted"):
+        assert part in page.file.getvalue()
+
+
+def test_elsewhere_each_phase_is_a_line_with_the_time_left() -> None:
+    page = Page()
+    with Pace(page, 4) as pace:
+        pace.phase("first")
+        pace.advance()
+        pace.phase("second")
+    assert re.fullmatch(r"first\nsecond \(about \d+ s left\)\n", page.text)
