@@ -193,4 +193,6 @@ def _seconds(results: Sequence[Result]) -> str:
     """How long a step takes beside the first row's."""
     full = results[0]
     rows = ", ".join(f"{row.contestant.name} {row.seconds / full.seconds:.2f}" for row in results[1:])
-    return f"Time of a step against {full.contestant.name}: {rows}."
+    idle = [row.contestant.name for row in results[1:] if row.seconds > 0.95 * full.seconds]
+    saved = f" At this size {' and '.join(idle)} saved no time." if idle else ""
+    return f"Time of a step against {full.contestant.name}: {rows}.{saved}"
