@@ -129,18 +129,7 @@ class SquareProbe(Probe):
         if left_NTO is None or right_NTI is None or left_NTO.shape[1] != right_NTI.shape[1]:
             self.separable = False
             return
-        live_NT = (left_NTO != 0).any(-1) & (right_NTI != 0).any(-1)
-        counts = live_NT.sum(1)
-        single = counts == 1
-        if bool(single.any()):
-            alone_NT = live_NT & single[:, None]
-            self.dense.addmm_(left_NTO[alone_NT].square_().t(), right_NTI[alone_NT].square_())
-        many = (counts > 1).nonzero().flatten().tolist()
-        full = (counts == live_NT.shape[1]).tolist()
-        pairs = [
-            (left_NTO[n], right_NTI[n]) if full[n] else (left_NTO[n][live_NT[n]], right_NTI[n][live_NT[n]])
-            for n in many
-        ]
+        pairs = self._live_pairs(left_NTO, right_NTI)
         height, width = self.shape[0], self.shape[1]
         step = height if height * width <= _CACHE * 2 else max(_CACHE // width, 1)
         product_OI = torch.empty(min(step, height), width, dtype=self.dtype, device=self.device)
@@ -150,6 +139,19 @@ class SquareProbe(Probe):
             for left_TO, right_TI in pairs:
                 torch.mm(left_TO[:, start : start + step].t(), right_TI, out=block_OI)
                 total_OI.addcmul_(block_OI, block_OI)
+
+    def _live_pairs(self, left_NTO: Tensor, right_NTI: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The factors of each sample without its dead positions; samples with one live position are added at once."""
+        lefts, rights = left_NTO.unbind(), right_NTI.unbind()
+        length = left_NTO.shape[1]
+        if length > 1 and bool((left_NTO[:, [length // 2, length - 1]] != 0).any(-1).all()):
+            return list(zip(lefts, rights, strict=True))  # a glance at two positions: no padding, no lone first token
+        live_NT = (left_NTO != 0).any(-1)
+        counts = live_NT.sum(1)
+        alone_NT = live_NT & (counts == 1)[:, None]
+        self.dense.addmm_(left_NTO[alone_NT].square_().t(), right_NTI[alone_NT].square_())
+        many = (counts > 1).nonzero().flatten().tolist()
+        return [(lefts[n][live_NT[n]], rights[n][live_NT[n]]) for n in many]
 
     def vector(self, terms: Tensor) -> None:
         """Σ_n (Σ_t terms_ntd)²."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe import distributed
-from tithe.batch import num_samples, slice_batch
+from tithe.batch import leaves, num_samples, slice_batch
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
@@ -25,7 +25,7 @@ Loss = Callable[[Any, Any], Tensor]
 Statistic = Literal["square", "sum"]
 
 _MICRO = 8
-"""Most samples to a backward pass: enough for dense products."""
+"""Most samples of the largest batch to a backward pass: enough for dense products; of shorter ones more fit."""
 _STEP = 0.7
 """What a step that trains part of a network keeps for backward, against what a pass that scores all of it keeps
 (measured on BERT-like encoders and ResNets)."""
@@ -91,7 +91,7 @@ class Passes:
             if have + size >= share:
                 break
         self.num_samples = sum(num_samples(b) for b in self.batches)
-        self.micro = 1
+        self._elements = 1.0
         if not self.num_samples:
             raise TitheError(
                 "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
@@ -122,7 +122,7 @@ class Passes:
         Raises:
             TitheError: when a weight gets no gradient.
         """
-        batch = max(self.batches, key=num_samples)
+        batch = max(self.batches, key=_num_elements)
         size = num_samples(batch)
         few = slice_batch(batch, 0, min(2, size))
         listeners = {b.name: Listener(b.weight) for b in self.bindings}
@@ -130,8 +130,9 @@ class Passes:
             binding.probe = listeners[binding.name]
         saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
         _check_reached([name for name, listener in listeners.items() if not listener.reached])
-        self.micro = max(1, min(_MICRO, size // 4))
-        limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - self.micro))
+        micro = max(1, min(_MICRO, size // 4))
+        self._elements = micro * _num_elements(batch) / size
+        limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - micro))
         scale = self.num_samples / num_samples(few)
         groups: list[list[Binding]] = [[]]
         held = 0.0
@@ -162,8 +163,10 @@ class Passes:
             binding.probe = None
         if together:
             for batch in self.batches:
-                for start in range(0, num_samples(batch), self.micro):
-                    self._backward(together, slice_batch(batch, start, min(start + self.micro, num_samples(batch))))
+                size = num_samples(batch)
+                micro = max(1, int(self._elements * size / max(_num_elements(batch), 1)))
+                for start in range(0, size, micro):
+                    self._backward(together, slice_batch(batch, start, min(start + micro, size)))
         probes = {b.name: _probe(b) for b in together}
         for binding in together:
             binding.probe = None
@@ -264,6 +267,10 @@ def _check_reached(missed: list[str]) -> None:
             expected="a weight that the loss depends on",
             remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
         )
+
+
+def _num_elements(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in leaves(batch))
 
 
 def _fold(probe: Probe) -> Tensor:
