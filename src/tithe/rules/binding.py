@@ -58,6 +58,10 @@ class Binding:
         self.touch = Touch.of(self.indices, selection.shape) if selection.size and len(selection.shape) > 1 else None
         self.theta.grad = None
         self.theta.requires_grad_(False)
+        if self.theta.numel() != selection.size:
+            # A loss of an earlier step keeps autograd's accumulator for θ alive, which remembers the old size; torch
+            # drops it when the dtype changes. A wrapper that holds it (DDP) is told at the next step to wrap again.
+            self.theta.data = self.theta.data.to(torch.float32 if self.theta.dtype == torch.float64 else torch.float64)
         self.theta.data = self.selection.gather(self.weight.detach())
         if self.selection.size:
             self.theta.requires_grad_(True)
