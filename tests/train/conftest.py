@@ -1,97 +1,27 @@
-"""A tiny encoder with its tokenizer, a sentence task it can learn, and images that a small network can tell apart."""
+"""The fixtures of runs: a workplace each test may change, and a recipe it may edit."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-GOOD, BAD = ("good", "fine", "bright", "warm"), ("bad", "poor", "dull", "cold")
-FILLERS = ("the", "a", "film", "story", "and", "was", "very", '"', "it", "'s")
-
-RECIPE = """
-[model]
-pretrained = "tiny"
-
-[data]
-task = "text-classification"
-train = "train.tsv"
-test = "test.tsv"
-text = "sentence"
-
-[method]
-name = "fish"
-density = 0.2
-samples = 32
-
-[optimizer]
-lr = 0.01
-clip = 1.0
-
-[run]
-epochs = 2
-batch_size = 8
-log_every = 1
-output = "out"
-device = "cpu"
-""".lstrip()
-
-
-def sentences(num: int, seed: int) -> list[tuple[str, int]]:
-    draw = random.Random(seed)
-    rows: list[tuple[str, int]] = []
-    for _ in range(num):
-        label = draw.randrange(2)
-        words = draw.choices(FILLERS, k=draw.randrange(2, 7)) + draw.choices(GOOD if label else BAD, k=2)
-        draw.shuffle(words)
-        rows.append((" ".join(words), label))
-    return rows
-
-
-def write_tsv(path: Path, rows: list[tuple[str, int]]) -> None:
-    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+from workplace import RECIPE, fill, make_tiny, write_images
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 2 layers with dropout, saved bare, as sentence encoders are: its classification head is new."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
+    """The folder of the tiny encoder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLERS, *GOOD, *BAD]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
+    make_tiny(folder)
     return folder
 
 
 @pytest.fixture
 def workplace(tiny: Path, tmp_path: Path) -> Path:
-    """A folder with the tiny model, train.tsv (80 rows), test.tsv (24 rows) and recipe.toml."""
-    (tmp_path / "tiny").symlink_to(tiny)
-    write_tsv(tmp_path / "train.tsv", sentences(80, seed=1))
-    write_tsv(tmp_path / "test.tsv", sentences(24, seed=2))
-    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    """A folder with model, data and recipe."""
+    fill(tmp_path, tiny)
     return tmp_path
 
 
@@ -113,16 +43,7 @@ def edit(workplace: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 + 30 images of 3 classes: a bright square in one of three corners, 8 × 8 × 3, uint8."""
-    draw = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {"classes": np.array(["left", "right", "below"])}
-    for split, num in (("train", 60), ("test", 30)):
-        y = draw.integers(0, 3, num)
-        x = draw.integers(0, 80, (num, 8, 8, 3), dtype=np.uint8)
-        for image, label in zip(x, y, strict=True):
-            row, column = [(0, 0), (0, 4), (4, 0)][label]
-            image[row : row + 4, column : column + 4] += 120
-        arrays |= {f"x_{split}": x, f"y_{split}": y}
+    """The file of images."""
     path = tmp_path_factory.mktemp("images") / "corners.npz"
-    np.savez(path, **arrays)
+    write_images(path)
     return path

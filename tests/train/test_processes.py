@@ -1,0 +1,73 @@
+"""Runs as processes of their own: Ctrl-C from outside, and two ranks that equal one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tithe.train.checkpoints import Checkpoints
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[..., Path], workplace: Path) -> None:
+    path = edit(("epochs = 2", "steps = 100000\nevaluate_every = 100000"))
+    command = [sys.executable, "-m", "tithe.cli", "train", str(path), "--set", "data.split_seed=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stderr is not None
+    lines: list[str] = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, "".join(lines) + rest
+    (step,) = Checkpoints(workplace / "out" / "checkpoints").steps()
+    assert step >= 3
+    assert f"SIGINT at step {step} of 100000: saved" in rest
+    assert f"tithe train {path} --resume --set data.split_seed=0" in rest
+    assert "Traceback" not in rest
+    assert out == ""
+
+
+def test_two_ranks_equal_one_with_the_doubled_batch(edit: Callable[..., Path], workplace: Path, tiny: Path) -> None:
+    """Uneven parts, accumulation, a choice after a warm-up, and one made again that changes sizes."""
+    plain = workplace / "plain"
+    plain.mkdir()
+    for file in tiny.iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (plain / "config.json").write_text(json.dumps(config))
+    path = edit(
+        ('"tiny"', '"plain"'),
+        ("samples = 32", "samples = 32\nwarmup = 1\nreselect = {every = 4, unit = 'steps'}"),
+        ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
+        ("epochs = 2", "steps = 7"),
+        # Not Adam: its first step is the gradient's sign, which rounding decides where the gradient is next to nothing.
+        ("lr = 0.01", 'name = "sgd"\nlr = 0.1\nmomentum = 0.9'),
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe.cli"]
+    command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2
+
+    from tithe.train import read_recipe, train
+
+    one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
+    assert one["metrics"] == two["metrics"]
+    states = [Checkpoints(workplace / name / "checkpoints").load(7)["trainee"] for name in ("one", "two")]
+    for name, indices in states[0]["indices"].items():
+        assert torch.equal(indices, states[1]["indices"][name])
+    for name, values in states[0]["values"].items():
+        torch.testing.assert_close(values, states[1]["values"][name], rtol=1e-4, atol=1e-5)
