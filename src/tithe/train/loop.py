@@ -119,17 +119,18 @@ class Run:
         }
         choosing = _Choosing(self.samples["train"], recipe.run.batch_size, recipe.run.seed, accelerator)
         self.trainee = attach(recipe, self.network, self.loss, choosing, None if state is None else state["trainee"])
-        self._wrap()
+        # While a warm-up lasts, nothing but the head gets a gradient.
+        self._wrap(waits=isinstance(recipe.method, FishMethod) and recipe.method.warmup > 0)
         train_mode(self.model, self.trainee)
 
-    def _wrap(self) -> None:
+    def _wrap(self, *, waits: bool) -> None:
         """On several processes, let DistributedDataParallel see what is trained now."""
         self.wrapped: nn.Module = self.model
         if self.accelerator.num_processes > 1:
             # The wrapper before has hooks on the same parameters, and it is part of a cycle.
             gc.collect()
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices)
+            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=waits)
 
     # ------------------------------------------------------------------------------------------------------ sizes
 
@@ -296,7 +297,7 @@ class Run:
     def _changed(self, changed: bool) -> None:
         """Wrap the model again where a choice has changed how many values a tensor trains."""
         if changed and self.accelerator.num_processes > 1:
-            self._wrap()
+            self._wrap(waits=False)
 
     # -------------------------------------------------------------------------------------- evaluating and saving
 
