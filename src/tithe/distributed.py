@@ -14,6 +14,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _device() -> torch.device:
+    """Where the process group can reduce: NCCL only reduces on the GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over ranks, in place."""
     if world_size() > 1:
@@ -26,11 +31,20 @@ def sum_number(number: int, device: torch.device) -> int:
     return int(sum_(torch.tensor(number, dtype=torch.int64, device=device)))
 
 
+def fixed_sizes_error() -> TitheError:
+    """θ changed its size under a wrapper that fixed its buckets before."""
+    return TitheError(
+        "theta",
+        found="sizes other than those that DistributedDataParallel fixed when it wrapped",
+        expected="the same sizes, or one flat θ",
+        remedy="give the method a reselect= schedule, which keeps one flat θ, or wrap the model again after reselect()",
+    )
+
+
 def check_same(
     what: str,
     digest: Tensor,
-    *,
-    remedy: str = "load the same weights and give the same method and seed on every rank",
+    error: TitheError | None = None,
 ) -> None:
     """Compare a small int64 tensor over ranks.
 
@@ -39,13 +53,14 @@ def check_same(
     """
     if world_size() == 1:
         return
+    digest = digest.to(_device())
     low, high = digest.clone(), digest.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     if not torch.equal(low, high):
-        raise TitheError(
+        raise error or TitheError(
             what,
             found="ranks that differ",
             expected="the same on every rank",
-            remedy=remedy,
+            remedy="load the same weights and give the same method and seed on every rank",
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
-from tithe.rules import Binding, Carrier, graft, theta_key
+from tithe.rules import Binding, Carrier, Pool, theta_key
 
 
 def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -21,32 +22,29 @@ def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
             state.pop(prefix + theta_key(key), None)
 
 
+def _hide_flat(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """The same for the flat parameter under all θ."""
+    state.pop(prefix + theta_key(""), None)
+
+
 def _provide(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before loading: θ takes its values from the weight that is being loaded, so that strict loading finds it."""
-    for key, value in list(module.__dict__.items()):
-        if isinstance(value, Carrier) and theta_key(key) in module._parameters:
-            weight = state.get(prefix + key, value.binding.weight)
-            same = isinstance(weight, Tensor) and weight.shape == value.binding.weight.shape
-            source = weight if same else value.binding.weight  # a wrong shape is reported for the weight itself
-            state[prefix + theta_key(key)] = value.binding.selection.gather(source.detach())
+    """Before loading: strict loading finds every θ that is registered here, with the values that it has."""
+    for key, parameter in module._parameters.items():
+        if key.endswith(theta_key("")) and parameter is not None:
+            state[prefix + key] = parameter.detach()
+
+
+def _reload(module: nn.Module, keys: Any) -> None:
+    """After loading: θ takes its values from the weight that was loaded."""
+    for value in module.__dict__.values():
+        if isinstance(value, Carrier):
+            value.binding.refresh()
 
 
 def _evaluate(module: nn.Module, args: Any) -> None:
     """Before the forward of a frozen norm: `model.train()` does not reach its running statistics."""
     if module.training:
         module.training = False
-
-
-def _graft_flat_weights(module: nn.Module, args: Any) -> None:
-    """Before the forward of an RNN, which reads its weights from a list instead of its attributes."""
-    names = cast(list[str], module._flat_weights_names)
-    object.__setattr__(module, "_flat_weights", [graft(getattr(module, name)) for name in names])
-
-
-def _plain_flat_weights(module: nn.Module, args: Any, output: Any) -> None:
-    """After the forward of an RNN: no graph is held between calls."""
-    names = cast(list[str], module._flat_weights_names)
-    object.__setattr__(module, "_flat_weights", [module._parameters[name] for name in names])
 
 
 class _Settle:
@@ -87,6 +85,7 @@ class Mount:
         self.bindings = {name: Binding(name, weight) for name, weight in weights.items()}
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         self._handles: list[RemovableHandle] = []
+        self._lists: dict[nn.Module, dict[str, Any]] = {}
         self._still: dict[nn.Module, tuple[RemovableHandle, bool]] = {}
         self._required = {name: weight.requires_grad for name, weight in weights.items()}
         for path, module in model.named_modules():
@@ -118,15 +117,25 @@ class Mount:
         if placed:
             self._handles.append(module.register_state_dict_post_hook(_hide))
             self._handles.append(module.register_load_state_dict_pre_hook(_provide))
-            if isinstance(module, nn.RNNBase):
-                self._handles.append(module.register_forward_pre_hook(_graft_flat_weights))
-                self._handles.append(module.register_forward_hook(_plain_flat_weights, always_call=True))
+            self._handles.append(module.register_load_state_dict_post_hook(_reload))
+            if isinstance(module, nn.RNNBase):  # it reads its weights from a list instead of its attributes
+                self._lists[module] = {key: module.__dict__[key] for key in ("_flat_weights", "_flat_weight_refs")}
+                carriers = [getattr(module, key) for key in cast(list[str], module._flat_weights_names)]
+                module.__dict__.update(_flat_weights=carriers, _flat_weight_refs=[weakref.ref(c) for c in carriers])
+
+    def pool(self, bindings: Sequence[Binding], size: int) -> Pool:
+        """Put all θ into one flat parameter, registered on the model itself."""
+        pool = Pool(bindings, size)
+        self.model.register_parameter(theta_key(""), pool.flat)
+        self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
+        self._handles.append(self.model.register_load_state_dict_pre_hook(_provide))
+        return pool
 
     def show(self, binding: Binding) -> None:
         """Register θ on its module while it holds values, so that `parameters()`, DDP and trainers find it."""
         module, key = self._owner[binding.name]
         module._parameters.pop(theta_key(key), None)
-        if binding.theta.numel():
+        if binding.theta.numel() and binding.pool is None:
             module.register_parameter(theta_key(key), binding.theta)
 
     def still(self) -> None:
@@ -158,10 +167,13 @@ class Mount:
             self._wake(module)
         for handle in self._handles:
             handle.remove()
+        self.model._parameters.pop(theta_key(""), None)
         for module in self.model.modules():
             for key in [key for key, value in module.__dict__.items() if isinstance(value, Carrier)]:
                 del module.__dict__[key]
                 module._parameters.pop(theta_key(key), None)
+        for module, lists in self._lists.items():
+            module.__dict__.update(lists)
         for name, binding in self.bindings.items():
             binding.weight.requires_grad_(self._required[name])
 

@@ -25,7 +25,7 @@ from tithe.choosing import Choosing, Method, first_batches
 from tithe.elementwise import check_elementwise, inner_optimizer
 from tithe.errors import TitheError
 from tithe.mount import Mount
-from tithe.rules import Binding
+from tithe.rules import Binding, Pool
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Coordinates
 from tithe.state import Buffers, PlanState
@@ -73,6 +73,7 @@ def attach(
     """
     plan = Plan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     try:
+        plan.prepare()
         if state is not None:
             plan.load_state_dict(state)
         else:
@@ -110,13 +111,19 @@ class Plan:
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
         self._mount = Mount(model, bound)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
-        self._moved = {b.name: b.selection.indices for b in self._candidates}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._handles: list[Any] = []
         self._chosen = self._released = self._check_ranks = False
+        self._pool: Pool | None = None
         for parameter in self._head.values():
             parameter.requires_grad_(True)
         self._mount.still()
+
+    def prepare(self) -> None:
+        """Check that the budget leaves something to choose; set aside one flat θ where the choice will change."""
+        size = self.method.num_selected(self._choosing())
+        if self.method.reselect is not None or self.method.warmup > 0:
+            self._pool = self._mount.pool(self._candidates, size)
 
     def start(self) -> None:
         """Make the first choice, or only check that it can be made when the method warms up first.
@@ -124,7 +131,6 @@ class Plan:
         Raises:
             TitheError: as `attach`.
         """
-        self.method.num_selected(self._choosing())
         if self.method.needs_data and (self._loss is None or self._data is None):
             self._choosing().scores("fisher")
         if self.method.warmup == 0:
@@ -165,6 +171,7 @@ class Plan:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
+        self._link()
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -186,6 +193,7 @@ class Plan:
             raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
         loss = self._loss
         found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+        self._link()
         trained = [p for p in self.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
         index = sum(b.index_bytes for b in self._candidates)
@@ -199,7 +207,12 @@ class Plan:
         """
         self._check_live()
         loss = check_loss(closure(), finite=False)
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if self._check_ranks and "invalid gradient" in str(error):
+                raise distributed.fixed_sizes_error() from error
+            raise
         return loss
 
     def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
@@ -227,6 +240,7 @@ class Plan:
         if not elementwise:
             check_elementwise(optimizer)
         self._optimizers.append(optimizer)
+        self._handles.append(optimizer.register_step_pre_hook(self._link))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def step(self) -> bool:
@@ -253,11 +267,9 @@ class Plan:
         self._check_live()
         self._commit()
         selections = self.method.choose(self._choosing())
-        order = [selections[b.name].indices for b in self._candidates]
-        digest = torch.stack(
-            [torch.stack([i.sum(), (i * i % 1_000_003).sum(), i.new_tensor(i.numel())]) for i in order]
-        )
-        distributed.check_same("selection", digest.to(self._candidates[0].weight.device))
+        chosen = [selections[b.name].indices for b in self._candidates]
+        digest = torch.stack([torch.stack([i.sum(), (i * i % 1_000_003).sum()]) for i in chosen])
+        distributed.check_same("selection", digest)
         first, self._chosen = not self._chosen, True
         return self._take(selections) or first
 
@@ -273,11 +285,7 @@ class Plan:
         """
         self._check_live()
         self._commit()
-        selections = {
-            b.name: Coordinates(b.selection.shape, self._moved[b.name])
-            for b in self._candidates
-            if self._moved[b.name].numel()
-        }
+        selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
         checkpoint.write_delta(path, self.model, selections, dense, metadata=told)
@@ -292,11 +300,8 @@ class Plan:
             seed=self.seed,
             chosen=self._chosen,
             indices={b.name: b.selection.indices.cpu() for b in self._candidates},
-            moved={name: indices.cpu() for name, indices in self._moved.items()},
-            values={
-                b.name: Coordinates(b.selection.shape, self._moved[b.name]).gather(b.weight.detach())
-                for b in self._candidates
-            },
+            moved={b.name: b.moved.indices.cpu() for b in self._candidates},
+            values={b.name: b.moved.gather(b.weight.detach()) for b in self._candidates},
             head={name: p.detach().clone() for name, p in self._head.items()},
             buffers=self._buffers.changed(self.model),
         ).as_dict()
@@ -309,7 +314,7 @@ class Plan:
         """
         self._check_live()
         found = PlanState.of(state)
-        found.check(moved=self._moved, shapes={b.name: b.selection.shape for b in self._candidates}, head=self._head)
+        found.check({b.name: b.moved for b in self._candidates}, self._head)
         self._commit()
         with torch.no_grad():
             for binding in self._candidates:
@@ -323,7 +328,7 @@ class Plan:
         self._take({b.name: Coordinates(b.selection.shape, found.indices[b.name]) for b in self._candidates})
         for binding in self._candidates:
             binding.refresh()
-            self._moved[binding.name] = found.moved[binding.name].to(binding.weight.device)
+            binding.moved = Coordinates(binding.selection.shape, found.moved[binding.name].to(binding.weight.device))
 
     def release(self) -> None:
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
@@ -353,23 +358,19 @@ class Plan:
         )
 
     def _take(self, selections: Mapping[str, Coordinates]) -> bool:
-        changed = False
-        for binding in self._candidates:
-            new = selections[binding.name]
-            old = binding.selection.indices
-            if torch.equal(old, new.indices.to(old.device)):
-                continue
-            self._check_ranks = self._check_ranks or old.numel() != new.size
-            changed = True
-            binding.select(new)
-            self._mount.show(binding)
-            self._carry(binding, old)
-            moved = self._moved[binding.name].to(old.device)
-            self._moved[binding.name] = (
-                torch.cat([moved, binding.indices]).unique() if moved.numel() else binding.indices
-            )
+        olds = {b.name: b.selection.indices for b in self._candidates}
+        changed = [b for b in self._candidates if not torch.equal(olds[b.name].cpu(), selections[b.name].indices.cpu())]
+        if changed and self._pool is not None:
+            self._pool.take({name: selections[name] for name in olds})
+        for binding in changed:
+            old = olds[binding.name]
+            if self._pool is None:
+                self._check_ranks = self._check_ranks or old.numel() != selections[binding.name].size
+                binding.select(selections[binding.name])
+                self._mount.show(binding)
+            self._carry(binding, old.to(binding.indices.device))
         self._mount.still()
-        return changed
+        return bool(changed)
 
     def _carry(self, binding: Binding, old: Tensor) -> None:
         for optimizer in self._optimizers:
@@ -378,16 +379,15 @@ class Plan:
             elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.param_groups[0]["params"].append(binding.theta)
 
+    def _link(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.link()
+
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._commit()
         if self._check_ranks and distributed.world_size() > 1:
             sums = torch.stack([b.theta.detach().double().sum() for b in self._candidates])
-            distributed.check_same(
-                "theta",
-                sums.view(torch.int64),
-                remedy="the new choice changed how many values a tensor trains, and DistributedDataParallel fixes its "
-                'buckets when it wraps: wrap the model again after reselect(), or use scope="tensor"',
-            )
+            distributed.check_same("theta", sums.view(torch.int64), distributed.fixed_sizes_error())
         self._check_ranks = False
 
     def _commit(self) -> None:

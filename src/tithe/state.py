@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
+from tithe.selection import Coordinates
 
 _FORMAT = 1
 
@@ -62,15 +63,13 @@ class PlanState:
             )
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
-    def check(
-        self, *, moved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], head: Mapping[str, Tensor]
-    ) -> None:
+    def check(self, moved: Mapping[str, Coordinates], head: Mapping[str, Tensor]) -> None:
         """Compare with a plan: the same tensors, and no trained weight that this state does not set.
 
         Raises:
             TitheError: naming the first difference.
         """
-        for what, here, there in (("where", shapes, self.indices), ("head", head, self.head)):
+        for what, here, there in (("where", moved, self.indices), ("head", head, self.head)):
             if set(here) != set(there):
                 differ = sorted(set(here) ^ set(there))
                 raise TitheError(
@@ -82,10 +81,10 @@ class PlanState:
         for name, parameter in head.items():
             if parameter.shape != self.head[name].shape:
                 raise _shape_error(name, tuple(self.head[name].shape), tuple(parameter.shape))
-        for name, shape in shapes.items():
-            here, there = moved[name].cpu(), self.moved[name].cpu()
-            if there.numel() and int(there[-1]) >= torch.Size(shape).numel():
-                raise _shape_error(name, (int(there[-1]) + 1,), shape)
+        for name, selection in moved.items():
+            here, there = selection.indices.cpu(), self.moved[name].cpu()
+            if there.numel() and int(there[-1]) >= selection.num_weights:
+                raise _shape_error(name, (int(there[-1]) + 1,), selection.shape)
             if there.numel() != self.values[name].numel():
                 raise _shape_error(name, tuple(self.values[name].shape), tuple(there.shape))
             if not bool(torch.isin(here, there).all()):

@@ -8,6 +8,7 @@ evaluation mode; weights outside the mask are not touched by weight decay or mom
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -107,12 +108,12 @@ class FISH:
         else:
             k = Budget(fraction=self.density).of(choosing.num_parameters) - choosing.num_head
         if k <= 0:
-            least = (choosing.num_head + 1) / choosing.num_parameters
+            least = math.ceil((choosing.num_head + 1) / choosing.num_parameters * 1e6) / 1e6
             raise TitheError(
                 "head",
                 found=f"{choosing.num_head} head parameters against a budget of {k + choosing.num_head}",
                 expected="a budget that leaves at least one weight besides the head",
-                remedy=f"use density above {least:.2g}, a smaller head, or k=",
+                remedy=f"use density {least:g} or more, a smaller head, or k=",
             )
         if k > available:
             raise TitheError(

@@ -3,6 +3,7 @@
 from tithe.rules import conv, embedding, linear, norm
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, graft, raw, register
+from tithe.rules.pool import Pool
 from tithe.rules.probe import Probe, SquareProbe, SumProbe
 from tithe.rules.ruled import Cost, Rule
 
@@ -10,6 +11,7 @@ __all__ = [
     "Binding",
     "Carrier",
     "Cost",
+    "Pool",
     "Probe",
     "Rule",
     "SquareProbe",

@@ -11,6 +11,7 @@ from tithe.rules.matrix import Touch
 from tithe.selection import Coordinates
 
 if TYPE_CHECKING:
+    from tithe.rules.pool import Pool
     from tithe.rules.probe import Probe
 
 _SUFFIX = "@theta"
@@ -22,7 +23,7 @@ def theta_key(parameter: str) -> str:
 
 
 class Binding:
-    """One weight (however many modules share it), the selection in it, and its θ.
+    """One weight (however many modules share it), the selection in it, what was ever trained (`moved`), and its θ.
 
     Args:
         name: the parameter's name in the model.
@@ -35,27 +36,33 @@ class Binding:
         self.theta = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
         self.selection = Coordinates.nothing(tuple(weight.shape))
         self.indices = self.selection.indices
+        self.moved = self.selection
+        self.counted = False
         self.probe: Probe | None = None
+        self.pool: Pool | None = None
         self.touch: Touch | None = None
         self.committed = self.theta._version
 
     @property
     def active(self) -> bool:
         """Whether a gradient is asked of this weight: some of it is selected, or it is being scored."""
-        return self.probe is not None or self.theta.numel() > 0
+        return self.probe is not None or self.selection.size > 0
 
     @property
     def asked(self) -> Tensor | None:
         """The tensor that stands for θ in autograd, or None when the weight is frozen."""
         if self.probe is not None:
             return self.probe.anchor
-        return self.theta if self.theta.numel() else None
+        if not self.selection.size:
+            return None
+        return self.theta if self.pool is None else self.pool.view(self)
 
     def select(self, selection: Coordinates) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
         self.selection = selection.to(self.weight.device)
         self.indices = self.selection.indices
         self.touch = Touch.of(self.indices, selection.shape) if selection.size and len(selection.shape) > 1 else None
+        self.counted = False
         self.theta.grad = None
         self.theta.requires_grad_(False)
         if self.theta.numel() != selection.size:
@@ -94,6 +101,10 @@ class Binding:
         if self.theta.numel() and (force or self.theta._version != self.committed):
             self.selection.scatter_(self.weight, self.theta.detach())
             self.committed = self.theta._version
+            if not self.counted:
+                earlier = self.moved.indices.to(self.indices.device)
+                self.moved = Coordinates(self.selection.shape, torch.cat([earlier, self.indices]).unique())
+                self.counted = True
 
     def refresh(self) -> None:
         """θ ← Sᵀ w, after the weight itself was loaded or changed."""

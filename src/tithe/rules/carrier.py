@@ -159,7 +159,7 @@ def graft(weight: Tensor) -> Tensor:
         return raw(weight)
     if binding.probe is not None:
         return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe))
-    return cast(Tensor, Graft.apply(raw(weight), binding.theta, binding.indices))
+    return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.indices))
 
 
 def asking(weight: Any) -> Binding | None:

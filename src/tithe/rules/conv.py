@@ -199,7 +199,7 @@ class ConvRule(Rule):
                     lambda rows: geometry.backward(gy[rows], x[rows], weight, (False, True, False))[1], x.shape[0]
                 )
             if need_bias:
-                gb = gy.transpose(0, 1).reshape(gy.shape[1], -1).sum(1)
+                gb = gy.sum([axis for axis in range(gy.dim()) if axis != 1])
         gtb = None
         if self.bias is not None and gb is not None and self.bias.probe is None:
             gtb = gb.index_select(0, self.bias.indices)
@@ -228,8 +228,8 @@ def _conv(
         paddings = [t // 2 for t in total] if padding == "same" else [0] * axes
     else:
         paddings = _per_axis(padding, axes)
-    if groups > 1 and torch.compiler.is_compiling():
-        return NotImplemented  # which groups are touched is data, and a captured graph has no such shapes
+    if torch.compiler.is_compiling() and (groups > 1 or not x.is_contiguous()):
+        return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
     x = autocast(x)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
     rule = ConvRule(batched, asking(weight), asking(bias), Geometry(strides, paddings, dilations, groups))

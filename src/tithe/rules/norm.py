@@ -168,11 +168,11 @@ class BatchNormRule(Rule):
             gtw = selected_sum(self.weight, gy.movedim(1, -1), kept[1].movedim(1, -1))
         elif self.weight is not None:
             product = gy.index_select(1, self.weight.indices) * kept[1]
-            gtw = product.transpose(0, 1).reshape(self.weight.indices.numel(), -1).sum(1)
+            gtw = product.sum([axis for axis in range(product.dim()) if axis != 1])
         last = gy.movedim(1, -1)
         if self.bias is not None:
             gtb = selected_sum(self.bias, last)
-        gb = last.reshape(-1, gy.shape[1]).sum(0) if need_bias else None
+        gb = last.sum(tuple(range(last.dim() - 1))) if need_bias else None
         return gx, gb, gtw, gtb
 
 

@@ -21,12 +21,12 @@ def selected_sum(binding: Binding, terms: Tensor, factor: Tensor | None = None) 
     if binding.probe is not None:
         binding.probe.vector(terms if factor is None else terms * factor)
         return None
-    width = terms.shape[-1]
-    terms = terms.reshape(-1, width)
-    factor = None if factor is None else factor.reshape(-1, width)
     # A few columns are cheaper to copy out than all are to sum; summing all first is bitwise what stock does.
-    if binding.indices.numel() * 4 < width:
-        terms = terms.index_select(1, binding.indices)
-        factor = None if factor is None else factor.index_select(1, binding.indices)
-        return (terms if factor is None else terms * factor).sum(0)
-    return (terms if factor is None else terms * factor).sum(0).index_select(0, binding.indices)
+    few = binding.indices.numel() * 4 < terms.shape[-1]
+    if few:
+        terms = terms.index_select(-1, binding.indices)
+        factor = None if factor is None else factor.index_select(-1, binding.indices)
+    products = terms if factor is None else terms * factor
+    # No reshape: of a permuted tensor it is a copy, and a compiled graph may have taken it for a view.
+    sums = products.sum(tuple(range(products.dim() - 1))) if products.dim() > 1 else products
+    return sums if few else sums.index_select(0, binding.indices)

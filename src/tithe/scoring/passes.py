@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe import distributed
-from tithe.batch import leaves, num_samples, slice_batch
+from tithe.batch import leaves, map_batch, num_samples, slice_batch
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
@@ -167,6 +167,7 @@ class Passes:
                 micro = max(1, int(self._elements * size / max(_num_elements(batch), 1)))
                 for start in range(0, size, micro):
                     self._backward(together, slice_batch(batch, start, min(start + micro, size)))
+        alone += [b for b in together if not _probe(b).separable]
         probes = {b.name: _probe(b) for b in together}
         for binding in together:
             binding.probe = None
@@ -182,7 +183,7 @@ class Passes:
         """The weights whose batched scores of two samples differ from the same two scored one by one.
 
         It finds whatever makes samples inseparable: another axis than the first, a weight used twice, an operation
-        without a rule, a loss that is not a mean over samples.
+        without a rule, a loss that is not a mean over samples. A weight that neither sample reached is not proven.
         """
         batch = max(self.batches, key=num_samples)
         if num_samples(batch) < 2:
@@ -190,23 +191,24 @@ class Passes:
             for binding in group:
                 _probe(binding).clear()
             return [b for b in group if not _probe(b).separable]
+        pair = _unlike(batch)
         try:
-            self._backward(group, slice_batch(batch, 0, 2))
+            self._backward(group, pair)
         except (RuntimeError, ValueError, IndexError):
             for binding in group:  # an expanded parameter did not fit where it is used
                 _probe(binding).expand = False
-            self._backward(group, slice_batch(batch, 0, 2))
+            self._backward(group, pair)
         both = {b.name: _fold(_probe(b)) for b in group}
         separable = {b.name: _probe(b).separable for b in group}
         for n in range(2):
-            self._backward(group, slice_batch(batch, n, n + 1))
+            self._backward(group, slice_batch(pair, n, n + 1))
         apart = {b.name: _fold(_probe(b)) for b in group}
         noise = _NOISE * max(float(sums.max()) for sums in apart.values())
         mixing: list[Binding] = []
         for binding in group:
             one, two = apart[binding.name], both[binding.name]
             agree = float((one - two).abs().max()) <= _AGREE * float(one.max()) + noise
-            if not separable[binding.name] or not agree:
+            if not separable[binding.name] or not agree or not one.any():
                 mixing.append(binding)
         return mixing
 
@@ -267,6 +269,15 @@ def _check_reached(missed: list[str]) -> None:
             expected="a weight that the loss depends on",
             remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
         )
+
+
+def _unlike(batch: Any) -> Any:
+    """Two samples of a batch, those with the fewest and the most non-zero entries: the shortest and the longest."""
+    size = num_samples(batch)
+    counts = sum((leaf.reshape(size, -1) != 0).sum(1).cpu() for leaf in leaves(batch))
+    assert isinstance(counts, Tensor), "a batch has at least one tensor"
+    low, high = int(counts.argmin()), int(counts.argmax())
+    return map_batch(lambda leaf: leaf[[low, high if high != low else (low + 1) % size]], batch)
 
 
 def _num_elements(batch: Any) -> int:

@@ -1,0 +1,122 @@
+"""One flat parameter under all θ of a plan that chooses again: its size stays while the parts' sizes follow the choice.
+
+    flat (K,) ──split──> a view for each tensor ──> its rule
+      │ same memory
+      └──> θ of each tensor, the parameters that the optimizer holds
+
+Autograd, and DistributedDataParallel with it, sees `flat` alone: buckets, compiled graphs and wrappers made before a
+new choice stay valid after it. The optimizer sees the parts, under the names of the model's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tithe.rules.binding import Binding
+from tithe.selection import Coordinates
+
+
+class _Split(torch.autograd.Function):
+    """The flat parameter as one view for each part; backward joins their gradients in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The views."""
+        ctx.set_materialize_grads(False)
+        ctx.sizes, ctx.like = sizes, flat.detach()
+        return tuple(part.view_as(part) for part in flat.split(list(sizes)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        """The gradient of the flat parameter; a part that was not used has none."""
+        like = cast(Tensor, ctx.like)
+        parts = [
+            like.new_zeros(size) if grad is None else cast(Tensor, grad)
+            for grad, size in zip(grads, ctx.sizes, strict=True)
+        ]
+        return torch.cat(parts), None
+
+
+class Pool:
+    """The flat parameter and its parts.
+
+    Args:
+        bindings: the weights whose θ are parts, in the model's order.
+        size: K, the number of values that every choice selects.
+    """
+
+    def __init__(self, bindings: Sequence[Binding], size: int) -> None:
+        self.bindings = list(bindings)
+        self.flat = nn.Parameter(bindings[0].weight.detach().new_zeros(size))
+        self.views: dict[str, Tensor] = {}
+        for binding in self.bindings:
+            binding.pool = self
+        self._listen()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.views = {}
+        self._listen()
+        # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.
+
+    def take(self, selections: dict[str, Coordinates]) -> None:
+        """Take over a new choice for every part.
+
+        Args:
+            selections: name → selection, one for each binding.
+        """
+        for binding in self.bindings:
+            binding.select(selections[binding.name])
+        values = torch.cat([binding.theta.detach() for binding in self.bindings])
+        if values.numel() == self.flat.numel():
+            self.flat.data.copy_(values)
+        else:
+            self.flat.data = values
+        self.flat.grad = None
+        self.views = {}
+        self._tie()
+
+    def view(self, binding: Binding) -> Tensor:
+        """What stands for a part in autograd."""
+        if not self.views:
+            self._tie()
+            used = [b for b in self.bindings if b.selection.size]
+            with torch.enable_grad():
+                views = cast(tuple[Tensor, ...], _Split.apply(self.flat, [b.selection.size for b in used]))
+            self.views = {b.name: view for b, view in zip(used, views, strict=True)}
+        return self.views[binding.name]
+
+    def _tie(self) -> None:
+        used = [b for b in self.bindings if b.selection.size]
+        for binding, part in zip(used, self.flat.data.split([b.selection.size for b in used]), strict=True):
+            binding.theta.data = part
+            binding.committed = binding.theta._version
+
+    def link(self) -> None:
+        """Show each θ its part of the flat gradient, or none."""
+        start = 0
+        for binding in self.bindings:
+            size = binding.selection.size
+            if size:
+                grad = self.flat.grad
+                binding.theta.grad = None if grad is None else grad[start : start + size]
+            start += size
+
+    def _listen(self) -> None:
+        self.flat.register_hook(self._before)
+        self.flat.register_post_accumulate_grad_hook(self._after)
+
+    def _before(self, grad: Tensor) -> None:
+        """An optimizer that cleared its gradients cleared those of the parts: the sum starts anew."""
+        if any(b.theta.grad is None for b in self.bindings if b.selection.size):
+            self.flat.grad = None
+
+    def _after(self, flat: Tensor) -> None:
+        self.link()
