@@ -1,0 +1,73 @@
+"""The plots of docs/benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.methods import Mask
+from benchmarks.records import Record
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+COLOURS = ("#0f6b6b", "#d08c2e", "#7b5ea7", "#8a8f98")
+
+
+def validation_by_variant(first: Mapping[str, Record], variants: Sequence[Mask], path: Path) -> None:
+    """One dot a variant: score along x, scope by marker, head warm-up filled, reselected to the right."""
+    figure, axes = _axes(1, (7.0, 3.6))
+    scores = list(dict.fromkeys(mask.score for mask in variants))
+    for mask in variants:
+        if mask.name not in first:
+            continue
+        i = scores.index(mask.score)
+        x = i + (0.12 if mask.reselect else -0.12) + (0.05 if mask.scope == "tensor" else -0.05)
+        axes[0].plot(
+            x,
+            first[mask.name]["validation"],
+            "o" if mask.scope == "global" else "s",
+            color=COLOURS[i],
+            markerfacecolor=COLOURS[i] if mask.warm else "white",
+            markersize=7,
+        )
+    axes[0].set_xticks(range(len(scores)), scores)
+    axes[0].set_ylabel("SST-2 validation accuracy")
+    axes[0].set_title("circle: global, square: per tensor · filled: after head warm-up · right: reselected", fontsize=8)
+    _save(figure, path)
+
+
+def growth_of_cost(records: Sequence[Record], path: Path) -> None:
+    """CPU time and peak, as parts of full fine-tuning, over density; one line a hidden size."""
+    figure, axes = _axes(2, (8.0, 3.4))
+    for i, hidden in enumerate(sorted({r["hidden"] for r in records})):
+        rows = sorted((r for r in records if r["hidden"] == hidden), key=lambda r: r["density"])
+        for axis, field in zip(axes, ("cpu_ms", "peak_bytes"), strict=True):
+            ratios = [r[field] / rows[-1][field] for r in rows[:-1]]
+            axis.plot([100 * r["density"] for r in rows[:-1]], ratios, "o-", color=COLOURS[i], label=f"{hidden} wide")
+    for axis, title in zip(axes, ("CPU time of a step", "peak bytes beyond the weights"), strict=True):
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.axhline(1, color="#c8ccd2", linewidth=1)
+        axis.set_xlabel("density, %")
+        axis.set_title(f"{title}, full = 1", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    figure, grid = plt.subplots(1, count, figsize=size, squeeze=False)
+    axes = list(grid[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
