@@ -82,7 +82,7 @@ class Choosing:
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
     def scores(self, kind: str, *, samples: int = 1024, fisher: str = "empirical") -> Iterator[tuple[str, Tensor]]:
-        """Name and score of each tensor in the model's order, streamed.
+        """Name and score of each tensor, streamed; tables of which few rows were touched come last.
 
         Args:
             kind: "fisher", "gradient", "magnitude" or "random".

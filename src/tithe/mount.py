@@ -176,8 +176,3 @@ class Mount:
             module.__dict__.update(lists)
         for name, binding in self.bindings.items():
             binding.weight.requires_grad_(self._required[name])
-
-
-def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every distinct floating-point parameter by its first name."""
-    return {name: p for name, p in model.named_parameters() if torch.is_floating_point(p)}

@@ -2,7 +2,7 @@
 
 from tithe.rules import conv, embedding, linear, norm
 from tithe.rules.binding import Binding, theta_key
-from tithe.rules.carrier import Carrier, graft, raw, register
+from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.pool import Pool
 from tithe.rules.probe import Probe, SquareProbe, SumProbe
 from tithe.rules.ruled import Cost, Rule
@@ -16,10 +16,15 @@ __all__ = [
     "Rule",
     "SquareProbe",
     "SumProbe",
+    "apply_rule",
+    "asking",
+    "autocast",
     "conv",
     "embedding",
+    "fits",
     "graft",
     "linear",
+    "needs_no_rule",
     "norm",
     "raw",
     "register",

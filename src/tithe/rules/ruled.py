@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tithe.errors import TitheError
 
@@ -79,7 +80,8 @@ class Ruled(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # the weight is kept without its θ: a second derivative would be wrong, so it is refused
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Sᵀ of the weight's gradient, and the input's gradient where one is asked for."""
         weight, *kept = saved_tensors(ctx)
         needs = ctx.needs_input_grad
