@@ -107,7 +107,7 @@ class Cut:
         if self.outs is not None:
             gy = gy.index_select(1, self.outs)
         shape = (self.num_out, self.num_in // self.groups, *weight.shape[2:])
-        like = weight if self.whole else gy.new_empty(1).expand(shape)
+        like = weight if self.whole else gy.new_empty(shape)  # not expanded: some kernels lay the gradient out alike
         return self.gather(geometry.backward(gy, kept, like, (False, True, False), self.groups)[1])
 
     def gather(self, grad: Tensor) -> Tensor:
