@@ -24,6 +24,7 @@ SETTINGS = [
     ("mlp", "fisher", "global"),
     ("bert", "fisher", "global"),
     ("bert", "random", "tensor"),
+    ("mlp", "fisher", "warm"),
 ]
 
 
@@ -33,9 +34,11 @@ def _halves(batch: Batch) -> list[Batch]:
 
 
 def _method(score: str, scope: str) -> FISH:
-    """Chooses again after every second step, except in the scope "once"."""
+    """Chooses once; once after two steps of warm-up; or again after every second step, in either scope."""
     if scope == "once":
         return FISH(density=0.2, score=score, samples=16)
+    if scope == "warm":
+        return FISH(density=0.2, score=score, samples=16, warmup=2)
     return FISH(density=0.2, score=score, scope=scope, samples=16, reselect=tithe.every(2))
 
 
@@ -63,7 +66,7 @@ def _half(rank: int, name: str, score: str, scope: str) -> dict[str, object]:
     model = case.model(dtype=torch.float64)
     batches = [_halves(batch)[rank] for batch in case.batches(STEPS, 8, dtype=torch.float64)]
     plan = tithe.attach(model, _method(score, scope), loss=case.loss, data=batches[:2], head=case.head, seed=2)
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=scope == "warm")  # θ is not used before it is chosen
     sent: list[int] = []
 
     def hook(state, bucket):  # annotations would have to be types, and here they are text
@@ -98,7 +101,8 @@ def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path: Path, capsys: pyte
         assert all(torch.equal(ranks[0]["model"][key], value) for key, value in ranks[1]["model"].items()), setting
         k = ranks[0]["size"]
         assert k == int(0.2 * dense)
-        assert ranks[0]["sent"] == ranks[1]["sent"] == STEPS * k * 8
+        assert ranks[0]["sent"] == ranks[1]["sent"] <= STEPS * k * 8
+        assert scope == "warm" or ranks[0]["sent"] == STEPS * k * 8
         with capsys.disabled():
             print(f"\n{name}, {score}, {scope}: {k * 8} bytes reduced a step = {k} values × 8 bytes; dense {dense * 8}")
 

@@ -123,7 +123,8 @@ def test_a_retained_graph_gives_the_same_twice(case: Case) -> None:
 @pytest.mark.parametrize("case", EVERY)
 def test_evaluation_gives_the_same_output_and_records_nothing(case: Case) -> None:
     model, batch = case.model().eval(), case.batch()
-    before = case.loss(model, batch)
+    with torch.no_grad():
+        before = case.loss(model, batch)
     plan = attach(model, case, 0.2)
     with torch.no_grad():
         assert torch.equal(case.loss(model, batch), before)
