@@ -59,9 +59,9 @@ class Graft(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, theta: Tensor, indices: Tensor) -> Tensor:
-        """An alias of the weight: no copy."""
+        """An alias of the weight, of the same strides to the last: no copy."""
         ctx.save_for_backward(indices)
-        return weight.view_as(weight)
+        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
