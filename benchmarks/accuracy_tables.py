@@ -12,7 +12,7 @@ from benchmarks.methods import DENSITY, PEERS, Mask
 from benchmarks.plots import validation_by_variant
 from benchmarks.records import Record, lines, mean_and_spread
 from benchmarks.text import TASKS
-from benchmarks.which_mask import PAPER, SCOPES, SCORES
+from benchmarks.which_mask import FOLLOW_UP, PAPER, SCOPES, SCORES
 
 VARIANTS = [
     Mask(score, scope, warm=warm, reselect=again)
@@ -45,8 +45,9 @@ def which_mask(results: Path, docs: Path) -> str:
         _rates(records),
         "## Finalists, test sets",
         _finalists(records),
-        "## Where the budget lands (SST-2, as loaded; percent of the selected weights)",
+        "## Where the budget lands (SST-2, first seed; percent of the selected weights)",
         _landing(first),
+        "Reselected: the mask of the second epoch. Per tensor, every score has the shares of random, per tensor.",
         origin(records),
     ]
     return "\n\n".join(parts)
@@ -96,29 +97,45 @@ def _rates(records: list[Record]) -> str:
     tried = {
         (r["method"], r["rate"]): r["validation"] for r in records if r["task"] == "sst2" and r["seed"] == SEEDS[0]
     }
-    rates = sorted({rate for method, rate in tried if method.endswith("loaded static")})
+    rates = sorted({rate for method, rate in tried if "loaded static" in method})
     rows = []
-    for score, scope in itertools.product(SCORES, SCOPES):
-        name = Mask(score, scope).name
-        rows.append([f"{score}, {scope}", *(f"{tried[name, r]:.1f}" if (name, r) in tried else "" for r in rates)])
+    for mask in (*itertools.starmap(Mask, itertools.product(SCORES, SCOPES)), *FOLLOW_UP):
+        name = mask.name
+        rows.append(
+            [
+                name.replace(" loaded static", ""),
+                *(f"{tried[name, r]:.1f}" if (name, r) in tried else "" for r in rates),
+            ]
+        )
     return table(["score, scope", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _tested(records: list[Record], method: str, task: str) -> list[float]:
-    return [r["test"] for r in records if r["method"] == method and r["task"] == task and r["tested"]]
+def tested(records: list[Record]) -> dict[tuple[str, float], dict[str, list[Record]]]:
+    """The runs that were scored on a test set: method and rate -> task -> one record a seed."""
+    found: dict[tuple[str, float], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["tested"]:
+            found[record["method"], record["rate"]][record["task"]].append(record)
+    return found
 
 
 def _finalists(records: list[Record]) -> str:
-    names = [m.name for m in VARIANTS if _tested(records, m.name, "sst2")]
-    if not names:
+    entries = tested(records)
+    if not entries:
         return "Not run yet."
-    tasks = [task for task in TASKS if any(_tested(records, name, task) for name in names)]
+    tasks = [task for task in TASKS if any(task in by_task for by_task in entries.values())]
+
+    def validation(key: tuple[str, float]) -> float:
+        runs = entries[key]["sst2"]
+        return mean_and_spread([r["validation"] for r in runs])[0] if runs else 0.0
+
     rows = []
-    for name in names:
-        held = [r["validation"] for r in records if r["method"] == name and r["task"] == "sst2" and r["tested"]]
-        tests = [_seeds(_tested(records, name, task)) for task in tasks]
-        rows.append([name + (" (the paper's)" if name == PAPER.name else ""), with_spread(held), *tests])
-    return table(["mask", "SST-2 validation", *(f"{NAMES[task]} test" for task in tasks)], rows)
+    for name, rate in sorted(entries, key=validation, reverse=True):
+        by_task = entries[name, rate]
+        held = with_spread([r["validation"] for r in by_task["sst2"]])
+        tests = [_seeds([r["test"] for r in by_task[task]]) for task in tasks]
+        rows.append([name + (" (the paper's)" if name == PAPER.name else ""), f"{rate:g}", held, *tests])
+    return table(["mask", "rate", "SST-2 validation", *(f"{NAMES[task]} test" for task in tasks)], rows)
 
 
 def _seeds(values: list[float]) -> str:
@@ -128,8 +145,9 @@ def _seeds(values: list[float]) -> str:
 
 def _landing(first: dict[str, Record]) -> str:
     rows = []
-    for score, scope in itertools.product(SCORES, SCOPES):
-        record = first.get(Mask(score, scope).name)
+    apart = [mask for mask in VARIANTS if mask.scope == "global" or mask.name == Mask("random", "tensor").name]
+    for mask in apart:
+        record = first.get(mask.name)
         if record is None:
             continue
         selected: dict[str, int] = record["selected"]
@@ -138,28 +156,30 @@ def _landing(first: dict[str, Record]) -> str:
             share[next(label for label, part in GROUPS if part in name)] += 100 * size / sum(selected.values())
         one = 100 * sum(n for name, n in selected.items() if name.endswith("bias") or "LayerNorm" in name)
         groups = [f"{share[label]:.1f}" for label in dict.fromkeys(label for label, _ in GROUPS)]
-        rows.append([f"{score}, {scope}", *groups, f"{one / sum(selected.values()):.1f}", len(selected)])
+        rows.append(
+            [mask.name.replace(" loaded static", ""), *groups, f"{one / sum(selected.values()):.1f}", len(selected)]
+        )
     names = list(dict.fromkeys(label for label, _ in GROUPS))
-    return table(["score, scope", *names, "of it biases and norms", "tensors touched (of 103)"], rows)
+    return table(["mask", *names, "of it biases and norms", "tensors touched (of 103)"], rows)
 
 
 def accuracy(results: Path, docs: Path) -> str:
     """Peers and finalists on the tests, and their distance to full fine-tuning."""
-    peers, masks = list(lines(results / "accuracy.jsonl")), list(lines(results / "which_mask.jsonl"))
-    records = peers + masks
-    names = [*PEERS, *(m.name for m in VARIANTS if _tested(masks, m.name, "sst2"))]
-    if not any(_tested(records, name, "sst2") for name in names):
+    records = list(lines(results / "accuracy.jsonl")) + list(lines(results / "which_mask.jsonl"))
+    entries = tested(records)
+    if not entries:
         return ""
-    tasks = [task for task in TASKS if any(_tested(records, name, task) for name in names)]
-    full = mean_and_spread(_tested(records, "full", "sst2"))[0]
+    tasks = [task for task in TASKS if any(task in by_task for by_task in entries.values())]
+    full = next(by_task for (name, _), by_task in entries.items() if name == "full")
+    whole = mean_and_spread([r["test"] for r in full["sst2"]])[0]
+    order = [*PEERS, *(mask.name for mask in (*VARIANTS, *FOLLOW_UP))]
     rows = []
-    for name in names:
-        mine = [r for r in records if r["method"] == name and r["task"] == "sst2" and r["tested"]]
-        if not mine:
-            continue
-        tests = [_seeds(_tested(records, name, task)) for task in tasks]
-        gap = mean_and_spread([r["test"] for r in mine])[0] - full
-        rows.append([name, f"{mine[0]['trained']:,}", f"{mine[0]['rate']:g}", *tests, f"{gap:+.1f}"])
+    for name, rate in sorted(entries, key=lambda key: (order.index(key[0]), key[1])):
+        by_task = entries[name, rate]
+        tests = [_seeds([r["test"] for r in by_task[task]]) for task in tasks]
+        gap = f"{mean_and_spread([r['test'] for r in by_task['sst2']])[0] - whole:+.1f}" if by_task["sst2"] else "—"
+        trained = next(iter(by_task.values()))[0]["trained"]
+        rows.append([name, f"{trained:,}", f"{rate:g}", *tests, gap])
     header = ["", "trained", "rate", *(NAMES[task] for task in tasks), "SST-2 against full"]
     sizes = " · ".join(
         f"{NAMES[t.name]}: {t.num_train} training and {t.num_validation} validation examples, "

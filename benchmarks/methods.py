@@ -91,6 +91,7 @@ class Mask:
         warm: choose after the head alone has been trained for a quarter of the steps.
         reselect: choose again at the end of every epoch.
         samples: how many training examples are scored.
+        embeddings: choose from the embeddings too.
     """
 
     score: str
@@ -98,12 +99,14 @@ class Mask:
     warm: bool = False
     reselect: bool = False
     samples: int = 256
+    embeddings: bool = True
 
     @property
     def name(self) -> str:
         """For example "fisher global loaded static"."""
         moment = "warmed" if self.warm else "loaded"
-        return f"{self.score} {self.scope} {moment} {'reselected' if self.reselect else 'static'}"
+        where = "" if self.embeddings else " without embeddings"
+        return f"{self.score} {self.scope} {moment} {'reselected' if self.reselect else 'static'}{where}"
 
     def fish(self, warmup: int, density: float = DENSITY) -> tithe.FISH:
         """The recipe of this mask."""
@@ -118,7 +121,8 @@ class Mask:
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch], seed: int, warmup: int) -> Prepared:
         """Attach the mask to the model."""
-        plan = tithe.attach(model, self.fish(warmup), loss=loss_of, data=batches, head=[HEAD], seed=seed)
+        where = "*" if self.embeddings else ("*", "!*embeddings*")
+        plan = tithe.attach(model, self.fish(warmup), loss=loss_of, data=batches, where=where, head=[HEAD], seed=seed)
         return Prepared(model, list(plan.parameters()), plan)
 
     def method(self) -> Method:
