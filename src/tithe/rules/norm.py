@@ -77,6 +77,11 @@ class LayerNormRule(Rule):
         return gx, gb, gtw, gtb
 
 
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: squares and means of shorter numbers lose what they are to tell apart."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class RMSNormRule(Rule):
     """Root-mean-square norm: keeps x and 1/σ, where stock's composition on a CPU keeps several tensors of x's size.
 
@@ -92,7 +97,7 @@ class RMSNormRule(Rule):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The stock operation; 1/σ of each position."""
-        square = x.reshape(-1, self.width).square().mean(1, keepdim=True)
+        square = _wide(x).reshape(-1, self.width).square().mean(1, keepdim=True)
         return F.rms_norm(x, self.shape, weight, self.eps), (torch.rsqrt(square + self.eps),)
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
@@ -101,25 +106,26 @@ class RMSNormRule(Rule):
             return (x, *extra)
         if self.weight is None:
             return ()
-        return (x.reshape(-1, self.width).index_select(1, self.weight.indices) * extra[0],)
+        return ((x.reshape(-1, self.width).index_select(1, self.weight.indices) * extra[0]).to(x.dtype),)
 
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> Gradients:
-        """Gx = (gy w − x̂ mean(gy w x̂)) / σ; Σ gy x̂ at the selected entries."""
+        """Input gradient (gy w − x̂ mean(gy w x̂)) / σ; Σ gy x̂ at the selected entries."""
         gx = gtw = None
         gy_ND = gy.reshape(-1, self.width)
         if len(kept) == 1 and self.weight is not None:
             gtw = (gy_ND.index_select(1, self.weight.indices) * kept[0]).sum(0)
         elif kept:
             x, rstd = kept[0], kept[-1]
-            xhat = x.reshape(-1, self.width) * rstd
+            xhat, gy_ND = _wide(x).reshape(-1, self.width) * rstd, _wide(gy_ND)
             if need_x:
                 scaled = gy_ND * weight.reshape(-1)
                 mean = (scaled * xhat).mean(1, keepdim=True)
-                gx = ((scaled - xhat * mean) * rstd).reshape(x.shape)
+                gx = ((scaled - xhat * mean) * rstd).reshape(x.shape).to(x.dtype)
             if self.weight is not None:
                 gtw = selected_sum(self.weight, gy_ND, xhat)
+                gtw = None if gtw is None else gtw.to(weight.dtype)
         return gx, None, gtw, None
 
 
