@@ -22,9 +22,11 @@ SOME = [
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def attach(model: nn.Module, case: Case, density: float, *, seed: int = 0) -> tithe.Plan:
+def attach(model: nn.Module, case: Case, density: float, *, seed: int = 0, again: bool = False) -> tithe.Plan:
+    """A random choice; `again`: one that could be made again, for which all θ share one flat parameter."""
     k = max(1, int(density * sum(p.numel() for p in model.parameters() if p.requires_grad)))
-    return tithe.attach(model, tithe.FISH(k=k, score="random"), seed=seed)
+    method = tithe.FISH(k=k, score="random", reselect=tithe.every(1000) if again else None)
+    return tithe.attach(model, method, seed=seed)
 
 
 def _frozen_norms_in_evaluation(model: nn.Module, plan: tithe.Plan) -> None:
@@ -50,13 +52,14 @@ def _assert_gradients(plan: tithe.Plan, expected: dict[str, Tensor], case: Case)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.9])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_theta_gradient_is_the_selected_part_of_the_dense_one(case: Case, density: float) -> None:
+def test_theta_gradient_is_the_selected_part_of_the_dense_one(case: Case, density: float, again: bool) -> None:
     model, batch = case.model(dtype=torch.float64), case.batch(dtype=torch.float64)
     if case.dropout:
         model.eval()
     plain = copy.deepcopy(model)
-    plan = attach(model, case, density, seed=1)
+    plan = attach(model, case, density, seed=1, again=again)
     _frozen_norms_in_evaluation(plain, plan)
     expected = gradients(plain, case.loss, batch)
     loss = plan.backward(lambda: case.loss(model, batch))
@@ -67,26 +70,28 @@ def test_theta_gradient_is_the_selected_part_of_the_dense_one(case: Case, densit
             assert parameter.grad is None, name
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_two_backwards_accumulate(case: Case) -> None:
+def test_two_backwards_accumulate(case: Case, again: bool) -> None:
     model, (one, two) = case.model(dtype=torch.float64).eval(), case.batches(2, dtype=torch.float64)
     plain = copy.deepcopy(model)
     first, second = gradients(plain, case.loss, one), gradients(plain, case.loss, two)
-    plan = attach(model, case, 0.2)
+    plan = attach(model, case, 0.2, again=again)
     for batch in (one, two):
         plan.backward(lambda batch=batch: case.loss(model, batch))
     _assert_gradients(plan, {name: first[name] + second[name] for name in first}, case)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", SOME)
-def test_activation_checkpointing(case: Case, reentrant: bool) -> None:
+def test_activation_checkpointing(case: Case, reentrant: bool, again: bool) -> None:
     """The loss recomputed as a whole: rules must give the same from a second forward inside backward."""
     from torch.utils.checkpoint import checkpoint
 
     model, batch = case.model(dtype=torch.float64).eval(), case.batch(dtype=torch.float64)
     expected = gradients(model, case.loss, batch)
-    plan = attach(model, case, 0.2)
+    plan = attach(model, case, 0.2, again=again)
     tick = torch.zeros(
         (), dtype=torch.float64, requires_grad=True
     )  # the reentrant kind needs an input that requires grad
@@ -109,11 +114,12 @@ def test_the_checkpointing_of_hugging_face(case: Case) -> None:
     _assert_gradients(plan, expected, case)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", SOME)
-def test_a_retained_graph_gives_the_same_twice(case: Case) -> None:
+def test_a_retained_graph_gives_the_same_twice(case: Case, again: bool) -> None:
     model, batch = case.model(dtype=torch.float64).eval(), case.batch(dtype=torch.float64)
     expected = gradients(model, case.loss, batch)
-    plan = attach(model, case, 0.2)
+    plan = attach(model, case, 0.2, again=again)
     loss = case.loss(model, batch)
     loss.backward(retain_graph=True)
     loss.backward()
@@ -198,8 +204,9 @@ def _identity(value: object) -> object:
     return None if isinstance(value, dict) else [id(item) for item in value] if isinstance(value, list) else id(value)
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_release_leaves_no_trace_and_attaching_again_works(case: Case) -> None:
+def test_release_leaves_no_trace_and_attaching_again_works(case: Case, again: bool) -> None:
     model = case.model()
     frozen = next(iter(model.parameters())) if case.head else None
     if frozen is not None:
@@ -211,7 +218,7 @@ def test_release_leaves_no_trace_and_attaching_again_works(case: Case) -> None:
         plan.release()
         assert _trace(model) == before
     assert equal_bits(saved, bits(model)) == []
-    plan = attach(model, case, 0.3)
+    plan = attach(model, case, 0.3, again=again)
     opt = adamw(plan.parameters())
     plan.bind(opt)
     plan.backward(lambda: case.loss(model, case.batch()))
@@ -228,11 +235,12 @@ def test_release_leaves_no_trace_and_attaching_again_works(case: Case) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_state_dict_keeps_its_keys_and_loads_strictly(case: Case) -> None:
+def test_state_dict_keeps_its_keys_and_loads_strictly(case: Case, again: bool) -> None:
     model, other = case.model(), case.model(seed=1)
     keys = list(model.state_dict())
-    plan = attach(model, case, 0.3)
+    plan = attach(model, case, 0.3, again=again)
     assert list(model.state_dict()) == keys
     assert all(type(value) is Tensor for value in model.state_dict().values())
     case.model().load_state_dict(model.state_dict(), strict=True)
@@ -245,10 +253,11 @@ def test_state_dict_keeps_its_keys_and_loads_strictly(case: Case) -> None:
         assert torch.equal(theta.detach(), want), f"{name}: θ did not follow load_state_dict"
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_deepcopy_is_independent_and_trains(case: Case) -> None:
+def test_deepcopy_is_independent_and_trains(case: Case, again: bool) -> None:
     model, batch = case.model(dtype=torch.float64).eval(), case.batch(dtype=torch.float64)
-    plan = attach(model, case, 0.3)
+    plan = attach(model, case, 0.3, again=again)
     twin = copy.deepcopy(model)
     assert list(twin.state_dict()) == list(model.state_dict())
     saved = bits(model)
@@ -265,10 +274,11 @@ def test_deepcopy_is_independent_and_trains(case: Case) -> None:
     assert equal_bits(saved, bits(model)) == []
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", SOME)
-def test_pickle_and_torch_save_of_an_attached_model(case: Case) -> None:
+def test_pickle_and_torch_save_of_an_attached_model(case: Case, again: bool) -> None:
     model, batch = case.model().eval(), case.batch()
-    plan = attach(model, case, 0.3)
+    plan = attach(model, case, 0.3, again=again)
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(case.loss(twin, batch), case.loss(model, batch))
     assert equal_bits(bits(model), bits(twin)) == []
@@ -279,10 +289,11 @@ def test_pickle_and_torch_save_of_an_attached_model(case: Case) -> None:
     plan.release()
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("case", EVERY)
-def test_commit_writes_theta_into_the_weights_and_tied_weights_stay_tied(case: Case) -> None:
+def test_commit_writes_theta_into_the_weights_and_tied_weights_stay_tied(case: Case, again: bool) -> None:
     model = case.model()
-    plan = attach(model, case, 0.3)
+    plan = attach(model, case, 0.3, again=again)
     with torch.no_grad():
         for theta in plan.parameters():
             theta.add_(1)
