@@ -236,7 +236,8 @@ def rms_norm(
     """`F.rms_norm` by rule."""
     if weight is None or asking(weight) is None or needs_no_rule(weight, None) or input.dtype != weight.dtype:
         return NotImplemented
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if eps is None:  # stock takes that of the dtype it computes in
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     return apply_rule(RMSNormRule(list(normalized_shape), eps, asking(weight)), input, weight, None)
 
 

@@ -60,6 +60,19 @@ class Probe(ABC):
             self._rows = None
         return dense
 
+    def fold(self) -> Tensor:
+        """The sums over each of the first two axes, enough to tell two sets of sums apart; the probe starts anew."""
+        if self._dense is None and self._rows is not None:
+            rows, values = self._rows
+            by_row = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            folded = torch.cat([values.sum(0), by_row.index_add_(0, rows, values.sum(1))])
+        else:
+            total = self.total()
+            flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
+            folded = torch.cat([flat.sum(0), flat.sum(1)])
+        self.clear()
+        return folded
+
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
         """Add `values` (U, D) to distinct `rows` (U,), holding only rows that were touched."""
         if self._rows is None:

@@ -31,6 +31,8 @@ _STEP = 0.7
 (measured on BERT-like encoders and ResNets)."""
 _AGREE = 1e-3
 """Relative difference at which a weight scored by batch is taken to mix samples, and is scored one by one instead."""
+_HEAPS = 0.75
+"""How the number of distinct rows of a table grows with samples (Heaps' law has 0.4 to 0.7 for words)."""
 _NOISE = 1e-9
 """Squares below this part of the largest are rounding (a key's bias has no gradient but that), and never picked."""
 
@@ -130,7 +132,7 @@ class Passes:
             binding.probe = listeners[binding.name]
         saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
         _check_reached([name for name, listener in listeners.items() if not listener.reached])
-        micro = max(1, min(_MICRO, size // 4))
+        micro = max(1, min(_MICRO, size // 5))
         self._elements = micro * _num_elements(batch) / size
         limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - micro))
         scale = self.num_samples / num_samples(few)
@@ -139,7 +141,8 @@ class Passes:
         for binding in self.bindings:
             listener = listeners[binding.name]
             binding.probe = None
-            need = min(listener.held * scale, binding.weight.numel() * listener.dtype.itemsize)
+            whole = binding.weight.numel() * listener.dtype.itemsize
+            need = min(listener.held * scale**_HEAPS, whole) if listener.held < whole else whole
             if groups[-1] and held + need > limit:
                 groups.append([])
                 held = 0.0
@@ -198,11 +201,11 @@ class Passes:
             for binding in group:  # an expanded parameter did not fit where it is used
                 _probe(binding).expand = False
             self._backward(group, pair)
-        both = {b.name: _fold(_probe(b)) for b in group}
+        both = {b.name: _probe(b).fold() for b in group}
         separable = {b.name: _probe(b).separable for b in group}
         for n in range(2):
             self._backward(group, slice_batch(pair, n, n + 1))
-        apart = {b.name: _fold(_probe(b)) for b in group}
+        apart = {b.name: _probe(b).fold() for b in group}
         noise = _NOISE * max(float(sums.max()) for sums in apart.values())
         mixing: list[Binding] = []
         for binding in group:
@@ -282,11 +285,3 @@ def _unlike(batch: Any) -> Any:
 
 def _num_elements(batch: Any) -> int:
     return sum(leaf.numel() for leaf in leaves(batch))
-
-
-def _fold(probe: Probe) -> Tensor:
-    """Sums over each of the first two axes, enough to tell two sets of sums apart; the probe starts anew."""
-    total = probe.total()
-    flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
-    probe.clear()
-    return torch.cat([flat.sum(0), flat.sum(1)])
