@@ -156,9 +156,7 @@ def _landing(first: dict[str, Record]) -> str:
             share[next(label for label, part in GROUPS if part in name)] += 100 * size / sum(selected.values())
         one = 100 * sum(n for name, n in selected.items() if name.endswith("bias") or "LayerNorm" in name)
         groups = [f"{share[label]:.1f}" for label in dict.fromkeys(label for label, _ in GROUPS)]
-        rows.append(
-            [mask.name.replace(" loaded static", ""), *groups, f"{one / sum(selected.values()):.1f}", len(selected)]
-        )
+        rows.append([mask.name, *groups, f"{one / sum(selected.values()):.1f}", len(selected)])
     names = list(dict.fromkeys(label for label, _ in GROUPS))
     return table(["mask", *names, "of it biases and norms", "tensors touched (of 103)"], rows)
 

@@ -1,8 +1,8 @@
 """How the cost of a step grows: hidden sizes 384, 768, 1024 and densities 0.1, 0.5, 2, 10 %.
 
 A BERT-like encoder from a config (2 layers, heads of 64, 4 × wider inside, 2,000 words, no dropout), 8 sequences of
-128 tokens; Fisher masks from 64 samples of the same random text. The untrained network's Fisher information is spread
-more evenly than a pretrained one's, so these are the costs of a mask that concentrates little.
+128 tokens; Fisher masks from 64 samples of the same random text. Untrained weights and random text: this shows how the
+cost grows with width and density, not what a pretrained network costs (`benchmarks.step` does).
 """
 
 from __future__ import annotations
