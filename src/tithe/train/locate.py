@@ -32,7 +32,7 @@ class Lines:
         r"""Say where a key stands, or the closest table around it.
 
         Example:
-            >>> locate("[run]\\nseed = 1\\n", "a.toml").place("run", "seed")
+            >>> locate("[run]\nseed = 1\n", "a.toml").place("run", "seed")
             'a.toml line 2: [run] seed'
         """
         label = f"[{path[0]}]" + (f" {'.'.join(path[1:])}" if path[1:] else "") if path else "recipe"
