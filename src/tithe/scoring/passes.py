@@ -109,8 +109,7 @@ class Passes:
         with self._evaluation():
             for group in self._groups():
                 probes = self._squares(group) if statistic == "square" else self._sums(group)
-                # Tables hold only touched rows until asked for; asked last, they never stand beside the other sums.
-                for binding in sorted(group, key=lambda b: probes[b.name].num_bytes < probes[b.name].shape.numel()):
+                for binding in _tables_last(group, probes):
                     binding.probe = None
                     score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
                     yield binding.name, score.abs_() if statistic == "sum" else score
@@ -261,6 +260,16 @@ class Passes:
 def _probe(binding: Binding) -> Probe:
     assert binding.probe is not None, "a pass sets the probe of every weight it scores"
     return binding.probe
+
+
+def _tables_last(group: list[Binding], probes: dict[str, Probe]) -> list[Binding]:
+    """Tables hold only touched rows until asked for; asked last, they never stand beside the other sums.
+
+    Ranks keep the model's order: what each has touched differs, and they add up their sums one by one.
+    """
+    if distributed.world_size() > 1:
+        return group
+    return sorted(group, key=lambda b: probes[b.name].num_bytes < b.weight.numel())
 
 
 def _check_reached(missed: list[str]) -> None:
