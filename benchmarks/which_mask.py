@@ -11,7 +11,8 @@ In four stages, each finished run kept:
    belong to words that a small data set never uses; at a rate climbed anew, with three seeds, the better of the two on
    the other tasks too. And the best mask of stage 2 at a second rate: one validation example separates the two rates.
 
-The test sets take no part in any choice.
+No rate and no finalist is chosen on a test set. Stage 4 was added when test results of stage 3 and of the peers were
+known: its rates and its rank come from validation examples, the idea to try it does not.
 """
 
 from __future__ import annotations
