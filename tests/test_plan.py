@@ -140,6 +140,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: tithe.attach(_Unused(), FISH(density=0.5), loss=MLP.loss, data=MLP.batches(1)),
         "spare",
     ),
+    "a head that gets no gradient": (
+        lambda: tithe.attach(_Unused(), FISH(k=5), loss=MLP.loss, data=MLP.batches(1), where="!spare*", head="spare*"),
+        "spare",
+    ),
     "density that rounds to nothing": (lambda: _attach(MLP, MLP.model(), FISH(density=0.001)), ""),
 }
 

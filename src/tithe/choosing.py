@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +56,7 @@ class Choosing:
         model: the attached model.
         bindings: the weights to choose from.
         num_parameters: floating-point parameters of the whole model.
-        num_head: those of the head.
+        head: parameters trained whole, by name.
         loss: `loss(model, batch)`, or None.
         batches: the data, or None.
         seed: of the plan.
@@ -69,14 +69,15 @@ class Choosing:
         bindings: Sequence[Binding],
         *,
         num_parameters: int,
-        num_head: int,
+        head: Mapping[str, nn.Parameter],
         loss: Loss | None,
         batches: Iterable[Any] | None,
         seed: int,
         step: int,
     ) -> None:
         self._model, self._bindings, self._loss, self._batches = model, bindings, loss, batches
-        self.num_parameters, self.num_head = num_parameters, num_head
+        self._head = head
+        self.num_parameters, self.num_head = num_parameters, sum(p.numel() for p in head.values())
         self.seed, self.step = seed, step
         self.shapes = {b.name: tuple(b.weight.shape) for b in bindings}
         self.sizes = {b.name: b.weight.numel() for b in bindings}
@@ -105,7 +106,7 @@ class Choosing:
                 expected=f"loss= and data= for the score {kind!r}",
                 remedy='pass attach(..., loss=loss_fn, data=batches), or use score="magnitude" or "random"',
             )
-        passes = Passes(self._model, self._bindings, self._loss, self._batches, samples, fisher)
+        passes = Passes(self._model, self._bindings, self._loss, self._batches, samples, fisher, self._head)
         return passes.scores("square" if kind == "fisher" else "sum")
 
 

@@ -350,7 +350,7 @@ class Plan:
             self.model,
             self._candidates,
             num_parameters=self._num_parameters,
-            num_head=sum(p.numel() for p in self._head.values()),
+            head=self._head,
             loss=self._loss,
             batches=self._data,
             seed=self.seed,

@@ -6,7 +6,7 @@ a training step; each group is one pass over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class Passes:
         batches: the data.
         samples: how many samples to use, over all ranks.
         fisher: "empirical" (the given labels) or "true" (the model's own distribution).
+        head: parameters trained whole; they are not scored, but have to get a gradient.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Passes:
         batches: Iterable[Any],
         samples: int,
         fisher: str = "empirical",
+        head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.model, self.bindings, self.loss, self.fisher = model, bindings, loss, fisher
+        self.head = head or {}
         share = -(-samples // distributed.world_size())
         self.batches: list[Any] = []
         for batch in batches:
@@ -129,8 +132,10 @@ class Passes:
         listeners = {b.name: Listener(b.weight) for b in self.bindings}
         for binding in self.bindings:
             binding.probe = listeners[binding.name]
-        saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
-        _check_reached([name for name, listener in listeners.items() if not listener.reached])
+        with _listening(self.head) as missed:
+            saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
+        _check_reached([name for name, listener in listeners.items() if not listener.reached], "where")
+        _check_reached(missed, "head")
         micro = max(1, min(_MICRO, size // 5))
         self._elements = micro * _num_elements(batch) / size
         limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - micro))
@@ -272,14 +277,29 @@ def _tables_last(group: list[Binding], probes: dict[str, Probe]) -> list[Binding
     return sorted(group, key=lambda b: probes[b.name].num_bytes < b.weight.numel())
 
 
-def _check_reached(missed: list[str]) -> None:
+@contextmanager
+def _listening(head: Mapping[str, nn.Parameter]) -> Generator[list[str]]:
+    """Names of the head's parameters that no gradient reached in the meantime; their own `.grad` stays as it was."""
+    missed: list[str] = []
+    before = {name: parameter.grad for name, parameter in head.items()}
+    for parameter in head.values():
+        parameter.requires_grad_(True).grad = None
+    try:
+        yield missed
+        missed += [name for name, parameter in head.items() if parameter.grad is None]
+    finally:
+        for name, parameter in head.items():
+            parameter.requires_grad_(False).grad = before[name]
+
+
+def _check_reached(missed: list[str], setting: str) -> None:
     if missed:
         more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
         raise TitheError(
             missed[0],
             found=f"no gradient for it from the loss{more}",
             expected="a weight that the loss depends on",
-            remedy=f'leave it out: where=["*", {", ".join(repr("!" + name) for name in missed[:4])}]',
+            remedy=f"leave it out: {setting}=[…, {', '.join(repr('!' + name) for name in missed[:4])}]",
         )
 
 
