@@ -93,7 +93,7 @@ class Binding:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def commit(self, *, force: bool = False) -> None:
-        """W ← S θ, in place; entries outside the selection keep their bits.
+        """Write θ into the weight in place, w ← S θ; entries outside the selection keep their bits.
 
         Args:
             force: also when θ's version did not change, as after an update through `.data` or a foreign kernel.
