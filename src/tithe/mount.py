@@ -64,7 +64,7 @@ class _Settle:
             if isinstance(carrier, Carrier):
                 binding = carrier.binding
                 binding.commit()
-                if carrier.memory != binding.weight.data_ptr():
+                if carrier.memory != binding.weight.untyped_storage()._cdata:
                     binding.follow()
                     owner.__dict__[key] = Carrier(binding, owner, key)
 

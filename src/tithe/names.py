@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.errors import TitheError
 
@@ -95,7 +96,7 @@ def _check_overlap(floats: Mapping[str, nn.Parameter]) -> None:
     """Refuse two parameters over the same memory: one would change without the other's selection knowing."""
     seen: dict[tuple[object, int], str] = {}
     for name, parameter in floats.items():
-        if parameter.is_meta or not parameter.numel():
+        if parameter.is_meta or isinstance(parameter, FakeTensor) or not parameter.numel():
             continue
         other = seen.setdefault((parameter.device, parameter.data_ptr()), name)
         if other != name:

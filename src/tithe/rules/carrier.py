@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.rules.binding import Binding
 from tithe.rules.probe import Probe, SquareProbe
@@ -104,9 +105,12 @@ class Carrier(Tensor):
 
     @staticmethod
     def __new__(cls: type[Carrier], binding: Binding, owner: nn.Module, key: str) -> Carrier:  # noqa: D102
-        carrier = torch.Tensor._make_subclass(cls, binding.weight.detach(), False)
+        weight = binding.weight.detach()
+        if isinstance(weight, FakeTensor):  # it cannot become another subclass; `raw` answers for it
+            weight = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta")
+        carrier = torch.Tensor._make_subclass(cls, weight, False)
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
-        carrier.memory = binding.weight.data_ptr()
+        carrier.memory = binding.weight.untyped_storage()._cdata
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
         return carrier
 
