@@ -21,7 +21,7 @@ MAX_LINES = 400
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "distributed", "ledger", "scoring", "choosing", "carry", "checkpoint", "history"}
 ATTACHED = {"mount", "names", "elementwise", "state"}  # what plan.py is made of
-CORE = VALUES | PARTS | ATTACHED | {"plan"}
+CORE = VALUES | PARTS | ATTACHED | {"plan", "lean"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
 ROOMS: dict[str, set[str]] = {
@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
     "names": {"errors", "selection"},
+    "lean": {"errors", "rules"},
     "elementwise": {"errors"},
     "mount": {"errors", "batch", "selection", "rules", "names"},
     "state": {"errors", "selection", "schedule", "names"},

@@ -4,6 +4,7 @@ from tithe import rules, select
 from tithe.budget import Budget
 from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
+from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
 from tithe.methods import FISH
 from tithe.plan import Plan, attach
@@ -15,6 +16,7 @@ __all__ = [
     "Budget",
     "Coordinates",
     "DeltaInfo",
+    "Lean",
     "Ledger",
     "Plan",
     "Schedule",
@@ -27,6 +29,7 @@ __all__ = [
     "each_step",
     "every",
     "inspect",
+    "lean",
     "measure",
     "merge",
     "once",

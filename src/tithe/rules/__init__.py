@@ -1,8 +1,9 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
 
-from tithe.rules import conv, embedding, linear, norm
+from tithe.rules import activation, conv, embedding, linear, norm
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
+from tithe.rules.catch import Catch, Leanness, catch
 from tithe.rules.pool import Pool
 from tithe.rules.probe import Probe, SquareProbe, SumProbe
 from tithe.rules.ruled import Cost, Rule
@@ -10,15 +11,19 @@ from tithe.rules.ruled import Cost, Rule
 __all__ = [
     "Binding",
     "Carrier",
+    "Catch",
     "Cost",
+    "Leanness",
     "Pool",
     "Probe",
     "Rule",
     "SquareProbe",
     "SumProbe",
+    "activation",
     "apply_rule",
     "asking",
     "autocast",
+    "catch",
     "conv",
     "embedding",
     "fits",
