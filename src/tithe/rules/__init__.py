@@ -1,6 +1,6 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
 
-from tithe.rules import activation, conv, embedding, linear, norm
+from tithe.rules import activation, conv, embedding, lean_norm, linear, norm
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.catch import Catch, Leanness, catch
@@ -28,6 +28,7 @@ __all__ = [
     "embedding",
     "fits",
     "graft",
+    "lean_norm",
     "linear",
     "needs_no_rule",
     "norm",

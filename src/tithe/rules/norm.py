@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.binding import Binding
-from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.catch import Leanness, catch
 from tithe.rules.ruled import Rule
 from tithe.rules.vector import selected_sum
 
@@ -258,6 +259,28 @@ def batch_norm(
     if not fits(input, weight) or input.dtype != weight.dtype:
         return NotImplemented
     rule = BatchNormRule(running_mean, running_var, eps, asking(weight), asking(bias))
+    return apply_rule(rule, input, weight, bias)
+
+
+@catch(F.batch_norm)
+def lean_batch_norm(
+    leanness: Leanness,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm` of a plain frozen scale in evaluation mode: keeps 1/σ where stock keeps the input."""
+    if training or running_mean is None or running_var is None or isinstance(weight, Carrier):
+        return NotImplemented
+    weight = torch.ones_like(running_var) if weight is None else weight
+    if not input.requires_grad or weight.requires_grad or input.dtype != weight.dtype:
+        return NotImplemented
+    rule = BatchNormRule(running_mean, running_var, eps, None, asking(bias))
     return apply_rule(rule, input, weight, bias)
 
 
