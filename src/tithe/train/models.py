@@ -61,7 +61,7 @@ class Network:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` reads (a transformers model)."""
         self.save_extras(folder)
-        with _quiet():
+        with quiet():
             cast(Any, self.model).save_pretrained(folder)
 
 
@@ -79,7 +79,7 @@ def find_model(recipe: Recipe) -> None:
             recipe.place("model", "timm"), found="no package timm", expected="it installed", remedy="pip install timm"
         )
     if section.callable is not None:
-        _callable(recipe)
+        find_callable(recipe)
     is_text = recipe.data.task != "image-classification"
     if is_text and section.pretrained is None and section.tokenizer is None:
         raise TitheError(
@@ -142,11 +142,11 @@ def load(recipe: Recipe, num_labels: int, examples: Examples | None = None) -> N
         if recipe.data.task != "image-classification"
         else _image_encoder(recipe, model, examples)
     )
-    return Network(model, _head(recipe, model, fresh), encoder)
+    return Network(model, find_head(recipe, model, fresh), encoder)
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Keep transformers' loading report away: what is fresh here is fresh on purpose."""
     from transformers.utils import logging
 
@@ -170,7 +170,7 @@ def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, 
         transformers.AutoModelForImageClassification if is_image else transformers.AutoModelForSequenceClassification
     )
     try:
-        with _quiet():
+        with quiet():
             model, info = kind.from_pretrained(
                 name, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
             )
@@ -201,7 +201,12 @@ def _timm(recipe: Recipe, num_labels: int) -> nn.Module:
         ) from error
 
 
-def _callable(recipe: Recipe) -> Callable[..., object]:
+def find_callable(recipe: Recipe) -> Callable[..., object]:
+    """The function that `[model] callable` names.
+
+    Raises:
+        TitheError: the module cannot be imported, or has no such function.
+    """
     module, _, attribute = (recipe.model.callable or "").partition(":")
     place = recipe.place("model", "callable")
     # A script beside the recipe counts as importable.
@@ -231,7 +236,7 @@ def _callable(recipe: Recipe) -> Callable[..., object]:
 def _made(recipe: Recipe, num_labels: int) -> nn.Module:
     place = recipe.place("model", "callable")
     try:
-        model = _callable(recipe)(num_labels=num_labels)
+        model = find_callable(recipe)(num_labels=num_labels)
     except TypeError as error:
         raise TitheError(
             place, found=str(error), expected="a callable that takes num_labels=", remedy="add the argument"
@@ -249,7 +254,7 @@ def _text_encoder(recipe: Recipe, model: nn.Module) -> TextEncoder:
     key = "tokenizer" if recipe.model.tokenizer is not None else "pretrained"
     name = resolve(recipe, recipe.model.tokenizer or recipe.model.pretrained or "", key)
     try:
-        with _quiet():
+        with quiet():
             tokenizer: Any = cast(Any, transformers.AutoTokenizer).from_pretrained(name)
     except (OSError, ValueError) as error:
         raise TitheError(
@@ -311,7 +316,12 @@ def _statistics(recipe: Recipe, examples: Examples | None) -> tuple[tuple[float,
     return tuple(round(value, 6) for value in mean_C.tolist()), tuple(round(value, 6) for value in std_C.tolist())
 
 
-def _head(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
+def find_head(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters of the task head: the recipe's, or what is `fresh` or has a head's usual name.
+
+    Raises:
+        TitheError: a glob of the recipe matches nothing, or no head is known.
+    """
     names = [name for name, _ in model.named_parameters()]
     if recipe.model.head is not None:
         for glob in recipe.model.head:
