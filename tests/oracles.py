@@ -132,6 +132,8 @@ class Fixed:
     reselect: Schedule | None = None
     needs_data: bool = False
     samples: int = 1
+    lean: bool = False
+    charges_state: bool = False
 
     def num_selected(self, choosing: Choosing) -> int:
         return sum(indices.numel() for indices in self.chosen.values())

@@ -33,6 +33,8 @@ class Listen:
     samples: int = 10**6
     warmup: int = 0
     reselect: tithe.Schedule | None = None
+    lean: bool = False
+    charges_state: bool = False
     heard: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "src" / "tithe"
 MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
-PARTS = {"rules", "select", "distributed", "ledger", "scoring", "choosing", "carry", "checkpoint", "history"}
-ATTACHED = {"mount", "names", "elementwise", "state"}  # what plan.py is made of
+PARTS = {"rules", "select", "distributed", "ledger", "scoring", "choosing", "carry", "checkpoint", "history", "ranking"}
+ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
 CORE = VALUES | PARTS | ATTACHED | {"plan", "lean"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
@@ -39,12 +39,25 @@ ROOMS: dict[str, set[str]] = {
     "history": {"errors", "batch", "selection", "budget", "rules", "checkpoint"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
+    "choices": {"errors", "batch", "selection", "rules", "carry", "distributed", "mount"},
+    "ranking": {
+        "errors",
+        "batch",
+        "selection",
+        "rules",
+        "checkpoint",
+        "choosing",
+        "mount",
+        "names",
+        "scoring",
+        "select",
+    },
     "names": {"errors", "selection"},
     "lean": {"errors", "rules"},
     "elementwise": {"errors"},
     "mount": {"errors", "batch", "selection", "rules", "names"},
     "state": {"errors", "selection", "schedule", "names"},
-    "plan": VALUES | PARTS | ATTACHED,  # never a method, nor anything above it
+    "plan": VALUES | PARTS | ATTACHED | {"lean"},  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},

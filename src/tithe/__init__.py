@@ -6,23 +6,28 @@ from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
-from tithe.methods import FISH
+from tithe.methods import FISH, SparseUpdate, TraDy
 from tithe.plan import Plan, attach
+from tithe.ranking import Ranking
 from tithe.schedule import Schedule, each_step, every, once
-from tithe.selection import Coordinates, Selection
+from tithe.selection import Channels, Coordinates, Selection
 
 __all__ = [
     "FISH",
     "Budget",
+    "Channels",
     "Coordinates",
     "DeltaInfo",
     "Lean",
     "Ledger",
     "Plan",
+    "Ranking",
     "Schedule",
     "Selection",
+    "SparseUpdate",
     "TitheError",
     "TitheWarning",
+    "TraDy",
     "apply",
     "attach",
     "diff",

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tithe.selection import Selection
 
-def carry(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
-    """Rearrange one parameter's optimizer state, in place, from the old indices to the new.
+
+def carry(state: dict[str, Any], old: Selection, new: Selection) -> None:
+    """Rearrange one parameter's optimizer state, in place, from the old selection to the new.
 
     A state tensor of one value per selected weight (a moment, a momentum buffer) is rearranged; anything else (a step
     count) stays. An entrant beside stayers therefore starts with zero moments and the tensor's step count, so that
@@ -17,19 +19,23 @@ def carry(state: dict[str, Any], old: Tensor, new: Tensor) -> None:
 
     Args:
         state: `optimizer.state[theta]`.
-        old: sorted flat indices before, int64 (K,).
-        new: sorted flat indices after, int64 (L,).
+        old: what was selected before.
+        new: what is selected now; a selection of another kind or layout keeps no state.
 
     Example:
+        >>> from tithe import Coordinates
+        >>> before, after = (Coordinates((9,), torch.tensor(at)) for at in ([3, 5], [5, 7]))
         >>> state = {"momentum_buffer": torch.tensor([1.0, 2.0])}
-        >>> carry(state, torch.tensor([3, 5]), torch.tensor([5, 7]))
+        >>> carry(state, before, after)
         >>> state["momentum_buffer"]
         tensor([2., 0.])
     """
-    at = torch.searchsorted(old, new).clamp_(max=max(old.numel() - 1, 0))
-    stays = old[at] == new if old.numel() else torch.zeros_like(new, dtype=torch.bool)
+    alike = old.size > 0 and old.alike(new)
+    before = old.items.to(new.items.device)
+    at = torch.searchsorted(before, new.items).clamp_(max=max(before.numel() - 1, 0))
+    stays = before[at] == new.items if alike else torch.zeros_like(new.items, dtype=torch.bool)
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.dim() == 1 and value.numel() == old.numel():
-            moved = value.new_zeros(new.numel())
-            moved[stays] = value[at[stays]]
-            state[key] = moved
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == old.theta_shape:
+            moved = new.by_item(value.new_zeros(new.theta_shape)).clone()
+            moved[stays] = old.by_item(value)[at[stays]] if alike else 0
+            state[key] = new.of_items(moved)

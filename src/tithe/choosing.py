@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +13,10 @@ from tithe.batch import num_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
-from tithe.scoring import Loss, Passes
+from tithe.scoring import Loss, Passes, channel_norms, price_channels
 from tithe.select import scores as formulas
-from tithe.selection import Coordinates
+from tithe.select.layers import Layer
+from tithe.selection import Selection
 
 
 class Method(Protocol):
@@ -40,13 +42,40 @@ class Method(Protocol):
         """Whether choosing reads data."""
         ...
 
-    def num_selected(self, choosing: Choosing) -> int:
-        """How many values it will select; raises TitheError when the budget leaves nothing."""
+    @property
+    def lean(self) -> bool:
+        """Whether the other layers are to keep for backward only what it needs."""
         ...
 
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
-        """A selection for each tensor to choose from."""
+    @property
+    def charges_state(self) -> bool:
+        """Whether its budget counts the optimizer's state, so that it chooses again when an optimizer is bound."""
         ...
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """The most values it will select; raises TitheError when the budget leaves nothing."""
+        ...
+
+    def choose(self, choosing: Choosing) -> Mapping[str, Selection]:
+        """Name → selection; a tensor to choose from that is not named stays frozen."""
+        ...
+
+
+def _no_tensors() -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass
+class Memory:
+    """What a plan's choices have in common.
+
+    Args:
+        tensors: what a method remembers from one choice to the next; it is saved with the plan.
+        layers: the price list of input channels, or None before it is asked for.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=_no_tensors)
+    layers: dict[str, Layer] | None = None
 
 
 class Choosing:
@@ -60,7 +89,11 @@ class Choosing:
         loss: `loss(model, batch)`, or None.
         batches: the data, or None.
         seed: of the plan.
-        step: finished steps; a choice is a pure function of scores, budget, seed and step.
+        step: finished steps; a choice is a pure function of scores, budget, seed, step and epoch.
+        epoch: finished epochs.
+        num_states: tensors of θ's size that the bound optimizer keeps, 0 while none is bound.
+        room: values that the plan's flat θ holds, or None where every choice is made to measure.
+        memory: of the plan.
     """
 
     def __init__(
@@ -74,11 +107,17 @@ class Choosing:
         batches: Iterable[Any] | None,
         seed: int,
         step: int,
+        epoch: int,
+        num_states: int,
+        room: int | None,
+        memory: Memory,
     ) -> None:
         self._model, self._bindings, self._loss, self._batches = model, bindings, loss, batches
         self._head = head
         self.num_parameters, self.num_head = num_parameters, sum(p.numel() for p in head.values())
-        self.seed, self.step = seed, step
+        self.head_bytes = sum(p.numel() * p.element_size() for p in head.values())
+        self.seed, self.step, self.epoch, self.num_states, self.room = seed, step, epoch, num_states, room
+        self._memory = memory
         self.shapes = {b.name: tuple(b.weight.shape) for b in bindings}
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
@@ -98,16 +137,57 @@ class Choosing:
         if kind == "random":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             return ((b.name, formulas.random(b.weight, generator)) for b in self._bindings)
+        remedy = 'pass attach(..., loss=loss_fn, data=batches), or use score="magnitude" or "random"'
+        loss, batches = self._given(f"for the score {kind!r}", remedy)
+        passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
+        return passes.scores("square" if kind == "fisher" else "sum")
+
+    def layers(self) -> dict[str, Layer]:
+        """The price list of input channels, for the shapes of the first batch.
+
+        Raises:
+            TitheError: when there is no loss or no data, or no tensor to choose from has input channels.
+        """
+        if self._memory.layers is None:
+            loss, batches = self._given("to price input channels", "pass attach(..., loss=loss_fn, data=batches)")
+            for batch in batches:
+                self._memory.layers = price_channels(self._model, self._bindings, loss, batch)
+                break
+        if not self._memory.layers:
+            raise TitheError(
+                "where",
+                found="no weight with input channels" if self._memory.layers is not None else "data without a batch",
+                expected="weights of linear layers or convolutions, and a batch to price them for",
+                remedy="widen where=, or pass data= an iterable of batches",
+            )
+        return self._memory.layers
+
+    def channel_norms(self, samples: int, *, squared: bool = False) -> dict[str, Tensor]:
+        """Name → Σ over batches of the norm of each input channel's gradient, see `tithe.scoring.channel_norms`."""
+        loss, batches = self._given("for scores of gradients", "pass attach(..., loss=loss_fn, data=batches)")
+        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples, squared=squared)
+
+    def weight(self, name: str) -> Tensor:
+        """The values of one tensor to choose from."""
+        return next(b.weight.detach() for b in self._bindings if b.name == name)
+
+    def hold_inputs(self) -> None:
+        """From now on refuse inputs larger than those that the price list was made for."""
+        layers = self.layers()
+        rooms = [layers[name].positions if name in layers else -1 for name in self.shapes]
+        self._memory.tensors["rooms"] = torch.tensor(rooms)
+
+    def remember(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned when this key was first asked for, also in the run that this one goes on from."""
+        if key not in self._memory.tensors:
+            self._memory.tensors[key] = make()
+        return self._memory.tensors[key]
+
+    def _given(self, why: str, remedy: str) -> tuple[Loss, Iterable[Any]]:
         if self._loss is None or self._batches is None:
             missing = " and ".join(n for n, v in (("loss", self._loss), ("data", self._batches)) if v is None)
-            raise TitheError(
-                "attach",
-                found=f"no {missing}",
-                expected=f"loss= and data= for the score {kind!r}",
-                remedy='pass attach(..., loss=loss_fn, data=batches), or use score="magnitude" or "random"',
-            )
-        passes = Passes(self._model, self._bindings, self._loss, self._batches, samples, fisher, self._head)
-        return passes.scores("square" if kind == "fisher" else "sum")
+            raise TitheError("attach", found=f"no {missing}", expected=f"loss= and data= {why}", remedy=remedy)
+        return self._loss, self._batches
 
 
 def first_batches(data: Iterator[Any], samples: int) -> list[Any]:

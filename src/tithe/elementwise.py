@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,44 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def check_holds(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Check that an optimizer holds every one of these parameters.
+
+    Raises:
+        TitheError: naming the first that is missing.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in named if id(p) not in held]
+    if missing:
+        raise TitheError(
+            missing[0],
+            found=f"an optimizer without {len(missing)} of the plan's parameters",
+            expected="an optimizer over plan.parameters()",
+            remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
+        )
+
+
+def num_states(optimizer: torch.optim.Optimizer) -> int:
+    """How many tensors of a parameter's size its class keeps for each parameter: 0 for SGD, 2 for Adam.
+
+    Tried out on a few numbers with the optimizer's settings; 2 when it cannot be tried.
+    """
+    value = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    try:
+        trial = type(optimizer)([value], **_settings(optimizer))
+        for _ in range(2):
+            value.grad = torch.ones_like(value)
+            trial.step()
+    except Exception:  # whatever a stranger's class raises, the answer is the same
+        return 2
+    return sum(isinstance(kept, torch.Tensor) and kept.shape == value.shape for kept in trial.state[value].values())
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    return {key: value for key, value in optimizer.param_groups[0].items() if key in accepted and key != "params"}
+
+
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     """Try the optimizer's class on a few numbers: six together have to move as the same six in two threes.
 
@@ -32,8 +71,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         TitheError: when they do not, or the class cannot be tried.
     """
     kind = type(optimizer)
-    accepted = inspect.signature(kind.__init__).parameters
-    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    settings = _settings(optimizer)
     start = torch.tensor([0.5, -1.0, 2.0, 30.0, -40.0, 50.0], dtype=torch.float64)
     grads = [start.sin() * scale for scale in (1.0, 0.3, -2.0)]
     try:

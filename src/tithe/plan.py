@@ -20,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from tithe import checkpoint, distributed, ledger, names
-from tithe.carry import carry
-from tithe.choosing import Choosing, Method, first_batches
-from tithe.elementwise import check_elementwise, inner_optimizer
+from tithe.choices import Choices
+from tithe.choosing import Choosing, Memory, Method, first_batches
+from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
+from tithe.lean import Lean, lean
 from tithe.mount import Mount
-from tithe.rules import Binding, Pool
 from tithe.scoring import Loss, check_loss
-from tithe.selection import Coordinates
+from tithe.selection import Channels, Selection
 from tithe.state import Buffers, PlanState
+
+_CPU = torch.device("cpu")
 
 
 def attach(
@@ -73,7 +75,6 @@ def attach(
     """
     plan = Plan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     try:
-        plan.prepare()
         if state is not None:
             plan.load_state_dict(state)
         else:
@@ -111,19 +112,15 @@ class Plan:
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
         self._mount = Mount(model, bound)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
-        self._optimizers: list[torch.optim.Optimizer] = []
+        changes = method.reselect is not None or method.warmup > 0
+        self._choices = Choices(self._mount, self._candidates, changes=changes)
         self._handles: list[Any] = []
-        self._chosen = self._released = self._check_ranks = False
-        self._pool: Pool | None = None
+        self._chosen = self._released = False
+        self._memory, self._num_states = Memory(), 0
+        self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
             parameter.requires_grad_(True)
         self._mount.still()
-
-    def prepare(self) -> None:
-        """Check that the budget leaves something to choose; set aside one flat θ where the choice will change."""
-        size = self.method.num_selected(self._choosing())
-        if self.method.reselect is not None or self.method.warmup > 0:
-            self._pool = self._mount.pool(self._candidates, size)
 
     def start(self) -> None:
         """Make the first choice, or only check that it can be made when the method warms up first.
@@ -131,6 +128,7 @@ class Plan:
         Raises:
             TitheError: as `attach`.
         """
+        self._choices.set_room(self.method.num_selected(self._choosing()))
         if self.method.needs_data and (self._loss is None or self._data is None):
             self._choosing().scores("fisher")
         if self.method.warmup == 0:
@@ -149,7 +147,7 @@ class Plan:
         return tuple(self._head)
 
     @property
-    def selections(self) -> dict[str, Coordinates]:
+    def selections(self) -> dict[str, Selection]:
         """Name → selection of every tensor of which something is selected, the head apart."""
         return {b.name: b.selection for b in self._candidates if b.selection.size}
 
@@ -196,8 +194,10 @@ class Plan:
         self._link()
         trained = [p for p in self.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
+        held = size + self._choices.unused_bytes
         index = sum(b.index_bytes for b in self._candidates)
-        return dataclasses.replace(found, theta=size, gradients=size, optimizer=2 * size, index=index)
+        states = self._num_states if self._choices.optimizers else 2
+        return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=index)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run `closure` (forward, returning the loss) and backward, as often as the method needs; returns the loss.
@@ -210,7 +210,7 @@ class Plan:
         try:
             loss.backward()
         except RuntimeError as error:
-            if self._check_ranks and "invalid gradient" in str(error):
+            if self._choices.resized and "invalid gradient" in str(error):
                 raise distributed.fixed_sizes_error() from error
             raise
         return loss
@@ -228,25 +228,18 @@ class Plan:
         """
         self._check_live()
         optimizer = inner_optimizer(optimizer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if id(p) not in held]
-        if missing:
-            raise TitheError(
-                missing[0],
-                found=f"an optimizer without {len(missing)} of the plan's parameters",
-                expected="an optimizer over plan.parameters()",
-                remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
-            )
-        if not elementwise:
+        check_holds(optimizer, self.named_parameters())
+        if not elementwise and not all(isinstance(s, Channels) for s in self.selections.values()):
             check_elementwise(optimizer)
-        self._optimizers.append(optimizer)
+        self._choices.optimizers.append(optimizer)
+        self._charge(num_states(optimizer))
         self._handles.append(optimizer.register_step_pre_hook(self._link))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def step(self) -> bool:
         """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
         self._check_live()
-        self._commit()
+        self._choices.commit()
         self.num_steps += 1
         if not self._chosen:
             return self.num_steps >= self.method.warmup and self.reselect()
@@ -265,13 +258,10 @@ class Plan:
         value. Returns whether anything changed.
         """
         self._check_live()
-        self._commit()
-        selections = self.method.choose(self._choosing())
-        chosen = [selections[b.name].indices for b in self._candidates]
-        digest = torch.stack([torch.stack([i.sum(), (i * i % 1_000_003).sum()]) for i in chosen])
-        distributed.check_same("selection", digest)
+        self._choices.commit()
+        chosen = self.method.choose(self._choosing())
         first, self._chosen = not self._chosen, True
-        return self._take(selections) or first
+        return self._choices.take(chosen, self._memory.tensors.get("rooms")) or first
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write what training changed, atomically: every weight ever selected, the head, and buffers that changed.
@@ -284,7 +274,7 @@ class Plan:
             TitheError: when the file cannot be written.
         """
         self._check_live()
-        self._commit()
+        self._choices.commit()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
@@ -293,17 +283,19 @@ class Plan:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
-        self._commit()
+        self._choices.commit()
         return PlanState(
             num_steps=self.num_steps,
             num_epochs=self.num_epochs,
             seed=self.seed,
             chosen=self._chosen,
-            indices={b.name: b.selection.indices.cpu() for b in self._candidates},
-            moved={b.name: b.moved.indices.cpu() for b in self._candidates},
+            room=self._choices.room or 0,
+            selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
+            moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
             values={b.name: b.moved.gather(b.weight.detach()) for b in self._candidates},
             head={name: p.detach().clone() for name, p in self._head.items()},
             buffers=self._buffers.changed(self.model),
+            memory=dict(self._memory.tensors),
         ).as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -314,30 +306,33 @@ class Plan:
         """
         self._check_live()
         found = PlanState.of(state)
-        found.check({b.name: b.moved for b in self._candidates}, self._head)
-        self._commit()
+        selected, moved = found.read({b.name: b.moved for b in self._candidates}, self._head)
+        self._choices.commit()
         with torch.no_grad():
             for binding in self._candidates:
-                moved = Coordinates(binding.selection.shape, found.moved[binding.name])
-                moved.scatter_(binding.weight, found.values[binding.name].to(binding.weight.device))
+                moved[binding.name].scatter_(binding.weight, found.values[binding.name].to(binding.weight.device))
             for name, value in found.head.items():
                 self._head[name].copy_(value)
             self._buffers.write(self.model, found.buffers)
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen = found.chosen
-        self._take({b.name: Coordinates(b.selection.shape, found.indices[b.name]) for b in self._candidates})
+        self._memory.tensors = dict(found.memory)
+        self._choices.set_room(found.room)
+        self._choices.take(selected, self._memory.tensors.get("rooms"))
         for binding in self._candidates:
             binding.refresh()
-            binding.moved = Coordinates(binding.selection.shape, found.moved[binding.name].to(binding.weight.device))
+            binding.moved = moved[binding.name].to(binding.weight.device)
 
     def release(self) -> None:
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
-        self._commit()
+        self._choices.commit()
         for handle in self._handles:
             handle.remove()
         self._mount.release()
+        if self._lean is not None:
+            self._lean.release()
         for name, parameter in self._head.items():
             parameter.requires_grad_(self._frozen_head[name])
         self._released = True
@@ -355,44 +350,27 @@ class Plan:
             batches=self._data,
             seed=self.seed,
             step=self.num_steps,
+            epoch=self.num_epochs,
+            num_states=self._num_states,
+            room=self._choices.room,
+            memory=self._memory,
         )
 
-    def _take(self, selections: Mapping[str, Coordinates]) -> bool:
-        olds = {b.name: b.selection.indices for b in self._candidates}
-        changed = [b for b in self._candidates if not torch.equal(olds[b.name].cpu(), selections[b.name].indices.cpu())]
-        if changed and self._pool is not None:
-            self._pool.take({name: selections[name] for name in olds})
-        for binding in changed:
-            old = olds[binding.name]
-            if self._pool is None:
-                self._check_ranks = self._check_ranks or old.numel() != selections[binding.name].size
-                binding.select(selections[binding.name])
-                self._mount.show(binding)
-            self._carry(binding, old.to(binding.indices.device))
-        self._mount.still()
-        return bool(changed)
-
-    def _carry(self, binding: Binding, old: Tensor) -> None:
-        for optimizer in self._optimizers:
-            if binding.theta in optimizer.state:
-                carry(optimizer.state[binding.theta], old, binding.indices)
-            elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
-                optimizer.param_groups[0]["params"].append(binding.theta)
+    def _charge(self, states: int) -> None:
+        """Choose again within the budget when the optimizer's state leaves less of it."""
+        if states == self._num_states or not self.method.charges_state:
+            self._num_states = states
+            return
+        self._num_states = states
+        self._choices.set_room(self.method.num_selected(self._choosing()))
+        self.reselect()
 
     def _link(self, *_: Any) -> None:
-        if self._pool is not None:
-            self._pool.link()
+        self._choices.link()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._commit()
-        if self._check_ranks and distributed.world_size() > 1:
-            sums = torch.stack([b.theta.detach().double().sum() for b in self._candidates])
-            distributed.check_same("theta", sums.view(torch.int64), distributed.fixed_sizes_error())
-        self._check_ranks = False
-
-    def _commit(self) -> None:
-        for binding in self._candidates:
-            binding.commit(force=True)
+        self._choices.commit()
+        self._choices.check_ranks()
 
     def _check_live(self) -> None:
         if self._released:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
-from tithe.selection import Coordinates
+from tithe.selection import Selection, restore
 
-_FORMAT = 1
+Selections = dict[str, Selection]
+
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,26 @@ class PlanState:
         num_epochs: finished epochs.
         seed: of the plan.
         chosen: whether the first choice was made.
-        indices: name → entries selected now, sorted flat int64.
-        moved: name → entries ever selected, sorted flat int64.
+        room: values that the flat θ holds; 0 for a plan that chooses once.
+        selected: name → state of the selection made now.
+        moved: name → state of everything ever selected.
         values: name → the weight's values at `moved`.
         head: name → head parameter.
         buffers: name → buffer that changed in training.
+        memory: what the method remembers from one choice to the next.
     """
 
     num_steps: int
     num_epochs: int
     seed: int
     chosen: bool
-    indices: dict[str, Tensor]
-    moved: dict[str, Tensor]
+    room: int
+    selected: dict[str, dict[str, Tensor]]
+    moved: dict[str, dict[str, Tensor]]
     values: dict[str, Tensor]
     head: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    memory: dict[str, Tensor]
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dict, with the format's version."""
@@ -63,13 +69,19 @@ class PlanState:
             )
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
-    def check(self, moved: Mapping[str, Coordinates], head: Mapping[str, Tensor]) -> None:
-        """Compare with a plan: the same tensors, and no trained weight that this state does not set.
+    def read(self, moved: Mapping[str, Selection], head: Mapping[str, Tensor]) -> tuple[Selections, Selections]:
+        """What is selected and what ever was, after comparing with a plan.
+
+        The same tensors, and no trained weight that this state does not set.
+
+        Args:
+            moved: name → what was ever selected in the plan.
+            head: its head parameters.
 
         Raises:
             TitheError: naming the first difference.
         """
-        for what, here, there in (("where", moved, self.indices), ("head", head, self.head)):
+        for what, here, there in (("where", moved, self.selected), ("head", head, self.head)):
             if set(here) != set(there):
                 differ = sorted(set(here) ^ set(there))
                 raise TitheError(
@@ -81,19 +93,24 @@ class PlanState:
         for name, parameter in head.items():
             if parameter.shape != self.head[name].shape:
                 raise _shape_error(name, tuple(self.head[name].shape), tuple(parameter.shape))
+        selected: Selections = {}
+        ever: Selections = {}
         for name, selection in moved.items():
-            here, there = selection.indices.cpu(), self.moved[name].cpu()
-            if there.numel() and int(there[-1]) >= selection.num_weights:
-                raise _shape_error(name, (int(there[-1]) + 1,), selection.shape)
-            if there.numel() != self.values[name].numel():
-                raise _shape_error(name, tuple(self.values[name].shape), tuple(there.shape))
-            if not bool(torch.isin(here, there).all()):
+            try:
+                selected[name] = restore(selection.shape, self.selected[name])
+                ever[name] = restore(selection.shape, self.moved[name])
+            except TitheError as error:
+                raise _shape_error(name, tuple(self.values[name].shape), selection.shape) from error
+            if ever[name].theta_shape != tuple(self.values[name].shape):
+                raise _shape_error(name, tuple(self.values[name].shape), ever[name].theta_shape)
+            if selection.size and ever[name].union(selection).size != ever[name].size:
                 raise TitheError(
                     name,
                     found="weights already trained here that the state does not set",
                     expected="a freshly loaded base, or the plan that the state was saved from",
                     remedy="load the base model again, attach, and load the state then",
                 )
+        return selected, ever
 
 
 def _shape_error(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> TitheError:

@@ -58,14 +58,15 @@ def check_selection(selection: Selection, *, dtype: torch.dtype = torch.float64,
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    weight, values, other = random(*selection.shape), random(selection.size), random(selection.size)
+    shape = selection.theta_shape
+    weight, values, other = random(*selection.shape), random(*shape), random(*shape)
     before = weight.clone()
     gathered = selection.gather(weight)
     _require(
-        gathered.shape == (selection.size,) and gathered.dtype == dtype,
+        gathered.shape == shape and gathered.dtype == dtype,
         place,
         f"gather gives {tuple(gathered.shape)} of {gathered.dtype}",
-        f"({selection.size},) of {dtype}",
+        f"{shape} of {dtype}",
         "return one value for each entry of θ, in the weight's dtype",
     )
     gathered.zero_()
@@ -118,6 +119,21 @@ def check_selection(selection: Selection, *, dtype: torch.dtype = torch.float64,
         "state() with something else than tensors under names",
         "dict[str, Tensor]",
         "save data, never structure",
+    )
+    _require(
+        torch.equal(selection.of_items(selection.by_item(values)), values),
+        place,
+        "of_items(by_item(values)) gives other values",
+        "the same values",
+        "make them inverse to each other",
+    )
+    picked = (ones != 0).reshape(-1).nonzero().reshape(-1)
+    _require(
+        torch.equal(selection.indices, picked),
+        place,
+        "indices that are not where scatter_ writes",
+        "the sorted flat indices of the selected entries",
+        "compute them from the same ids",
     )
 
 

@@ -13,13 +13,13 @@ from tithe.checkpoint.fingerprint import checksum, digest, state_tensors, ties, 
 from tithe.checkpoint.format import Entry, Header, encode, index_dtype
 from tithe.checkpoint.source import Source, open_source, prefix_hint
 from tithe.errors import TitheError
-from tithe.selection import Coordinates
+from tithe.selection import Selection
 
 
 def write_delta(
     path: str | Path,
     model: nn.Module,
-    selections: Mapping[str, Coordinates],
+    selections: Mapping[str, Selection],
     dense: Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str],
@@ -40,7 +40,7 @@ def write_delta(
     state = state_tensors(model)
     groups = ties(state, first=(name for name, _ in model.named_parameters()))
     leader = {name: lead for lead, names in groups.items() for name in names}
-    picked: dict[str, Coordinates] = {}
+    picked: dict[str, Selection] = {}
     whole: dict[str, Tensor] = {}
     for name, selection in selections.items():
         lead = _leader(leader, name, picked, whole)

@@ -1,5 +1,7 @@
 """Methods: recipes of published parts, each with its citation, its defaults and its deviations."""
 
 from tithe.methods.fish import FISH
+from tithe.methods.sparse_update import SparseUpdate
+from tithe.methods.trady import TraDy
 
-__all__ = ["FISH"]
+__all__ = ["FISH", "SparseUpdate", "TraDy"]

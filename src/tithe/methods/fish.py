@@ -96,6 +96,16 @@ class FISH:
         """Whether the score is computed from data."""
         return self.score in ("fisher", "gradient")
 
+    @property
+    def lean(self) -> bool:
+        """Nothing besides the weights is touched; `tithe.lean` composes."""
+        return False
+
+    @property
+    def charges_state(self) -> bool:
+        """The density counts weights alone."""
+        return False
+
     def num_selected(self, choosing: Choosing) -> int:
         """K for this model.
 

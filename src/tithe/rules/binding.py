@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tithe.errors import TitheError
 from tithe.rules.matrix import Touch
-from tithe.selection import Coordinates
+from tithe.selection import Channels, Coordinates, Selection
 
 if TYPE_CHECKING:
     from tithe.rules.pool import Pool
@@ -34,9 +35,9 @@ class Binding:
         self.name = name
         self.weight = weight
         self.theta = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
-        self.selection = Coordinates.nothing(tuple(weight.shape))
-        self.indices = self.selection.indices
+        self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
+        self.room: int | None = None
         self.counted = False
         self.probe: Probe | None = None
         self.pool: Pool | None = None
@@ -44,9 +45,35 @@ class Binding:
         self.committed = self.theta._version
 
     @property
+    def indices(self) -> Tensor:
+        """Sorted flat indices of the selected entries."""
+        return self.selection.indices
+
+    @property
     def active(self) -> bool:
         """Whether a gradient is asked of this weight: some of it is selected, or it is being scored."""
         return self.probe is not None or self.selection.size > 0
+
+    def fits(self, groups: int, *, transposed: bool) -> bool:
+        """Whether the selection has a rule for such a use of the weight; selected channels mean one layout alone."""
+        selection = self.selection
+        if self.probe is not None or not isinstance(selection, Channels):
+            return True
+        return (selection.groups, selection.transposed) == (groups, transposed)
+
+    def check_room(self, positions: int) -> None:
+        """Refuse an input larger than the one that the selection's price was made for.
+
+        Raises:
+            TitheError: when `positions`, the values of one input channel, pass the room.
+        """
+        if self.room is not None and positions > self.room:
+            raise TitheError(
+                self.name,
+                found=f"{positions} values of each input channel",
+                expected=f"at most {self.room}, for which the budget was priced",
+                remedy="put the largest batch first in data=, or run what needs no gradient under torch.no_grad()",
+            )
 
     @property
     def asked(self) -> Tensor | None:
@@ -57,15 +84,14 @@ class Binding:
             return None
         return self.theta if self.pool is None else self.pool.view(self)
 
-    def select(self, selection: Coordinates) -> None:
+    def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
         self.selection = selection.to(self.weight.device)
-        self.indices = self.selection.indices
-        self.touch = Touch.of(self.indices, selection.shape) if selection.size and len(selection.shape) > 1 else None
+        self.touch = self._touch()
         self.counted = False
         self.theta.grad = None
         self.theta.requires_grad_(False)
-        if self.theta.numel() != selection.size:
+        if self.theta.shape != selection.theta_shape:
             # A loss of an earlier step keeps autograd's accumulator for θ alive, which remembers the old size; torch
             # drops it when the dtype changes. A wrapper that holds it (DDP) is told at the next step to wrap again.
             self.theta.data = self.theta.data.to(torch.float32 if self.theta.dtype == torch.float64 else torch.float64)
@@ -76,17 +102,20 @@ class Binding:
 
     def follow(self) -> None:
         """Follow the weight to other memory, perhaps on another device."""
-        if self.indices.device == self.weight.device:
-            return
-        self.selection = self.selection.to(self.weight.device)
-        self.indices = self.selection.indices
-        if self.touch is not None:
-            self.touch = Touch.of(self.indices, self.selection.shape)
+        if self.selection.items.device != self.weight.device:
+            self.selection = self.selection.to(self.weight.device)
+            self.touch = self._touch()
+
+    def _touch(self) -> Touch | None:
+        selection = self.selection
+        if not isinstance(selection, Coordinates) or not selection.size or len(selection.shape) < 2:
+            return None
+        return Touch.of(selection.indices, selection.shape)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the tensors that say where θ belongs."""
-        tensors = [self.indices]
+        tensors = [self.selection.items]
         if self.touch is not None:
             tensors += [self.touch.rows, self.touch.columns, self.touch.row, self.touch.column]
             tensors += [] if self.touch.inner is None else [self.touch.inner]
@@ -102,8 +131,7 @@ class Binding:
             self.selection.scatter_(self.weight, self.theta.detach())
             self.committed = self.theta._version
             if not self.counted:
-                earlier = self.moved.indices.to(self.indices.device)
-                self.moved = Coordinates(self.selection.shape, torch.cat([earlier, self.indices]).unique())
+                self.moved = self.selection.union(self.moved)
                 self.counted = True
 
     def refresh(self) -> None:

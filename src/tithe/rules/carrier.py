@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.rules.binding import Binding
 from tithe.rules.probe import Probe, SquareProbe
-from tithe.rules.ruled import Rule, Ruled, saved_tensors
+from tithe.rules.ruled import Rule, Ruled
+from tithe.selection import Selection
 
 Handler = Callable[..., Any]
 
@@ -56,19 +57,18 @@ def register(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
 
 
 class Graft(torch.autograd.Function):
-    """The weight itself, with Sᵀ as its backward: `apply(weight, theta, indices)`."""
+    """The weight itself, with Sᵀ as its backward: `apply(weight, theta, selection)`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, theta: Tensor, indices: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, theta: Tensor, selection: Selection) -> Tensor:
         """An alias of the weight, of the same strides to the last: no copy."""
-        ctx.save_for_backward(indices)
+        ctx.selection = selection
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """∇θ = Sᵀ ∇w."""
-        (indices,) = saved_tensors(ctx)
-        return None, grads[0].reshape(-1).index_select(0, indices), None
+        return None, ctx.selection.gather(grads[0]), None
 
 
 class ProbeGraft(torch.autograd.Function):
@@ -163,7 +163,7 @@ def graft(weight: Tensor) -> Tensor:
         return raw(weight)
     if binding.probe is not None:
         return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe))
-    return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.indices))
+    return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.selection))
 
 
 def asking(weight: Any) -> Binding | None:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tithe.rules.binding import Binding
 from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.channels import ChannelCut, Usage, members
 from tithe.rules.matrix import Touch
 from tithe.rules.ruled import Cost, Rule
 from tithe.rules.vector import selected_sum
+from tithe.selection import Channels
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Geometry:
             list(mask),
         )
 
+    def weight_gradient(self, gy: Tensor, x: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
+        """The gradient of a weight of `shape` that has met the channels of x."""
+        like = gy.new_empty(shape)  # not expanded: some kernels lay the gradient out alike
+        return self.backward(gy, x, like, (False, True, False), groups)[1]
+
 
 class Cut:
     """The part of a convolution's weight gradient that is computed, and the channels of x it needs.
@@ -84,8 +91,8 @@ class Cut:
             per_group = num_out // groups
             touched = torch.div(touch.rows, per_group, rounding_mode="floor").unique()
             self.groups = touched.numel()
-            self.ins = _members(touched, num_in)
-            self.outs = _members(touched, per_group)
+            self.ins = members(touched, num_in)
+            self.outs = members(touched, per_group)
             self.num_out, self.num_in = self.outs.numel(), self.ins.numel()
         elif groups == 1:
             if cut_out:
@@ -106,9 +113,10 @@ class Cut:
         """The selected entries of the weight's gradient."""
         if self.outs is not None:
             gy = gy.index_select(1, self.outs)
+        if self.whole:
+            return self.gather(geometry.backward(gy, kept, weight, (False, True, False), self.groups)[1])
         shape = (self.num_out, self.num_in // self.groups, *weight.shape[2:])
-        like = weight if self.whole else gy.new_empty(shape)  # not expanded: some kernels lay the gradient out alike
-        return self.gather(geometry.backward(gy, kept, like, (False, True, False), self.groups)[1])
+        return self.gather(geometry.weight_gradient(gy, kept, shape, self.groups))
 
     def gather(self, grad: Tensor) -> Tensor:
         """The selected entries of the gradient of the cut weight."""
@@ -133,11 +141,6 @@ class Cut:
         )
 
 
-def _members(groups: Tensor, size: int) -> Tensor:
-    """The channels of `groups`, `size` in each."""
-    return (groups[:, None] * size + torch.arange(size, device=groups.device)).reshape(-1)
-
-
 def cuts(touch: Touch, groups: int) -> list[Cut]:
     """Every way to compute a touched convolution's gradient."""
     out = (False, True) if groups == 1 else (False,)
@@ -158,8 +161,11 @@ class ConvRule(Rule):
         self.geometry, self.bias = geometry, bias
         self.input_shape = x.shape
         self.probe = weight.probe if weight is not None else None
-        self.cut: Cut | None = None
-        if weight is not None and self.probe is None and weight.touch is not None:
+        self.cut: Cut | ChannelCut | None = None
+        if weight is not None and self.probe is None and isinstance(weight.selection, Channels):
+            weight.check_room(x[:, 0].numel())
+            self.cut = ChannelCut(weight.selection)
+        elif weight is not None and self.probe is None and weight.touch is not None:
             kernel = weight.weight[0, 0].numel()
             positions = x[:, 0].numel()
             out_positions = max(positions // math.prod(geometry.stride), 1)
@@ -169,7 +175,10 @@ class ConvRule(Rule):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The stock operation, the weight cast to x's dtype under autocast."""
-        return self.geometry.forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), ()
+        y = self.geometry.forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if self.probe is not None:
+            self.probe.used(Usage.convolution(x, y, self.geometry.groups))
+        return y, ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
         """The channels that the cut needs; all of x for a probe; nothing for a frozen weight."""
@@ -184,14 +193,16 @@ class ConvRule(Rule):
         geometry, weight = self.geometry, weight.to(gy.dtype)
         gx = gtw = gb = None
         asks_bias = need_bias or (self.bias is not None and self.bias.probe is None)
-        if self.cut is not None and self.cut.whole:
+        if isinstance(self.cut, Cut) and self.cut.whole:
             gx, gw, gb = geometry.backward(gy, kept[0], weight, (need_x, True, asks_bias))
             gtw = self.cut.gather(gw)
         else:
             if need_x:
                 like = gy.new_empty(1).expand(self.input_shape)
                 gx = geometry.backward(gy, like, weight, (True, False, False))[0]
-            if self.cut is not None:
+            if isinstance(self.cut, ChannelCut):
+                gtw = self.cut.grad(geometry.weight_gradient, gy, kept[0])
+            elif self.cut is not None:
                 gtw = self.cut.grad(geometry, gy, kept[0], weight)
             elif self.probe is not None:
                 x = kept[0]
@@ -230,9 +241,12 @@ def _conv(
         paddings = _per_axis(padding, axes)
     if torch.compiler.is_compiling() and (groups > 1 or not x.is_contiguous()):
         return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
+    bound = asking(weight)
+    if bound is not None and not bound.fits(groups, transposed=False):
+        return NotImplemented
     x = autocast(x)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    rule = ConvRule(batched, asking(weight), asking(bias), Geometry(strides, paddings, dilations, groups))
+    rule = ConvRule(batched, bound, asking(bias), Geometry(strides, paddings, dilations, groups))
     y = apply_rule(rule, batched, weight, bias)
     return y if x.dim() == axes + 2 else y.squeeze(0)
 

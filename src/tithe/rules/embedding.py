@@ -73,6 +73,8 @@ def embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     probe = binding.probe
+    if probe is None and binding.touch is None:
+        return NotImplemented  # a table of which whole columns are selected
     if isinstance(probe, SquareProbe) and probe.expand and input.shape[:1] == (1,):
         # Positions shared by all samples are looked up once per sample, so that their gradients arrive apart.
         input = input.expand(probe.num_samples, *input.shape[1:])

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from tithe.rules.binding import Binding
 from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.channels import Columns, Usage
 from tithe.rules.matrix import Way, cheapest
 from tithe.rules.probe import Probe
 from tithe.rules.ruled import Rule
 from tithe.rules.vector import selected_sum
+from tithe.selection import Channels
 
 
 class LinearRule(Rule):
     """A linear map of which single weights and biases are selected.
 
-    Keeps for backward: nothing but the weight when no weight is selected; otherwise what the cheapest way keeps,
-    which for a Fisher mask is the few touched columns of x.
+    Keeps for backward: nothing but the weight when no weight is selected; the selected columns of x for whole
+    channels; otherwise what the cheapest way keeps, which for a Fisher mask is the few touched columns of x.
 
     Args:
         x: the input; its shape decides the way.
@@ -33,9 +35,15 @@ class LinearRule(Rule):
     def __init__(self, x: Tensor, weight: Binding | None, bias: Binding | None, *, transposed: bool) -> None:
         self.transposed = transposed
         self.probe: Probe | None = weight.probe if weight is not None else None
-        self.way: Way | None = None
-        if weight is not None and weight.probe is None and weight.touch is not None:
-            self.way = cheapest(weight.touch, x, transposed=transposed)
+        self.way: Way | Columns | None = None
+        if self.probe is not None:
+            self.probe.used(Usage.matrix(x, transposed=transposed))
+        if weight is not None and weight.probe is None:
+            if isinstance(weight.selection, Channels):
+                self.way = Columns(weight.selection)
+                weight.check_room(x.numel() // max(x.shape[-1], 1))
+            elif weight.touch is not None:
+                self.way = cheapest(weight.touch, x, transposed=transposed)
         self.bias = bias
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -97,6 +105,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool)
     asked_weight, asked_bias = asking(weight), asking(bias)
     if asked_weight is None and asked_bias is None:
         return NotImplemented  # frozen: stock keeps nothing but the weight already
+    if asked_weight is not None and not asked_weight.fits(1, transposed=transposed):
+        return NotImplemented
     x = autocast(x)
     rule = LinearRule(x, asked_weight, asked_bias, transposed=transposed)
     return apply_rule(rule, x, weight, bias)

@@ -10,6 +10,7 @@ new choice stay valid after it. The optimizer sees the parts, under the names of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,28 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from tithe.rules.binding import Binding
-from tithe.selection import Coordinates
+from tithe.selection import Selection
 
 
 class _Split(torch.autograd.Function):
     """The flat parameter as one view for each part; backward joins their gradients in one copy."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
         """The views."""
         ctx.set_materialize_grads(False)
-        ctx.sizes, ctx.like = sizes, flat.detach()
-        return tuple(part.view_as(part) for part in flat.split(list(sizes)))
+        ctx.shapes, ctx.like = shapes, flat.detach()
+        return tuple(_parts(flat, shapes))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        """The gradient of the flat parameter; a part that was not used has none."""
+        """The gradient of the flat parameter; a part that was not used has none, nor has the unused end."""
         like = cast(Tensor, ctx.like)
-        parts = [
-            like.new_zeros(size) if grad is None else cast(Tensor, grad)
-            for grad, size in zip(grads, ctx.sizes, strict=True)
-        ]
-        return torch.cat(parts), None
+        out = like.new_zeros(like.shape)
+        for part, grad in zip(_parts(out, ctx.shapes), grads, strict=True):
+            if grad is not None:
+                part.copy_(grad)
+        return out, None
+
+
+def _parts(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive stretches of `flat`, one for each shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class Pool:
@@ -46,7 +54,7 @@ class Pool:
 
     Args:
         bindings: the weights whose θ are parts, in the model's order.
-        size: K, the number of values that every choice selects.
+        size: room for the values of every choice; a choice that needs fewer leaves the end unused.
     """
 
     def __init__(self, bindings: Sequence[Binding], size: int) -> None:
@@ -66,7 +74,7 @@ class Pool:
         self._listen()
         # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.
 
-    def take(self, selections: dict[str, Coordinates]) -> None:
+    def take(self, selections: dict[str, Selection]) -> None:
         """Take over a new choice for every part.
 
         Args:
@@ -74,14 +82,25 @@ class Pool:
         """
         for binding in self.bindings:
             binding.select(selections[binding.name])
-        values = torch.cat([binding.theta.detach() for binding in self.bindings])
-        if values.numel() == self.flat.numel():
-            self.flat.data.copy_(values)
-        else:
+        values = torch.cat([binding.theta.detach().reshape(-1) for binding in self.bindings])
+        if values.numel() > self.flat.numel():
             self.flat.data = values
+        else:
+            self.flat.data.zero_()[: values.numel()].copy_(values)
         self.flat.grad = None
         self.views = {}
         self._tie()
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of the end that the present choice leaves unused."""
+        return (self.flat.numel() - sum(b.selection.size for b in self.bindings)) * self.flat.element_size()
+
+    def resize(self, size: int) -> None:
+        """Make room for `size` values, before a choice is taken over; a wrapper made before has to be made again."""
+        if size != self.flat.numel():
+            self.flat.data = self.flat.data.new_zeros(size)
+            self.flat.grad, self.views = None, {}
 
     def view(self, binding: Binding) -> Tensor:
         """What stands for a part in autograd."""
@@ -89,13 +108,13 @@ class Pool:
             self._tie()
             used = [b for b in self.bindings if b.selection.size]
             with torch.enable_grad():
-                views = cast(tuple[Tensor, ...], _Split.apply(self.flat, [b.selection.size for b in used]))
+                views = cast(tuple[Tensor, ...], _Split.apply(self.flat, [b.selection.theta_shape for b in used]))
             self.views = {b.name: view for b, view in zip(used, views, strict=True)}
         return self.views[binding.name]
 
     def _tie(self) -> None:
         used = [b for b in self.bindings if b.selection.size]
-        for binding, part in zip(used, self.flat.data.split([b.selection.size for b in used]), strict=True):
+        for binding, part in zip(used, _parts(self.flat.data, [b.selection.theta_shape for b in used]), strict=True):
             binding.theta.data = part
             binding.committed = binding.theta._version
 
@@ -106,7 +125,8 @@ class Pool:
             size = binding.selection.size
             if size:
                 grad = self.flat.grad
-                binding.theta.grad = None if grad is None else grad[start : start + size]
+                part = None if grad is None else grad[start : start + size]
+                binding.theta.grad = None if part is None else part.view(binding.theta.shape)
             start += size
 
     def _listen(self) -> None:

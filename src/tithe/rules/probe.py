@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tithe.rules.channels import Usage
+
 _CACHE = 1 << 18
 """Entries of a product that stay in a core's cache between the multiplication and the squaring."""
 
@@ -84,6 +86,10 @@ class Probe(ABC):
             grown = sums.new_zeros(merged.numel(), sums.shape[1])
             sums = grown.index_copy_(0, place[: held.numel()], sums)
         self._rows = merged, sums.index_add_(0, place[held.numel() :], values)
+
+    def used(self, usage: Usage) -> None:
+        """A rule ran forward with this weight; most probes need not know how."""
+        del usage
 
     def begin(self, num_samples: int) -> None:
         """A backward pass over `num_samples` samples follows."""

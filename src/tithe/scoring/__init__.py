@@ -1,6 +1,7 @@
 """Scores that need data: passes of the model over samples, with the rules' probes listening."""
 
+from tithe.scoring.channels import channel_norms, price_channels
 from tithe.scoring.likelihood import Likelihood
 from tithe.scoring.passes import Loss, Passes, check_loss
 
-__all__ = ["Likelihood", "Loss", "Passes", "check_loss"]
+__all__ = ["Likelihood", "Loss", "Passes", "channel_norms", "check_loss", "price_channels"]

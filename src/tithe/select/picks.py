@@ -112,3 +112,38 @@ def _finite(name: str, score: Tensor) -> Tensor:
             remedy="check the loss for NaN or overflow; score a float16 model in float32 or bfloat16",
         )
     return flat
+
+
+def under_budget(order: Tensor, weights: Tensor, kept: Tensor, unit: float, limit: float, room: int | None) -> Tensor:
+    """The items at the head of `order` that fit: they are taken one by one until the next would pass the limit.
+
+        unit · Σ weights + Σ kept ≤ limit                    (room None)
+        Σ weights ≤ room, unit · room + Σ kept ≤ limit       (a buffer of `room` weights is paid for as a whole)
+
+    When not even the first fits, the first that does is taken alone.
+
+    Args:
+        order: items, int64 (n,).
+        weights: of each item, int64 (n,).
+        kept: other cost of each item, float64 (n,).
+        unit: cost of one weight.
+        limit: of the sum.
+        room: weights that the buffer holds, or None for a buffer that is made to measure.
+
+    Returns:
+        The items taken, int64, in their order; empty when none fits.
+
+    Example:
+        >>> order, weights = torch.tensor([2, 0, 1]), torch.tensor([3, 4, 1])
+        >>> under_budget(order, weights, torch.zeros(3).double(), 1.0, 5.0, None)
+        tensor([2, 0])
+    """
+    taken, other = weights[order], kept[order]
+    if room is None:
+        fits = unit * taken.cumsum(0) + other.cumsum(0) <= limit
+        alone = unit * taken + other <= limit
+    else:
+        fits = (taken.cumsum(0) <= room) & (unit * room + other.cumsum(0) <= limit)
+        alone = (taken <= room) & (unit * room + other <= limit)
+    count = int(fits.sum())
+    return order[:count] if count else order[alone.nonzero().flatten()[:1]]

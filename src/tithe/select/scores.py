@@ -19,3 +19,17 @@ def magnitude(weight: Tensor) -> Tensor:
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1): the largest k of it are a uniform draw of k entries; the same on every device and rank."""
     return torch.rand(weight.shape, generator=generator)
+
+
+def channel_magnitude(weight: Tensor, groups: int, *, transposed: bool) -> Tensor:
+    """Σ |w| over the columns of each input channel, (I,), in float32.
+
+    Args:
+        weight: (O, I / G, *kernel), or (I, O) when transposed.
+        groups: G.
+        transposed: a matrix stored as (I, O).
+    """
+    size = weight.detach().abs().float()
+    if transposed:
+        return size.sum(1)
+    return size.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).sum(1)

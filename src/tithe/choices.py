@@ -1,0 +1,117 @@
+"""What a plan has chosen: new selections are taken over, optimizer state goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tithe import distributed
+from tithe.carry import carry
+from tithe.mount import Mount
+from tithe.rules import Binding, Pool
+from tithe.selection import Coordinates, Selection
+
+
+class Choices:
+    """The selections of the weights to choose from, and the flat θ under them where they will change.
+
+    Args:
+        mount: of the model.
+        bindings: the weights to choose from, in the model's order.
+        changes: whether the choice will be made again.
+    """
+
+    def __init__(self, mount: Mount, bindings: Sequence[Binding], *, changes: bool) -> None:
+        self.bindings, self.changes = bindings, changes
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._mount = mount
+        self._pool: Pool | None = None
+        self._resized = False
+
+    @property
+    def room(self) -> int | None:
+        """Values that the flat θ holds, or None where every choice is made to measure."""
+        return None if self._pool is None else self._pool.flat.numel()
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of the flat θ that the present choice leaves unused."""
+        return 0 if self._pool is None else self._pool.unused_bytes
+
+    def set_room(self, size: int) -> None:
+        """One flat θ of `size` values where the choice will change."""
+        if self._pool is not None:
+            self._pool.resize(size)
+        elif self.changes:
+            self._pool = self._mount.pool(self.bindings, size)
+
+    def take(self, chosen: Mapping[str, Selection], rooms: Tensor | None) -> bool:
+        """Take over a choice; returns whether anything changed.
+
+        Args:
+            chosen: name → selection; what is not named is frozen.
+            rooms: int64, for each weight the values of an input channel that the choice was priced for, or -1 for any.
+
+        Raises:
+            TitheError: on every rank, when ranks chose differently.
+        """
+        new = {b.name: chosen.get(b.name, Coordinates.nothing(b.selection.shape)) for b in self.bindings}
+        items = [selection.items for selection in new.values()]
+        digest = torch.stack([torch.stack([i.sum(), (i * i % 1_000_003).sum()]) for i in items])
+        distributed.check_same("selection", digest)
+        old = {b.name: b.selection for b in self.bindings}
+        changed = [b for b in self.bindings if not _same(old[b.name], new[b.name])]
+        if changed and self._pool is not None:
+            self._pool.take(new)
+        for binding in changed:
+            if self._pool is None:
+                self._resized = self._resized or old[binding.name].size != new[binding.name].size
+                binding.select(new[binding.name])
+                self._mount.show(binding)
+            self._carry(binding, old[binding.name])
+        for binding, room in zip(
+            self.bindings, [-1] * len(self.bindings) if rooms is None else rooms.tolist(), strict=True
+        ):
+            binding.room = None if room < 0 else room
+        self._mount.still()
+        return bool(changed)
+
+    def _carry(self, binding: Binding, old: Selection) -> None:
+        for optimizer in self.optimizers:
+            if binding.theta in optimizer.state:
+                carry(optimizer.state[binding.theta], old, binding.selection)
+            elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.param_groups[0]["params"].append(binding.theta)
+
+    def link(self) -> None:
+        """Show each θ its part of the flat gradient."""
+        if self._pool is not None:
+            self._pool.link()
+
+    def commit(self) -> None:
+        """Write every θ into its weight."""
+        for binding in self.bindings:
+            binding.commit(force=True)
+
+    @property
+    def resized(self) -> bool:
+        """Whether θ changed its size since the last step, which a wrapper made before does not follow."""
+        return self._resized
+
+    def check_ranks(self) -> None:
+        """After a step: θ that changed its size is the same on every rank.
+
+        Raises:
+            TitheError: on every rank, when it is not: a wrapper that fixed its buckets before did not follow.
+        """
+        if self._resized and distributed.world_size() > 1:
+            sums = torch.stack([b.theta.detach().double().sum() for b in self.bindings])
+            distributed.check_same("theta", sums.view(torch.int64), distributed.fixed_sizes_error())
+        self._resized = False
+
+
+def _same(old: Selection, new: Selection) -> bool:
+    both_empty = not old.size and not new.size
+    return both_empty or (old.alike(new) and torch.equal(old.items.cpu(), new.items.cpu()))

@@ -1,0 +1,104 @@
+"""Sparse update (SU): a fixed scheme of layers and ratios, the hand-searched ancestor of a budget.
+
+Lin et al. *On-Device Training Under 256KB Memory.* NeurIPS 2022, arXiv 2206.15472, section 3.2.
+
+Deviation from the paper: the channels of a ratio are those of the largest magnitude in the given weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tithe.choosing import Choosing
+from tithe.errors import TitheError
+from tithe.schedule import Schedule
+from tithe.select.picks import largest
+from tithe.select.scores import channel_magnitude
+from tithe.selection import Channels, Coordinates, Selection
+
+
+@dataclass(frozen=True)
+class SparseUpdate:
+    """Train a given part of the input channels of given layers, and given biases whole; chosen once.
+
+    Args:
+        ratios: parameter name → part of its input channels, in (0, 1]; at least one channel each.
+        biases: names of parameters that are trained whole.
+        lean: let the other layers keep only what backward needs (`tithe.lean`).
+
+    Raises:
+        TitheError: when a ratio is out of range.
+
+    Example:
+        >>> SparseUpdate({"blocks.12.pointwise1.weight": 0.25}).needs_data
+        True
+    """
+
+    ratios: Mapping[str, float]
+    biases: Sequence[str] = ()
+    lean: bool = True
+
+    def __post_init__(self) -> None:
+        for name, ratio in self.ratios.items():
+            if not 0 < ratio <= 1:
+                raise TitheError(name, found=f"ratio {ratio}", expected="a fraction in (0, 1]", remedy="change it")
+
+    @property
+    def samples(self) -> int:
+        """One batch, for its shapes."""
+        return 1
+
+    @property
+    def warmup(self) -> int:
+        """The choice is made at once."""
+        return 0
+
+    @property
+    def reselect(self) -> Schedule | None:
+        """Never."""
+        return None
+
+    @property
+    def needs_data(self) -> bool:
+        """The layout of channels is read off one batch."""
+        return True
+
+    @property
+    def charges_state(self) -> bool:
+        """A scheme has no budget."""
+        return False
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """Values that the scheme selects.
+
+        Raises:
+            TitheError: as `choose`.
+        """
+        return sum(selection.size for selection in self.choose(choosing).values())
+
+    def choose(self, choosing: Choosing) -> dict[str, Selection]:
+        """The scheme's channels and biases.
+
+        Raises:
+            TitheError: when a name is no layer with input channels, or no parameter to choose from.
+        """
+        layers = choosing.layers()
+        chosen: dict[str, Selection] = {}
+        for name, ratio in self.ratios.items():
+            if name not in layers:
+                raise _unknown(name, "a weight with input channels")
+            layer = layers[name]
+            count = max(1, round(ratio * layer.num_channels))
+            scores = channel_magnitude(choosing.weight(name), layer.groups, transposed=layer.transposed)
+            channels = largest(scores, count).cpu()
+            chosen[name] = Channels(layer.shape, channels, groups=layer.groups, transposed=layer.transposed)
+        for name in self.biases:
+            if name not in choosing.shapes or name in chosen:
+                raise _unknown(name, "a parameter to choose from, named once")
+            chosen[name] = Coordinates.everything(choosing.shapes[name])
+        return chosen
+
+
+def _unknown(name: str, expected: str) -> TitheError:
+    return TitheError(name, found="none in the model", expected=expected, remedy="use a name of named_parameters()")

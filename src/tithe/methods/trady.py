@@ -1,0 +1,203 @@
+"""TraDy: transfer learning under a strict memory budget, in channels drawn anew each epoch.
+
+Quélennec, Hezbri, Mozharovskyi, Nguyen, Tartaglione. *Study of Training Dynamics for Memory-Constrained Fine-Tuning.*
+arXiv 2510.19675, 2025.
+
+Deviations from the paper: the flat buffer that holds θ of every epoch's draw has one size, and the budget pays for all
+of it; the other layers are lean, so that the counted saving is a measured one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tithe.budget import Budget
+from tithe.choosing import Choosing
+from tithe.errors import TitheError
+from tithe.ranking import Ranking
+from tithe.schedule import Schedule, every
+from tithe.select.layers import Costs, cover
+from tithe.select.picks import under_budget
+from tithe.selection import Channels
+
+Layers = Literal["topk", "all"]
+ChannelScore = Literal["uniform", "rgn", "fisher"]
+
+_TRIALS = 64
+"""Draws whose median size is the buffer's: its error is then a sixth of one draw's spread."""
+
+
+@dataclass(frozen=True)
+class TraDy:
+    """Train input channels drawn uniformly, each epoch anew, from the layers that matter, until the budget is spent.
+
+        cost(c) = C'·D² + H·W          layers: the fewest with `coverage` of Σ_c ‖∂L/∂W_c‖₂ / cost(c)
+
+    Args:
+        budget: what the drawn channels may cost, never exceeded. `Budget(elements=…)` and `Budget(fraction=…)` count
+            weight gradients and kept inputs as the paper does (batch 1, head apart); `Budget("2MB")` counts the bytes
+            of θ, gradients, optimizer state and the kept inputs of the first batch, the head's gradient and state
+            included; `Budget(flops=…)` counts the weight gradients' operations a step.
+        ranking: a `Ranking`, the path of one, or None to measure it on `data` when attaching.
+        coverage: part of the total RGN that the layers to draw from hold, in (0, 1].
+        layers: "topk" draws from those layers, "all" from every layer.
+        dynamic: draw anew each epoch; False keeps the first draw.
+        lean: let the other layers keep only what backward needs (`tithe.lean`).
+        score: "uniform" is the paper's draw; "rgn" takes the channels of the largest RGN, measured before each choice
+            (its oracle); "fisher" those of the most Fisher information for their cost.
+        samples: over which a ranking and scores are measured, all ranks together.
+
+    Raises:
+        TitheError: when a value is out of range.
+
+    Example:
+        >>> TraDy(Budget(elements=27_946)).reselect
+        Schedule(period=1, unit='epochs')
+    """
+
+    budget: Budget
+    ranking: Ranking | str | Path | None = None
+    coverage: float = 0.97
+    layers: Layers = "topk"
+    dynamic: bool = True
+    lean: bool = True
+    score: ChannelScore = "uniform"
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TitheError(
+                "TraDy", found=f"budget={self.budget!r}", expected="a Budget", remedy='write TraDy(tithe.Budget("2MB"))'
+            )
+        if not 0 < self.coverage <= 1:
+            raise TitheError(
+                "TraDy", found=f"coverage={self.coverage}", expected="a fraction in (0, 1]", remedy="try 0.97"
+            )
+        if self.samples < 1:
+            raise TitheError("TraDy", found=f"samples={self.samples}", expected="at least 1", remedy="try 256")
+        for name, options in (("layers", Layers), ("score", ChannelScore)):
+            if getattr(self, name) not in get_args(options):
+                raise TitheError(
+                    "TraDy",
+                    found=f"{name}={getattr(self, name)!r}",
+                    expected="one of " + ", ".join(map(repr, get_args(options))),
+                    remedy=f"change {name}",
+                )
+
+    @property
+    def warmup(self) -> int:
+        """The first draw is made at once."""
+        return 0
+
+    @property
+    def reselect(self) -> Schedule | None:
+        """Every epoch."""
+        return every(1, "epochs") if self.dynamic else None
+
+    @property
+    def needs_data(self) -> bool:
+        """The price list is made for the shapes of a batch."""
+        return True
+
+    @property
+    def charges_state(self) -> bool:
+        """The budget counts the optimizer's state."""
+        return True
+
+    def num_selected(self, choosing: Choosing) -> int:
+        """Values that the buffer for θ holds.
+
+        Raises:
+            TitheError: when the budget is smaller than the head or than any channel.
+        """
+        costs = self._costs(choosing)
+        count = costs.weights.numel()
+        if self.score == "uniform":
+            draws = [_shuffle(count, trial) for trial in range(_TRIALS)]
+        else:
+            draws = [self._order(choosing, costs)]
+        sizes = [int(costs.weights[self._take(order, costs, None)].sum()) for order in draws]
+        return sorted(sizes)[len(sizes) // 2]  # of a draw that was made, so that at least this one fits again
+
+    def choose(self, choosing: Choosing) -> dict[str, Channels]:
+        """The channels of one draw."""
+        costs = self._costs(choosing)
+        if self.budget.bytes is not None:
+            choosing.hold_inputs()
+        taken = self._take(self._order(choosing, costs), costs, choosing.room)
+        chosen = costs.split(taken)
+        return {
+            layer.name: Channels(layer.shape, chosen[layer.name], groups=layer.groups, transposed=layer.transposed)
+            for layer in costs.layers
+        }
+
+    def _costs(self, choosing: Choosing) -> Costs:
+        priced = choosing.layers()
+        everything = list(priced.values())
+        if self.layers == "topk":
+            names = set(self._ranked(choosing))
+            layers = [layer for layer in everything if layer.name in names]
+        else:
+            layers = everything
+        total = sum(layer.num_channels * layer.elements for layer in everything)
+        costs = Costs.of(layers, self.budget, num_states=choosing.num_states, head=choosing.head_bytes, total=total)
+        if costs.limit <= 0:
+            raise TitheError(
+                "head",
+                found=f"{choosing.head_bytes * (1 + choosing.num_states)} bytes of its gradient and optimizer state",
+                expected=f"less than the budget of {self.budget.of(0)} bytes",
+                remedy="raise the budget, or train a smaller head",
+            )
+        self._cheapest(costs)
+        return costs
+
+    def _cheapest(self, costs: Costs) -> int:
+        each = costs.each
+        least = int(each.argmin())
+        if float(each[least]) > costs.limit:
+            name = next(name for name, channels in costs.split(torch.tensor([least])).items() if channels.numel())
+            raise TitheError(
+                "budget",
+                found=f"{costs.limit:g} left for channels",
+                expected=f"at least {float(each[least]):g}, the cost of one channel of {name}",
+                remedy="raise the budget, use smaller inputs or batches, or choose other layers with where=",
+            )
+        return least
+
+    def _ranked(self, choosing: Choosing) -> list[str]:
+        layers = choosing.layers()
+        if isinstance(self.ranking, (str, Path)):
+            ranking = Ranking.load(self.ranking)
+        elif self.ranking is not None:
+            ranking = self.ranking
+        else:
+            measured = choosing.remember("rgn", lambda: self._measure(choosing))
+            return cover(dict(zip(layers, measured.tolist(), strict=True)), self.coverage)
+        ranking.check({name: layer.shape for name, layer in layers.items()})
+        return cover({name: ranking.rgn[name] for name in layers}, self.coverage)
+
+    def _measure(self, choosing: Choosing) -> Tensor:
+        ranking = Ranking.of(choosing.layers(), choosing.channel_norms(self.samples))
+        return torch.tensor(list(ranking.rgn.values()), dtype=torch.float64)
+
+    def _order(self, choosing: Choosing, costs: Costs) -> Tensor:
+        """Positions in the list of channels, first to be taken first; ties by position."""
+        if self.score == "uniform":
+            return _shuffle(costs.weights.numel(), (choosing.seed + 1) * 1_000_003 + choosing.epoch)
+        norms = choosing.channel_norms(self.samples, squared=self.score == "fisher")
+        each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
+        counts = torch.tensor([layer.num_channels for layer in costs.layers])
+        values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
+        return torch.sort(values / each.repeat_interleave(counts), descending=True, stable=True).indices
+
+    def _take(self, order: Tensor, costs: Costs, room: int | None) -> Tensor:
+        return under_budget(order, costs.weights, costs.kept, costs.unit, costs.limit, room)
+
+
+def _shuffle(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

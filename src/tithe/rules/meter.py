@@ -1,0 +1,107 @@
+"""Probes over input channels: how a weight is used, which gives their price, and how large their gradients are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tithe.rules.channels import Usage
+from tithe.rules.probe import SumProbe
+
+
+class Meter(SumProbe):
+    """Writes down how a weight is used and adds nothing up; `usages` is empty for a weight that has no channels."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.usages: list[Usage] = []
+        self.otherwise = False
+
+    @property
+    def num_uses(self) -> int:
+        """Calls of a rule in one pass; 0 where the weight is used in any other way too."""
+        alike = len({(usage.groups, usage.transposed) for usage in self.usages}) == 1
+        return len(self.usages) if alike and not self.otherwise else 0
+
+    def used(self, usage: Usage) -> None:
+        """One call."""
+        self.usages.append(usage)
+
+    def matrix(self, left: Tensor, right: Tensor) -> None:
+        """A product; heard when it ran forward."""
+
+    def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
+        """A convolution; heard when it ran forward."""
+
+    def vector(self, terms: Tensor) -> None:
+        """A vector has no channels."""
+        self.otherwise = True
+
+    def whole(self, grad: Tensor) -> None:
+        """An operation without a rule."""
+        self.otherwise = True
+
+    def stacked(self, grads: Tensor) -> None:
+        """A parameter used directly."""
+        self.otherwise = True
+
+    def rows(self, ids: Tensor, gy: Tensor) -> None:
+        """A table."""
+        self.otherwise = True
+
+
+class ChannelProbe(SumProbe):
+    """Σ over passes of a statistic of each input channel's gradient, ‖∇W_c‖₂ or ‖∇W_c‖₂².
+
+    The gradient of a weight used once in a pass is reduced where it arises and dropped, so that no two layers'
+    gradients stand beside each other.
+
+    Args:
+        weight: the weight.
+        groups: of the convolution; 1 for a matrix.
+        num_uses: calls in one pass.
+        transposed: a matrix stored as (I, O).
+        squared: whether the norms are squared.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, num_uses: int, *, transposed: bool, squared: bool) -> None:
+        super().__init__(weight)
+        self.groups, self.num_uses, self.transposed, self.squared = groups, num_uses, transposed, squared
+        count = self.shape[0] if transposed else self.shape[1] * groups
+        self.norms = torch.zeros(count, dtype=self.dtype, device=self.device)
+
+    def matrix(self, left: Tensor, right: Tensor) -> None:
+        """leftᵀ right, reduced."""
+        self.calls += 1
+        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+        self._add(left.t().to(self.dtype) @ right.to(self.dtype))
+
+    def whole(self, grad: Tensor) -> None:
+        """A gradient in the weight's shape, reduced."""
+        self.calls += 1
+        self._add(grad.to(self.dtype))
+
+    def end(self) -> None:
+        """What is left to reduce is reduced."""
+        if self.num_uses > 1:
+            self._reduce(self.total())
+            self.clear()
+        self.reached = self.reached or self.calls > 0
+
+    def _add(self, grad: Tensor) -> None:
+        if self.num_uses == 1:
+            self._reduce(grad)
+        else:
+            self.dense.add_(grad)
+
+    def _reduce(self, grad: Tensor) -> None:
+        if self.transposed:
+            squares = grad.square().sum(1)
+        elif self.groups == 1:
+            squares = grad.transpose(0, 1).flatten(1).square().sum(1)
+        else:
+            grouped = grad.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+            squares = grouped.flatten(1).square().sum(1)
+        self.norms += squares if self.squared else squares.sqrt()

@@ -1,0 +1,141 @@
+"""Passes over input channels: what each costs (on shapes alone), and how large its gradients are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tithe import distributed, ledger
+from tithe.batch import num_samples
+from tithe.errors import TitheError
+from tithe.rules import Binding
+from tithe.rules.meter import ChannelProbe, Meter
+from tithe.scoring.passes import check_loss
+from tithe.select.layers import Layer
+
+Loss = Callable[[Any, Any], Tensor]
+_P = TypeVar("_P", Meter, ChannelProbe)
+
+
+def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, batch: Any) -> dict[str, Layer]:
+    """The price of an input channel of every weight that has such, from one pass on shapes alone.
+
+    Args:
+        model: with carriers in place.
+        bindings: the weights to price.
+        loss: `loss(model, batch)`.
+        batch: its shapes are those the price is made for.
+
+    Returns:
+        Name → layer, in the model's order; weights that are used in another way too are left out.
+    """
+    with _listening(bindings, {b.name: Meter(b.weight) for b in bindings}) as meters:
+        ledger.predict(model, lambda fakes: loss(model, fakes), batch)
+    size = num_samples(batch)
+    layers: dict[str, Layer] = {}
+    for binding in bindings:
+        usages, uses = meters[binding.name].usages, meters[binding.name].num_uses
+        if not uses:
+            continue
+        first, shape = usages[0], tuple(binding.weight.shape)
+        num_channels = shape[0] if first.transposed else shape[1] * first.groups
+        weights = binding.weight.numel() // num_channels
+        positions = sum(usage.positions for usage in usages)
+        layers[binding.name] = Layer(
+            name=binding.name,
+            shape=shape,
+            groups=first.groups,
+            transposed=first.transposed,
+            num_channels=num_channels,
+            num_uses=uses,
+            weights=weights,
+            positions=positions,
+            per_sample=positions / size,
+            flops=2.0 * weights * sum(usage.out_positions for usage in usages),
+            weight_bytes=binding.weight.element_size(),
+            value_bytes=first.itemsize,
+        )
+    return layers
+
+
+def channel_norms(
+    model: nn.Module,
+    bindings: Sequence[Binding],
+    layers: dict[str, Layer],
+    loss: Loss,
+    batches: Iterable[Any],
+    samples: int,
+    *,
+    squared: bool = False,
+) -> dict[str, Tensor]:
+    """Σ over batches of ‖∂L/∂W_c‖₂ of every input channel c, streamed: one layer's gradient stands at a time.
+
+    Args:
+        model: with carriers in place.
+        bindings: weights, of which those in `layers` are scored.
+        layers: their price list.
+        loss: the mean loss over the samples of a batch.
+        batches: the data; whole batches are read until they hold `samples` samples, over all ranks.
+        samples: how many.
+        squared: sum ‖·‖² instead.
+
+    Returns:
+        Name → (channels,), float32 or float64 as the weight.
+
+    Raises:
+        TitheError: when there is no sample, or the loss is not a finite scalar with a gradient.
+    """
+    scored = [b for b in bindings if b.name in layers]
+    probes = {b.name: _probe(b, layers[b.name], squared) for b in scored}
+    share = -(-samples // distributed.world_size())
+    seen = 0
+    with _listening(scored, probes), _quiet(model):
+        for batch in batches:
+            for probe in probes.values():
+                probe.begin(num_samples(batch))
+            check_loss(loss(model, batch)).backward()
+            for probe in probes.values():
+                probe.end()
+            seen += num_samples(batch)
+            if seen >= share:
+                break
+    if not seen:
+        raise TitheError("data", found="no samples", expected="at least one batch", remedy="pass data= an iterable")
+    return {name: distributed.sum_(probe.norms) for name, probe in probes.items()}
+
+
+def _probe(binding: Binding, layer: Layer, squared: bool) -> ChannelProbe:
+    return ChannelProbe(binding.weight, layer.groups, layer.num_uses, transposed=layer.transposed, squared=squared)
+
+
+@contextmanager
+def _listening(bindings: Sequence[Binding], probes: dict[str, _P]) -> Generator[dict[str, _P]]:
+    for binding in bindings:
+        binding.probe = probes[binding.name]
+    try:
+        yield probes
+    finally:
+        for binding in bindings:
+            binding.probe = None
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Generator[None]:
+    """Evaluation mode, gradients enabled for the probes alone; every flag as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
