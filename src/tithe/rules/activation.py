@@ -1,7 +1,12 @@
-"""Activations that keep one bit an element where stock keeps a tensor of the input's size."""
+"""Activations that keep a code of their derivative where stock keeps a tensor of the input's size.
+
+Kept for an input of n elements: ⌈n / 8⌉ bytes for ReLU, ReLU6, Hardtanh, LeakyReLU, clamp, threshold and Hardsigmoid;
+n bytes for GELU, SiLU, Hardswish, Mish and ELU.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,30 +14,201 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.catch import Leanness, catch
-from tithe.rules.codes import pack_bits, unpack_bits
+from tithe.rules.catch import Leanness, asks, catch
+from tithe.rules.codes import layout
+from tithe.rules.slopes import GATES, SLOPES
+
+# pyright: reportIncompatibleMethodOverride=false
 
 
-class _Gate(torch.autograd.Function):
-    """ReLU: backward passes where the output is positive."""
+class Gated(torch.autograd.Function):
+    """An activation with two derivatives: `apply(x, kind, low, high, inplace)`; keeps one bit an element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = torch.relu(x)
-        ctx.shape = y.shape
-        ctx.save_for_backward(pack_bits(y > 0))
-        return y
+    def forward(ctx: Any, x: Tensor, kind: str, low: float, high: float, inplace: bool) -> Tensor:
+        """Stock's output, in place where asked for."""
+        ctx.settings = kind, low, high, layout(x)
+        ctx.save_for_backward(torch.ops.tithe.gate_bits.default(x, kind, low, high))
+        if inplace:
+            ctx.mark_dirty(x)
+            return GATES[kind].forward_(x, low, high)
+        return GATES[kind].forward(x, low, high)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (bits,) = ctx.saved_tensors
-        return gy * unpack_bits(bits, gy.numel()).view(gy.shape)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Stock's gradient."""
+        return torch.ops.tithe.gate_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+class Sloped(torch.autograd.Function):
+    """A smooth activation: `apply(x, kind, alpha, inplace)`; keeps an 8-bit code of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str, alpha: float, inplace: bool) -> Tensor:
+        """Stock's output, in place where asked for."""
+        slope = SLOPES[kind]
+        ctx.settings = kind, alpha, layout(x)
+        ctx.save_for_backward(torch.ops.tithe.slope_codes.default(x, kind, alpha))
+        if inplace and slope.forward_ is not None:
+            ctx.mark_dirty(x)
+            return slope.forward_(x, alpha)
+        return slope.forward(x, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Multiply by the coded derivative."""
+        return torch.ops.tithe.slope_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+def _gate(x: Any, kind: str, low: float, high: float, inplace: bool) -> Any:
+    if not asks(x) or (inplace and torch.compiler.is_compiling()):  # a captured graph has no dirty inputs
+        return NotImplemented
+    return Gated.apply(x, kind, low, high, inplace)
+
+
+def _slope(leanness: Leanness, x: Any, kind: str, alpha: float = 1.0, inplace: bool = False) -> Any:
+    if leanness.exact or not asks(x) or (inplace and torch.compiler.is_compiling()):
+        return NotImplemented
+    return Sloped.apply(x, kind, alpha, inplace)
 
 
 @catch(F.relu, torch.relu, Tensor.relu)
 def relu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """`relu`."""
-    if inplace or not input.requires_grad or not input.is_contiguous():
+    """Keeps bits; stock keeps its output."""
+    return _gate(input, "relu", 0.0, math.inf, inplace)
+
+
+@catch(F.relu_, torch.relu_, Tensor.relu_)
+def relu_(leanness: Leanness, input: Tensor) -> Any:
+    """In place."""
+    return _gate(input, "relu", 0.0, math.inf, True)
+
+
+@catch(F.relu6)
+def relu6(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
+    """Keeps bits; stock keeps its input."""
+    return _gate(input, "hardtanh", 0.0, 6.0, inplace)
+
+
+@catch(F.hardtanh)
+def hardtanh(
+    leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Any:
+    """Keeps bits; stock keeps its input."""
+    if not _numbers(min_val, max_val) or not -math.inf < min_val <= max_val < math.inf:
         return NotImplemented
-    return _Gate.apply(input)
+    return _gate(input, "hardtanh", float(min_val), float(max_val), inplace)
+
+
+@catch(F.hardtanh_)
+def hardtanh_(leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    """In place."""
+    return hardtanh(leanness, input, min_val, max_val, True)
+
+
+@catch(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip)
+def clamp(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None, *, out: Any = None) -> Any:
+    """Between numbers: keeps bits; stock keeps its input."""
+    return NotImplemented if out is not None else _clamp(input, min, max, False)
+
+
+@catch(torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_)
+def clamp_(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None) -> Any:
+    """In place."""
+    return _clamp(input, min, max, True)
+
+
+@catch(torch.clamp_min, Tensor.clamp_min)
+def clamp_min(leanness: Leanness, input: Tensor, min: Any, *, out: Any = None) -> Any:
+    """The lower bound alone."""
+    return NotImplemented if out is not None else _clamp(input, min, None, False)
+
+
+@catch(torch.clamp_max, Tensor.clamp_max)
+def clamp_max(leanness: Leanness, input: Tensor, max: Any, *, out: Any = None) -> Any:
+    """The upper bound alone."""
+    return NotImplemented if out is not None else _clamp(input, None, max, False)
+
+
+@catch(torch.clamp_min_, Tensor.clamp_min_)
+def clamp_min_(leanness: Leanness, input: Tensor, min: Any) -> Any:
+    """In place."""
+    return _clamp(input, min, None, True)
+
+
+@catch(torch.clamp_max_, Tensor.clamp_max_)
+def clamp_max_(leanness: Leanness, input: Tensor, max: Any) -> Any:
+    """In place."""
+    return _clamp(input, None, max, True)
+
+
+def _clamp(input: Tensor, low: Any, high: Any, inplace: bool) -> Any:
+    bounds = [bound for bound in (low, high) if bound is not None]
+    if not bounds or not _numbers(*bounds) or not all(math.isfinite(bound) for bound in bounds):
+        return NotImplemented
+    lowest, highest = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    return NotImplemented if lowest > highest else _gate(input, "clamp", lowest, highest, inplace)
+
+
+@catch(F.leaky_relu)
+def leaky_relu(leanness: Leanness, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    """Keeps bits; stock keeps its input."""
+    if inplace and negative_slope < 0:  # stock refuses
+        return NotImplemented
+    return _gate(input, "leaky_relu", float(negative_slope), 0.0, inplace)
+
+
+@catch(F.leaky_relu_)
+def leaky_relu_(leanness: Leanness, input: Tensor, negative_slope: float = 0.01) -> Any:
+    """In place."""
+    return leaky_relu(leanness, input, negative_slope, True)
+
+
+@catch(F.hardsigmoid)
+def hardsigmoid(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
+    """Keeps bits; stock keeps its input."""
+    return _gate(input, "hardsigmoid", 0.0, 0.0, inplace)
+
+
+@catch(F.gelu)
+def gelu(leanness: Leanness, input: Tensor, *, approximate: str = "none") -> Any:
+    """Keeps a code of the derivative; stock keeps its input."""
+    return _slope(leanness, input, "gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+@catch(F.silu)
+def silu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
+    """Keeps a code of the derivative; stock keeps its input."""
+    return _slope(leanness, input, "silu", inplace=inplace)
+
+
+@catch(F.hardswish)
+def hardswish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
+    """Keeps a code of the derivative; stock keeps its input."""
+    return _slope(leanness, input, "hardswish", inplace=inplace)
+
+
+@catch(F.mish)
+def mish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
+    """Keeps a code of the derivative; stock keeps its input."""
+    return _slope(leanness, input, "mish", inplace=inplace)
+
+
+@catch(F.elu)
+def elu(leanness: Leanness, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    """Keeps a code of the derivative; stock keeps its input."""
+    if inplace and alpha < 0:  # stock refuses
+        return NotImplemented
+    return _slope(leanness, input, "elu", float(alpha), inplace)
+
+
+@catch(F.elu_)
+def elu_(leanness: Leanness, input: Tensor, alpha: float = 1.0) -> Any:
+    """In place."""
+    return elu(leanness, input, alpha, True)
+
+
+def _numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)

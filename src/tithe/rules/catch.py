@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 Handler = Callable[..., Any]
 
 _LEAN: dict[Callable[..., Any], Handler] = {}
+_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,13 @@ def catch(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
     return keep
 
 
+def asks(x: Any) -> bool:
+    """Whether x is an ordinary floating-point tensor that a gradient is asked for."""
+    if not isinstance(x, Tensor) or not x.requires_grad or not x.is_floating_point() or x.layout != torch.strided:
+        return False
+    return type(x) in _ORDINARY and not x.is_nested
+
+
 class Catch(TorchFunctionMode):
     """Sends caught operations to their lean versions, where a gradient may be asked for."""
 
@@ -64,7 +74,7 @@ class Catch(TorchFunctionMode):
         """The lean version's result, or the operation's own."""
         kwargs = kwargs or {}
         handler = _LEAN.get(func)
-        if handler is not None and torch.is_grad_enabled():
+        if handler is not None and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             out = handler(self.leanness, *args, **kwargs)
             if out is not NotImplemented:
                 return out
