@@ -79,7 +79,7 @@ def find_model(recipe: Recipe) -> None:
             recipe.place("model", "timm"), found="no package timm", expected="it installed", remedy="pip install timm"
         )
     if section.callable is not None:
-        find_callable(recipe)
+        _callable(recipe)
     is_text = recipe.data.task != "image-classification"
     if is_text and section.pretrained is None and section.tokenizer is None:
         raise TitheError(
@@ -136,7 +136,7 @@ def load(recipe: Recipe, num_labels: int, examples: Examples | None = None) -> N
     elif section.timm is not None:
         model = _timm(recipe, num_labels)
     else:
-        model = _made(recipe, num_labels)
+        model = call(recipe, num_labels)
     encoder = (
         _text_encoder(recipe, model)
         if recipe.data.task != "image-classification"
@@ -201,12 +201,7 @@ def _timm(recipe: Recipe, num_labels: int) -> nn.Module:
         ) from error
 
 
-def find_callable(recipe: Recipe) -> Callable[..., object]:
-    """The function that `[model] callable` names.
-
-    Raises:
-        TitheError: the module cannot be imported, or has no such function.
-    """
+def _callable(recipe: Recipe) -> Callable[..., object]:
     module, _, attribute = (recipe.model.callable or "").partition(":")
     place = recipe.place("model", "callable")
     # A script beside the recipe counts as importable.
@@ -233,10 +228,15 @@ def find_callable(recipe: Recipe) -> Callable[..., object]:
     return found
 
 
-def _made(recipe: Recipe, num_labels: int) -> nn.Module:
+def call(recipe: Recipe, num_labels: int) -> nn.Module:
+    """The network that `[model] callable` makes.
+
+    Raises:
+        TitheError: there is no such function, it does not take `num_labels=`, or it returns something else.
+    """
     place = recipe.place("model", "callable")
     try:
-        model = find_callable(recipe)(num_labels=num_labels)
+        model = _callable(recipe)(num_labels=num_labels)
     except TypeError as error:
         raise TitheError(
             place, found=str(error), expected="a callable that takes num_labels=", remedy="add the argument"
