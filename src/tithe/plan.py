@@ -180,6 +180,11 @@ class Plan:
                 yield binding.name, binding.theta
         yield from self._head.items()
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the tensors that say where the selected values belong."""
+        return sum(b.index_bytes for b in self._candidates)
+
     def predict(self, batch: Any) -> ledger.Ledger:
         """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
 
@@ -195,9 +200,8 @@ class Plan:
         trained = [p for p in self.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
         held = size + self._choices.unused_bytes
-        index = sum(b.index_bytes for b in self._candidates)
         states = self._num_states if self._choices.optimizers else 2
-        return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=index)
+        return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=self.index_bytes)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run `closure` (forward, returning the loss) and backward, as often as the method needs; returns the loss.
