@@ -329,7 +329,8 @@ class Channels(Selection):
     def by_item(self, values: Tensor) -> Tensor:
         """One row for each channel."""
         first = self.transposed or self.groups > 1
-        return (values if first else values.transpose(0, 1)).reshape(self.channels.numel(), -1)
+        each = self.num_weights // max(self.num_channels, 1)
+        return (values if first else values.transpose(0, 1)).reshape(self.channels.numel(), each)
 
     def of_items(self, rows: Tensor) -> Tensor:
         """The rows as columns of the weight."""
