@@ -162,10 +162,10 @@ class Choosing:
             )
         return self._memory.layers
 
-    def channel_norms(self, samples: int, *, squared: bool = False) -> dict[str, Tensor]:
+    def channel_norms(self, samples: int) -> dict[str, Tensor]:
         """Name → Σ over batches of the norm of each input channel's gradient, see `tithe.scoring.channel_norms`."""
         loss, batches = self._given("for scores of gradients", "pass attach(..., loss=loss_fn, data=batches)")
-        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples, squared=squared)
+        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples)
 
     def weight(self, name: str) -> Tensor:
         """The values of one tensor to choose from."""

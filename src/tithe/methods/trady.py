@@ -189,11 +189,23 @@ class TraDy:
         """Positions in the list of channels, first to be taken first; ties by position."""
         if self.score == "uniform":
             return _shuffle(costs.weights.numel(), (choosing.seed + 1) * 1_000_003 + choosing.epoch)
-        norms = choosing.channel_norms(self.samples, squared=self.score == "fisher")
+        norms = choosing.channel_norms(self.samples) if self.score == "rgn" else self._information(choosing, costs)
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])
         values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
         return torch.sort(values / each.repeat_interleave(counts), descending=True, stable=True).indices
+
+    def _information(self, choosing: Choosing, costs: Costs) -> dict[str, Tensor]:
+        """Name → Fisher information of each channel, the sum over its weights."""
+        layers = {layer.name: layer for layer in costs.layers}
+        information: dict[str, Tensor] = {}
+        for name, score in choosing.scores("fisher", samples=self.samples):
+            if name in layers:
+                layer = layers[name]
+                every_one = torch.arange(layer.num_channels)
+                channels = Channels(layer.shape, every_one, groups=layer.groups, transposed=layer.transposed)
+                information[name] = channels.by_item(channels.gather(score)).sum(1)
+        return information
 
     def _take(self, order: Tensor, costs: Costs, room: int | None) -> Tensor:
         return under_budget(order, costs.weights, costs.kept, costs.unit, costs.limit, room)

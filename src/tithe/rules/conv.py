@@ -239,16 +239,24 @@ def _conv(
         paddings = [t // 2 for t in total] if padding == "same" else [0] * axes
     else:
         paddings = _per_axis(padding, axes)
-    if torch.compiler.is_compiling() and (groups > 1 or not x.is_contiguous()):
-        return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
     bound = asking(weight)
     if bound is not None and not bound.fits(groups, transposed=False):
         return NotImplemented
+    if torch.compiler.is_compiling() and (_varies(bound, groups) or not x.is_contiguous()):
+        return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
     x = autocast(x)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
     rule = ConvRule(batched, bound, asking(bias), Geometry(strides, paddings, dilations, groups))
     y = apply_rule(rule, batched, weight, bias)
     return y if x.dim() == axes + 2 else y.squeeze(0)
+
+
+def _varies(bound: Binding | None, groups: int) -> bool:
+    """Whether shapes in backward follow from which groups are selected."""
+    if bound is None or groups == 1:
+        return False
+    depthwise = bound.weight.shape[1] == 1 and isinstance(bound.selection, Channels)
+    return not depthwise
 
 
 def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:

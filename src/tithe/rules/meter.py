@@ -12,18 +12,24 @@ from tithe.rules.probe import SumProbe
 
 
 class Meter(SumProbe):
-    """Writes down how a weight is used and adds nothing up; `usages` is empty for a weight that has no channels."""
+    """Writes down how a weight is used and adds nothing up; `usages` is empty for a weight that has no channels.
+
+    Attributes:
+        usages: the calls of rules that have a price for channels.
+        table: whether it is looked up in, or is a vector: then it has no channels to choose from.
+        unruled: whether an operation without a rule uses it.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
         self.usages: list[Usage] = []
-        self.otherwise = False
+        self.table = self.unruled = False
 
     @property
     def num_uses(self) -> int:
-        """Calls of a rule in one pass; 0 where the weight is used in any other way too."""
+        """Gradients that arise in one pass; 0 where the weight has no channels to choose from."""
         alike = len({(usage.groups, usage.transposed) for usage in self.usages}) == 1
-        return len(self.usages) if alike and not self.otherwise else 0
+        return len(self.usages) + self.unruled if alike and not self.table else 0
 
     def used(self, usage: Usage) -> None:
         """One call."""
@@ -37,23 +43,23 @@ class Meter(SumProbe):
 
     def vector(self, terms: Tensor) -> None:
         """A vector has no channels."""
-        self.otherwise = True
+        self.table = True
 
     def whole(self, grad: Tensor) -> None:
         """An operation without a rule."""
-        self.otherwise = True
+        self.unruled = True
 
     def stacked(self, grads: Tensor) -> None:
         """A parameter used directly."""
-        self.otherwise = True
+        self.unruled = True
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """A table."""
-        self.otherwise = True
+        self.table = True
 
 
 class ChannelProbe(SumProbe):
-    """Σ over passes of a statistic of each input channel's gradient, ‖∇W_c‖₂ or ‖∇W_c‖₂².
+    """Σ over passes of the norm of each input channel's gradient, ‖∇W_c‖₂.
 
     The gradient of a weight used once in a pass is reduced where it arises and dropped, so that no two layers'
     gradients stand beside each other.
@@ -63,12 +69,11 @@ class ChannelProbe(SumProbe):
         groups: of the convolution; 1 for a matrix.
         num_uses: calls in one pass.
         transposed: a matrix stored as (I, O).
-        squared: whether the norms are squared.
     """
 
-    def __init__(self, weight: Tensor, groups: int, num_uses: int, *, transposed: bool, squared: bool) -> None:
+    def __init__(self, weight: Tensor, groups: int, num_uses: int, *, transposed: bool) -> None:
         super().__init__(weight)
-        self.groups, self.num_uses, self.transposed, self.squared = groups, num_uses, transposed, squared
+        self.groups, self.num_uses, self.transposed = groups, num_uses, transposed
         count = self.shape[0] if transposed else self.shape[1] * groups
         self.norms = torch.zeros(count, dtype=self.dtype, device=self.device)
 
@@ -104,4 +109,4 @@ class ChannelProbe(SumProbe):
         else:
             grouped = grad.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
             squares = grouped.flatten(1).square().sum(1)
-        self.norms += squares if self.squared else squares.sqrt()
+        self.norms += squares.sqrt()

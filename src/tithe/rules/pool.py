@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from tithe.rules.binding import Binding
 from tithe.selection import Selection
@@ -105,9 +106,9 @@ class Pool:
     def view(self, binding: Binding) -> Tensor:
         """What stands for a part in autograd."""
         if not self.views:
-            self._tie()
             used = [b for b in self.bindings if b.selection.size]
-            with torch.enable_grad():
+            with _disable_current_modes(), torch.enable_grad():  # also when first asked for in a run on shapes alone
+                self._tie()
                 views = cast(tuple[Tensor, ...], _Split.apply(self.flat, [b.selection.theta_shape for b in used]))
             self.views = {b.name: view for b, view in zip(used, views, strict=True)}
         return self.views[binding.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tithe import distributed, ledger
 from tithe.batch import num_samples
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
 from tithe.rules.meter import ChannelProbe, Meter
 from tithe.scoring.passes import check_loss
@@ -22,7 +23,7 @@ _P = TypeVar("_P", Meter, ChannelProbe)
 
 
 def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, batch: Any) -> dict[str, Layer]:
-    """The price of an input channel of every weight that has such, from one pass on shapes alone.
+    """The price of an input channel of every weight that has such, from one pass, on shapes alone where that can be.
 
     Args:
         model: with carriers in place.
@@ -32,9 +33,27 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
 
     Returns:
         Name → layer, in the model's order; weights that are used in another way too are left out.
+
+    Warns:
+        TitheWarning: naming matrices that an operation without a rule for channels uses: they cannot be drawn from.
     """
     with _listening(bindings, {b.name: Meter(b.weight) for b in bindings}) as meters:
-        ledger.predict(model, lambda fakes: loss(model, fakes), batch)
+        try:
+            ledger.predict(model, lambda fakes: loss(model, fakes), batch)
+        except TitheError:  # a forward pass that needs values, as routing to experts does
+            for meter in meters.values():
+                meter.usages.clear()
+            with _quiet(model):
+                check_loss(loss(model, batch)).backward()
+    unruled = [b.name for b in bindings if _only_unruled(b, meters[b.name])]
+    if unruled:
+        named = ", ".join(unruled[:4]) + (" …" if len(unruled) > 4 else "")
+        warnings.warn(
+            f"{named}: used by an operation that has no rule for input channels "
+            "(nn.MultiheadAttention, an LSTM); they stay frozen. Leave them out of where= to say so.",
+            TitheWarning,
+            stacklevel=2,
+        )
     size = num_samples(batch)
     layers: dict[str, Layer] = {}
     for binding in bindings:
@@ -69,8 +88,6 @@ def channel_norms(
     loss: Loss,
     batches: Iterable[Any],
     samples: int,
-    *,
-    squared: bool = False,
 ) -> dict[str, Tensor]:
     """Σ over batches of ‖∂L/∂W_c‖₂ of every input channel c, streamed: one layer's gradient stands at a time.
 
@@ -81,7 +98,6 @@ def channel_norms(
         loss: the mean loss over the samples of a batch.
         batches: the data; whole batches are read until they hold `samples` samples, over all ranks.
         samples: how many.
-        squared: sum ‖·‖² instead.
 
     Returns:
         Name → (channels,), float32 or float64 as the weight.
@@ -90,7 +106,7 @@ def channel_norms(
         TitheError: when there is no sample, or the loss is not a finite scalar with a gradient.
     """
     scored = [b for b in bindings if b.name in layers]
-    probes = {b.name: _probe(b, layers[b.name], squared) for b in scored}
+    probes = {b.name: _probe(b, layers[b.name]) for b in scored}
     share = -(-samples // distributed.world_size())
     seen = 0
     with _listening(scored, probes), _quiet(model):
@@ -108,8 +124,13 @@ def channel_norms(
     return {name: distributed.sum_(probe.norms) for name, probe in probes.items()}
 
 
-def _probe(binding: Binding, layer: Layer, squared: bool) -> ChannelProbe:
-    return ChannelProbe(binding.weight, layer.groups, layer.num_uses, transposed=layer.transposed, squared=squared)
+def _only_unruled(binding: Binding, meter: Meter) -> bool:
+    """Whether a matrix has no rule for its channels; a leading axis of one marks embeddings of positions or classes."""
+    return meter.unruled and not meter.usages and binding.weight.dim() > 1 and binding.weight.shape[0] > 1
+
+
+def _probe(binding: Binding, layer: Layer) -> ChannelProbe:
+    return ChannelProbe(binding.weight, layer.groups, layer.num_uses, transposed=layer.transposed)
 
 
 @contextmanager
