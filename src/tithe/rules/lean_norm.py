@@ -12,7 +12,7 @@ Shapes: R rows (positions, or groups of samples), M normalised entries; x, y, gy
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,9 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
 from tithe.rules.binding import Binding
-from tithe.rules.blocks import decode, encode
 from tithe.rules.carrier import Carrier, asking, raw
 from tithe.rules.catch import Leanness, catch
+from tithe.rules.codes import BLOCK, decode, encode
 
 _AT_ONCE = 1 << 16
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
@@ -37,7 +37,7 @@ _Checked = tuple[tuple[int, ...], "Tensor | None"]
 _CHECKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def rough(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def rough(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, offset: float = 0.0) -> Tensor | None:
     """Positions where the output tells too little about x̂ (|b / w| large, or w next to zero); None where it tells all.
 
     Looked at once for each version of the weights, because on a GPU a look waits for all that was asked before.
@@ -46,6 +46,7 @@ def rough(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | N
         weight: scale (D,).
         bias: shift (D,), or None.
         dtype: of the output.
+        offset: what is added to the scale.
     """
     if isinstance(weight, FakeTensor) or isinstance(bias, FakeTensor) or weight.is_meta:
         return None  # no values to look at
@@ -56,7 +57,7 @@ def rough(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor | N
     known = cast(_Checked | None, _CHECKED.get(weight))
     if known is None or known[0] != state:
         with _disable_current_modes(), torch.no_grad():
-            scale = weight.detach().flatten().abs()
+            scale = (weight.detach().flatten() + offset).abs()
             fine = scale > torch.finfo(weight.dtype).tiny * 2**20
             if bias is not None:
                 fine &= bias.detach().flatten().abs() <= most * scale
@@ -73,14 +74,18 @@ class Norm:
     Args:
         kind: "layer", "rms" or "group".
         shape: of the scale: the normalised axes, or the channels.
-        groups: of channels, for a group norm.
         eps: added to the variance or the mean square.
+        groups: of channels, for a group norm.
+        offset: what is added to the scale (1 in Gemma's norms).
+        own: what computes the output of a root-mean-square norm, where that is not `F.rms_norm`.
     """
 
     kind: str
     shape: tuple[int, ...]
     eps: float
     groups: int = 1
+    offset: float = 0.0
+    own: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stock operation; 1/σ of each row."""
@@ -90,7 +95,8 @@ class Norm:
             n, c = x.shape[:2]
             y, _, rstd = torch.native_group_norm(x, weight, bias, n, c, math.prod(x.shape[2:]), self.groups, self.eps)
         else:
-            y, rstd = F.rms_norm(x, self.shape, weight, self.eps), self._root(x)
+            y = F.rms_norm(x, self.shape, weight, self.eps) if self.own is None else self.own(x)
+            rstd = self._root(x)
         return y, rstd.reshape(-1, 1)
 
     def _root(self, x: Tensor) -> Tensor:
@@ -140,9 +146,9 @@ class _Lean(torch.autograd.Function):
         ctx.norm, ctx.of_weight, ctx.of_bias = norm, of_weight, of_bias
         ctx.shape, ctx.dtype, ctx.normal = x.shape, x.dtype, True
         if bits is not None:
-            ctx.save_for_backward(rstd, weight, bias, None, *encode(norm.plain(x).reshape(-1)))
+            ctx.save_for_backward(rstd, weight, bias, None, *encode(norm.laid(norm.plain(x)), BLOCK))
             return y
-        positions = None if weight is None else rough(weight, bias, y.dtype)
+        positions = None if weight is None else rough(weight, bias, y.dtype, norm.offset)
         if positions is not None and positions.numel() * 4 > math.prod(norm.shape):
             ctx.save_for_backward(rstd, weight, bias, None, norm.plain(x))
             return y
@@ -163,8 +169,12 @@ class _Lean(torch.autograd.Function):
         wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         gy = norm.laid(grads[0])
         coded = positions is None and len(kept) == 2
-        source = decode(kept[0], kept[1], wide).view(gy.shape) if coded else norm.laid(kept[0])
-        scale = None if weight is None else norm.spread(weight.to(wide))
+        source = (
+            decode(kept[0], kept[1], BLOCK, gy.new_empty(gy.shape, dtype=wide, device="meta"))
+            if coded
+            else norm.laid(kept[0])
+        )
+        scale = None if weight is None else norm.spread(weight.to(wide) + norm.offset)
         known = _Normal(source, None, None, None, None)
         if scale is not None and not ctx.normal:
             inverse = 1 / scale

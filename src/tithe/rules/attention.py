@@ -1,0 +1,285 @@
+"""Scaled dot-product attention that keeps q, k and v, and one bit for each dropped probability.
+
+    P = softmax(s q kᵀ + mask)        y = (P ∘ D) v,  D = 0 or 1 / (1 − p)
+
+Without dropout the stock kernel keeps the output and the log-sum-exp besides. They are computed again, by the same
+kernel from the same numbers, so that gradients are stock's bit for bit; that costs S / (2 H E) of the forward pass of
+the four projections around it, and is done up to S = H E. With dropout stock on a CPU leaves the fused kernel and keeps
+P, D and more of the same size; here P is computed again for a few samples at a time, in stock's order of operations:
+output and gradients are stock's bit for bit, and so is what is drawn of the random numbers.
+
+With `bits=8` q, k and v are kept in codes, each value off by at most 1/254 of the largest in its block of 128.
+
+Shapes: B samples, H heads, T queries, S keys, E entries; q (B, H, T, E), k and v (B, H or a divisor, S, E).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
+
+from tithe.rules.carrier import autocast
+from tithe.rules.catch import Leanness, asks, catch
+from tithe.rules.codes import BLOCK, decode, encode, num_bits, pack, unpack
+
+_AT_ONCE = 1 << 18
+"""Probabilities that are worked on at a time."""
+
+Part = tuple[slice, slice, slice]
+
+
+@torch.library.custom_op("tithe::pack_mask", mutates_args=())
+def pack_mask(mask: Tensor) -> Tensor:
+    """One bit for each element of a contiguous bool tensor: uint8 (⌈n / 8⌉,)."""
+    return pack(mask.view(-1))
+
+
+@pack_mask.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(num_bits(mask.numel()), dtype=torch.uint8)
+
+
+@torch.library.custom_op("tithe::unpack_mask", mutates_args=())
+def unpack_mask(bits: Tensor, start: int, stop: int) -> Tensor:
+    """Elements `start` to `stop` of what was packed, bool (stop − start,)."""
+    first = start // 8
+    return unpack(bits[first : num_bits(stop)], stop - 8 * first)[start - 8 * first :].clone()
+
+
+@unpack_mask.register_fake
+def _(bits: Tensor, start: int, stop: int) -> Tensor:
+    return bits.new_empty(stop - start, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The settings of one call.
+
+    Args:
+        causal: whether a query sees only the keys up to its own position.
+        scale: of the scores, or None for 1/√E.
+        dropout: p.
+    """
+
+    causal: bool
+    scale: float | None
+    dropout: float = 0.0
+
+    def stock(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The stock operation, without dropout."""
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.causal, scale=self.scale, enable_gqa=grouped
+        )
+
+    def factors(self, entries: int) -> tuple[float, float]:
+        """What q and k are multiplied by: stock gives each the root of the scale, against overflow."""
+        scale = 1 / math.sqrt(entries) if self.scale is None else self.scale
+        return math.copysign(math.sqrt(abs(scale)), scale), math.sqrt(abs(scale))
+
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled q and k: in float32 at least; each head of keys once for each head of queries that it serves."""
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        one, two = self.factors(q.shape[-1])
+        return q.to(wide) * one, _spread(k.to(wide) * two, q.shape[1])
+
+    def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What is added to the scores, (B or 1, H or 1, T or 1, S or 1), in q's dtype."""
+        if self.causal:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -math.inf)
+        return mask.view((1,) * (4 - mask.dim()) + mask.shape)
+
+
+def parts(q: Tensor, k: Tensor) -> Iterator[Part]:
+    """Slices over samples, heads of queries and heads of keys, of some 2¹⁸ probabilities each."""
+    samples, heads = q.shape[:2]
+    shared = heads // k.shape[1]
+    each = q.shape[2] * k.shape[2]
+    if heads * each <= _AT_ONCE:
+        step = max(1, _AT_ONCE // (heads * each))
+        for b in range(0, samples, step):
+            yield slice(b, b + step), slice(0, heads), slice(0, k.shape[1])
+        return
+    step = max(1, _AT_ONCE // (each * shared))
+    for b in range(samples):
+        for h in range(0, k.shape[1], step):
+            yield slice(b, b + 1), slice(h * shared, (h + step) * shared), slice(h, h + step)
+
+
+def _of(bias: Tensor | None, part: Part) -> Tensor | None:
+    if bias is None:
+        return None
+    return bias[part[0] if bias.shape[0] > 1 else slice(None), part[1] if bias.shape[1] > 1 else slice(None)]
+
+
+def _spread(k: Tensor, heads: int) -> Tensor:
+    """Heads of keys or values, once for each head of queries."""
+    return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
+
+
+def _gathered(gk: Tensor, heads: int) -> Tensor:
+    """The transpose of `_spread`."""
+    return gk if gk.shape[1] == heads else gk.unflatten(1, (heads, -1)).sum(2)
+
+
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """P of scaled q and k; a row that sees nothing is zero."""
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    if bias is None:
+        return torch.softmax(scores, -1)
+    return torch.ops.aten._safe_softmax.default(scores.add_(bias), -1)
+
+
+class Fused(torch.autograd.Function):
+    """Attention without dropout: `apply(attention, bits, q, k, v, mask)`; backward runs the stock operation again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attention: Attention, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Stock's output."""
+        ctx.attention = attention
+        _keep(ctx, bits, q, k, v, mask)
+        return attention.stock(q, k, v, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Stock's gradients."""
+        q, k, v, mask = _kept(ctx)[:4]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), ctx.needs_input_grad[2:5], strict=True)]
+        with torch.enable_grad():
+            y = ctx.attention.stock(*inputs, mask)
+        asked = [t for t in inputs if t.requires_grad]
+        found = iter(torch.autograd.grad(y, asked, grads[0]))
+        return None, None, *(next(found) if t.requires_grad else None for t in inputs), None
+
+
+class Composed(torch.autograd.Function):
+    """Attention in the order of operations of stock's unfused one: `apply(attention, bits, q, k, v, mask)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attention: Attention, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Stock's output, in the memory order of q."""
+        ctx.attention = attention
+        keeps = None
+        if attention.dropout:
+            keeps = q.new_empty((*q.shape[:3], k.shape[2]), dtype=torch.bool).bernoulli_(1 - attention.dropout)
+            _keep(ctx, bits, q, k, v, mask, pack_mask(keeps))
+        else:
+            _keep(ctx, bits, q, k, v, mask)
+        y = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:3], v.shape[-1]))
+        bias = attention.bias(q, k, mask)
+        with torch.autocast(q.device.type, enabled=False):
+            for part in parts(q, k):
+                b, h, g = part
+                query, key = attention.scaled(q[b, h], k[b, g])
+                p = probabilities(query, key, _of(bias, part))
+                if keeps is not None:
+                    p = p.mul_(keeps[b, h].to(p.dtype).div_(1 - attention.dropout))
+                y[b, h] = torch.matmul(p, _spread(v[b, g].to(p.dtype), p.shape[1]))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Stock's gradients."""
+        attention = cast(Attention, ctx.attention)
+        q, k, v, mask, *packed = _kept(ctx)
+        needs = ctx.needs_input_grad[2:5]
+        gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip((q, k, v), needs, strict=True))
+        bias = attention.bias(q, k, mask)
+        with torch.autocast(q.device.type, enabled=False):
+            for part in parts(q, k):
+                b, h, g = part
+                query, key = attention.scaled(q[b, h], k[b, g])
+                p = probabilities(query, key, _of(bias, part))
+                gy, value = grads[0][b, h].to(p.dtype), _spread(v[b, g].to(p.dtype), p.shape[1])
+                gp = torch.matmul(gy, value.transpose(-2, -1)) if gq is not None or gk is not None else None
+                dropped = p
+                if packed:
+                    start = (b.start * q.shape[1] + h.start) * p.shape[2] * p.shape[3]
+                    keeps = unpack_mask(packed[0], start, start + p.numel())
+                    factor = keeps.view(p.shape).to(p.dtype).div_(1 - attention.dropout)
+                    gp = None if gp is None else gp.mul_(factor)
+                    dropped = factor.mul_(p)
+                if gv is not None:
+                    gv[b, g] = _gathered(torch.matmul(dropped.transpose(-2, -1), gy), v[b, g].shape[1])
+                if gp is None:
+                    continue
+                gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
+                one, two = attention.factors(q.shape[-1])
+                if gq is not None:
+                    gq[b, h] = torch.matmul(gs, key).mul_(one)
+                if gk is not None:
+                    found = torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1)
+                    gk[b, g] = _gathered(found, k[b, g].shape[1])
+        return None, None, gq, gk, gv, None
+
+
+def _keep(ctx: Any, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Tensor) -> None:
+    ctx.likes = None if bits is None else [torch.empty_like(t, device="meta") for t in (q, k, v)]
+    codes = (q, k, v) if bits is None else [part for t in (q, k, v) for part in encode(t, BLOCK)]
+    ctx.save_for_backward(*codes, mask, *more)
+
+
+def _kept(ctx: Any) -> list[Any]:
+    kept = list(ctx.saved_tensors)
+    if ctx.likes is None:
+        return kept
+    values = [decode(kept[2 * i], kept[2 * i + 1], BLOCK, like) for i, like in enumerate(ctx.likes)]
+    return [*values, *kept[6:]]
+
+
+@catch(F.scaled_dot_product_attention)
+def attention(
+    leanness: Leanness,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`F.scaled_dot_product_attention`; left as it is where a mask is learned, and with dropout on a GPU."""
+    tensors = (query, key, value)
+    if torch.compiler.is_compiling() or not any(asks(t) for t in tensors) or not _fits(*tensors, attn_mask, enable_gqa):
+        return NotImplemented
+    q, k, v = (autocast(t) for t in tensors)
+    mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else autocast(attn_mask)
+    choice = torch._fused_sdp_choice(  # pyright: ignore[reportPrivateImportUsage]
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    settings = Attention(is_causal, scale, dropout_p)
+    if choice == SDPBackend.MATH.value and q.device.type == "cpu" and dropout_p < 1:
+        return Composed.apply(settings, leanness.bits, q, k, v, mask)
+    if dropout_p > 0 or (leanness.bits is None and k.shape[2] > q.shape[1] * q.shape[3]):
+        return NotImplemented
+    return Fused.apply(settings, leanness.bits, q, k, v, mask)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> bool:
+    """Whether the shapes are those of the module's docstring, and everything may be computed again."""
+    if not q.dim() == k.dim() == v.dim() == 4 or not q.numel() or not k.numel() or not v.numel():
+        return False
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
+        return False
+    if q.shape[1] != k.shape[1] and (not grouped or q.shape[1] % k.shape[1]):
+        return False
+    return mask is None or (not mask.requires_grad and mask.dim() <= 4)
