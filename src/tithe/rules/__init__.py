@@ -1,6 +1,6 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
 
-from tithe.rules import activation, conv, embedding, lean_norm, linear, norm
+from tithe.rules import activation, conv, dropout, embedding, frozen, lean_norm, linear, norm
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.catch import Catch, Leanness, catch
@@ -25,8 +25,10 @@ __all__ = [
     "autocast",
     "catch",
     "conv",
+    "dropout",
     "embedding",
     "fits",
+    "frozen",
     "graft",
     "lean_norm",
     "linear",

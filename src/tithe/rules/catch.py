@@ -54,11 +54,14 @@ def catch(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
     return keep
 
 
+def ordinary(x: Any) -> bool:
+    """Whether x is a floating-point tensor of torch's own kind: no carrier, nested, sparse or distributed one."""
+    return type(x) in _ORDINARY and x.is_floating_point() and x.layout == torch.strided and not x.is_nested
+
+
 def asks(x: Any) -> bool:
-    """Whether x is an ordinary floating-point tensor that a gradient is asked for."""
-    if not isinstance(x, Tensor) or not x.requires_grad or not x.is_floating_point() or x.layout != torch.strided:
-        return False
-    return type(x) in _ORDINARY and not x.is_nested
+    """Whether x is ordinary and a gradient is asked for it."""
+    return ordinary(x) and x.requires_grad
 
 
 class Catch(TorchFunctionMode):
