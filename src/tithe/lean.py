@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
 from tithe.rules import Catch, Leanness
+from tithe.rules.own_norm import OwnNorm, recognise
 
 
 class _Running(threading.local):
@@ -41,7 +42,7 @@ class _Watch:
     def __init__(self, leanness: Leanness) -> None:
         self.mode = Catch(leanness)
         self.running = _Running()
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | OwnNorm] = []
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         running = self.running.modules
@@ -128,4 +129,5 @@ def lean(model: nn.Module, bits: int | None = None, *, exact: bool = False) -> L
     for module in model.modules():
         watch.handles.append(module.register_forward_pre_hook(watch))
         watch.handles.append(module.register_forward_hook(watch.leave, always_call=True))
+    watch.handles += recognise(model, watch.mode.leanness)
     return Lean(watch)
