@@ -28,7 +28,7 @@ class Choices:
         self.optimizers: list[torch.optim.Optimizer] = []
         self._mount = mount
         self._pool: Pool | None = None
-        self._resized = False
+        self._resized = self._emptied = False
 
     @property
     def room(self) -> int | None:
@@ -43,7 +43,7 @@ class Choices:
     def set_room(self, size: int) -> None:
         """One flat θ of `size` values where the choice will change."""
         if self._pool is not None:
-            self._pool.resize(size)
+            self._emptied = self._pool.resize(size)
         elif self.changes:
             self._pool = self._mount.pool(self.bindings, size)
 
@@ -63,8 +63,9 @@ class Choices:
         distributed.check_same("selection", digest)
         old = {b.name: b.selection for b in self.bindings}
         changed = [b for b in self.bindings if not _same(old[b.name], new[b.name])]
-        if changed and self._pool is not None:
+        if self._pool is not None and (changed or self._emptied):
             self._pool.take(new)
+            self._emptied = False
         for binding in changed:
             if self._pool is None:
                 self._resized = self._resized or old[binding.name].size != new[binding.name].size

@@ -294,6 +294,7 @@ class Plan:
             seed=self.seed,
             chosen=self._chosen,
             room=self._choices.room or 0,
+            num_states=self._num_states,
             selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
             moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
             values={b.name: b.moved.gather(b.weight.detach()) for b in self._candidates},
@@ -319,7 +320,7 @@ class Plan:
                 self._head[name].copy_(value)
             self._buffers.write(self.model, found.buffers)
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
-        self._chosen = found.chosen
+        self._chosen, self._num_states = found.chosen, found.num_states
         self._memory.tensors = dict(found.memory)
         self._choices.set_room(found.room)
         self._choices.take(selected, self._memory.tensors.get("rooms"))

@@ -28,6 +28,7 @@ class PlanState:
         seed: of the plan.
         chosen: whether the first choice was made.
         room: values that the flat θ holds; 0 for a plan that chooses once.
+        num_states: tensors of θ's size that the optimizer kept, which a budget may count.
         selected: name → state of the selection made now.
         moved: name → state of everything ever selected.
         values: name → the weight's values at `moved`.
@@ -41,6 +42,7 @@ class PlanState:
     seed: int
     chosen: bool
     room: int
+    num_states: int
     selected: dict[str, dict[str, Tensor]]
     moved: dict[str, dict[str, Tensor]]
     values: dict[str, Tensor]

@@ -188,7 +188,8 @@ class TraDy:
     def _order(self, choosing: Choosing, costs: Costs) -> Tensor:
         """Positions in the list of channels, first to be taken first; ties by position."""
         if self.score == "uniform":
-            return _shuffle(costs.weights.numel(), (choosing.seed + 1) * 1_000_003 + choosing.epoch)
+            epoch = choosing.epoch if self.dynamic else 0
+            return _shuffle(costs.weights.numel(), (choosing.seed + 1) * 1_000_003 + epoch)
         norms = choosing.channel_norms(self.samples) if self.score == "rgn" else self._information(choosing, costs)
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])

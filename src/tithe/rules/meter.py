@@ -23,7 +23,7 @@ class Meter(SumProbe):
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
         self.usages: list[Usage] = []
-        self.table = self.unruled = False
+        self.table = self.unruled = self._forward = False
 
     @property
     def num_uses(self) -> int:
@@ -32,8 +32,11 @@ class Meter(SumProbe):
         return len(self.usages) + self.unruled if alike and not self.table else 0
 
     def used(self, usage: Usage) -> None:
-        """One call."""
-        self.usages.append(usage)
+        """One call; what activation checkpointing runs again during backward was heard before."""
+        again = torch._C._current_graph_task_id() != -1 and self._forward
+        self._forward = self._forward or torch._C._current_graph_task_id() == -1
+        if not again:
+            self.usages.append(usage)
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
         """A product; heard when it ran forward."""

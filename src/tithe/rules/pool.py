@@ -97,11 +97,16 @@ class Pool:
         """Bytes of the end that the present choice leaves unused."""
         return (self.flat.numel() - sum(b.selection.size for b in self.bindings)) * self.flat.element_size()
 
-    def resize(self, size: int) -> None:
-        """Make room for `size` values, before a choice is taken over; a wrapper made before has to be made again."""
-        if size != self.flat.numel():
-            self.flat.data = self.flat.data.new_zeros(size)
-            self.flat.grad, self.views = None, {}
+    def resize(self, size: int) -> bool:
+        """Make room for `size` values; returns whether it is empty now, until a choice is taken over.
+
+        A wrapper made before has to be made again.
+        """
+        if size == self.flat.numel():
+            return False
+        self.flat.data = self.flat.data.new_zeros(size)
+        self.flat.grad, self.views = None, {}
+        return True
 
     def view(self, binding: Binding) -> Tensor:
         """What stands for a part in autograd."""
