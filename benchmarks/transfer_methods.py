@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 import tithe
 from benchmarks.images import Batch
-from benchmarks.vision import Network
+from benchmarks.vision import HEAD, Network
+from benchmarks.vision import sparse_update as scheme_of
+
+SAMPLES = 128  # that the oracle scores before each epoch
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -70,10 +74,55 @@ def full(model: nn.Module, _: Setting) -> Prepared:
     return Prepared(model, head, [p for name, p in named if not name.startswith("classifier")])
 
 
+def attached(model: nn.Module, method: Any, setting: Setting) -> Prepared:
+    """A plan's parameters: the head's apart from the others."""
+    plan = tithe.attach(model, method, loss=loss_of, data=setting.batches, head=[HEAD], seed=setting.seed)
+    named = list(plan.named_parameters())
+    head = [p for name, p in named if name.startswith("classifier")]
+    return Prepared(model, head, [p for name, p in named if not name.startswith("classifier")], plan)
+
+
+def sparse_update(model: nn.Module, setting: Setting) -> Prepared:
+    """The published scheme: chosen columns of a few convolutions, and the last biases."""
+    ratios, biases = scheme_of(model, setting.network.scheme)
+    trained = [name for name in biases if not name.startswith("classifier")]
+    return attached(model, tithe.SparseUpdate(ratios, trained), setting)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """TraDy or one of its variants, at the network's tight budget."""
+
+    layers: Literal["topk", "all"] = "topk"
+    score: Literal["uniform", "rgn"] = "uniform"
+    dynamic: bool = True
+    budget: str = "tight"
+
+    def __call__(self, model: nn.Module, setting: Setting) -> Prepared:
+        """Attach it."""
+        method = tithe.TraDy(
+            tithe.Budget(elements=setting.network.budgets[self.budget]),
+            setting.ranking if self.layers == "topk" else None,
+            layers=self.layers,
+            dynamic=self.dynamic,
+            score=self.score,
+            samples=SAMPLES,
+        )
+        return attached(model, method, setting)
+
+
 METHODS = {
     m.name: m
     for m in (
         Method("head only", None, head_only),
-        Method("full", 0.01, full),
+        Method("full", 0.003, full),
+        Method("SU", 0.03, sparse_update),
+        Method("TraDy", 0.03, Drawn()),
+        Method("TraDy static", 0.03, Drawn(dynamic=False)),
+        Method("RGN", 0.03, Drawn("all", "rgn")),
+        Method("RGN static", 0.03, Drawn("all", "rgn", dynamic=False)),
+        Method("all layers", 0.03, Drawn("all")),
+        Method("all layers static", 0.03, Drawn("all", dynamic=False)),
     )
 }
+TWINS = {name: f"{name} static" for name in ("TraDy", "all layers", "RGN")}

@@ -173,17 +173,17 @@ def sparse_update(model: nn.Module, scheme: Scheme) -> tuple[dict[str, float], l
 
 
 @torch.no_grad()
-def input_sizes(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """H·W of every convolution's input."""
-    sizes: dict[str, int] = {}
+def positions(model: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
+    """H·W of every convolution's input and of its output."""
+    sizes: dict[str, tuple[int, int]] = {}
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            sizes[name] = inputs[0].shape[2] * inputs[0].shape[3]
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            sizes[name] = inputs[0].shape[2:].numel(), output.shape[2:].numel()
 
         return hook
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in convolutions(model).items()]
+    handles = [module.register_forward_hook(note(name)) for name, module in convolutions(model).items()]
     model(x)
     for handle in handles:
         handle.remove()
@@ -268,7 +268,7 @@ def main() -> None:
         gap = difference(network, data)
         assert gap < 1e-4, (network.name, gap)
         model = load(network, data)
-        sizes = input_sizes(model, torch.zeros(1, 3, SIDE, SIDE))
+        sizes = {name: size for name, (size, _) in positions(model, torch.zeros(1, 3, SIDE, SIDE)).items()}
         named = convolutions(model)
         weights = sum(m.weight.numel() for m in named.values())
         inputs = sum(m.in_channels * sizes[name] for name, m in named.items())
