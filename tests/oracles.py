@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import Batch, Case, samples
 from tithe import Schedule
 from tithe.choosing import Choosing
-from tithe.selection import Coordinates
+from tithe.selection import Coordinates, Selection
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -143,3 +143,22 @@ class Fixed:
             name: Coordinates(shape, self.chosen.get(name, torch.empty(0, dtype=torch.int64)))
             for name, shape in choosing.shapes.items()
         }
+
+
+@dataclass(frozen=True)
+class Given:
+    """A stranger's method: the selections of any kind are given, nothing else is selected."""
+
+    chosen: dict[str, Selection]
+    warmup: int = 0
+    reselect: Schedule | None = None
+    needs_data: bool = False
+    samples: int = 1
+    lean: bool = False
+    charges_state: bool = False
+
+    def num_selected(self, choosing: Choosing) -> int:
+        return sum(selection.size for selection in self.chosen.values())
+
+    def choose(self, choosing: Choosing) -> dict[str, Selection]:
+        return self.chosen
