@@ -9,22 +9,25 @@ it calls inner modules again during backward, outside the root's forward.
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-from tithe.errors import TitheError
-from tithe.rules import Catch, Leanness
+from tithe.errors import TitheError, TitheWarning
+from tithe.rules import Carrier, Catch, Leanness
 from tithe.rules.own_norm import OwnNorm, recognise
 
 
 class _Running(threading.local):
-    """The modules running in this thread, outermost first; a copy starts with none."""
+    """The modules running in this thread, outermost first, and whether each is held; a copy starts with none."""
 
     def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
+        self.modules: list[tuple[nn.Module, bool]] = []
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()
@@ -39,32 +42,73 @@ class _Watch:
     An object rather than closures, so that a deep copy of the model has hooks and handles of its own.
     """
 
-    def __init__(self, leanness: Leanness) -> None:
+    def __init__(self, model: nn.Module, leanness: Leanness) -> None:
+        self.model = model
         self.mode = Catch(leanness)
         self.running = _Running()
         self.handles: list[RemovableHandle | OwnNorm] = []
+        self.warned = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         running = self.running.modules
-        if running and running[0] is module:  # an interrupt (KeyboardInterrupt calls no hook) left its modules here
+        if running and running[0][0] is module:  # an interrupt (KeyboardInterrupt calls no hook) left its modules here
             self.stop()
         if not running:
             _push_mode(self.mode)
-        running.append(module)
+        held = module.training and isinstance(module, _NormBase) and self.holds(module)
+        if held:
+            if not self.warned and not torch.compiler.is_compiling():
+                self.warn()
+            module.training = False
+        running.append((module, held))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After any module's forward, failed ones included."""
         running = self.running.modules
-        if running and running[-1] is module:
-            running.pop()
+        if running and running[-1][0] is module:
+            _, held = running.pop()
+            if held:
+                module.training = True
             if not running:
                 _pop_mode()
 
     def stop(self) -> None:
         """Leave every module of this thread."""
+        for module, held in self.running.modules:
+            module.training = module.training or held
         if self.running.modules:
             self.running.modules.clear()
             _pop_mode()
+
+    def holds(self, norm: _NormBase) -> bool:
+        """Whether a norm is frozen, and evaluated whatever `model.train()` says.
+
+        A plan holds its own frozen norms. One without parameters is frozen where a part of the model is.
+        """
+        if not norm.track_running_stats or any(isinstance(value, Carrier) for value in norm.__dict__.values()):
+            return False
+        if norm.affine:
+            return not any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+        if any(isinstance(value, Carrier) for module in self.model.modules() for value in module.__dict__.values()):
+            return False
+        return not all(parameter.requires_grad for parameter in self.model.parameters())
+
+    def warn(self) -> None:
+        """Say once which norms are held."""
+        self.warned = True
+        names = [
+            path or "model"
+            for path, module in self.model.named_modules()
+            if isinstance(module, _NormBase) and module.training and self.holds(module)
+        ]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"{', '.join(names[:3])}{more}: frozen batch norms run in evaluation mode while the model is lean, because "
+            "batch statistics need the whole input in backward. To keep batch statistics, set requires_grad on their "
+            "weight or bias; to accept this in silence, call eval() on them",
+            TitheWarning,
+            stacklevel=2,
+        )
 
 
 class Lean:
@@ -108,6 +152,12 @@ def lean(model: nn.Module, bits: int | None = None, *, exact: bool = False) -> L
         exact: keep the input of smooth activations (GELU, SiLU, …) as stock does, instead of an 8-bit code of their
             derivative; their gradients are then stock's, bit for bit.
 
+    A batch norm whose scale and shift are frozen runs in evaluation mode while the model is lean, also after
+    `model.train()`: batch statistics need the whole input. A norm that is trained stays as it is.
+
+    Returns:
+        The handle; `release()` takes everything off again.
+
     Raises:
         TitheError: the model is lean already, or `bits` is neither None nor 8.
 
@@ -125,7 +175,7 @@ def lean(model: nn.Module, bits: int | None = None, *, exact: bool = False) -> L
             expected="one that is not",
             remedy="call release() on the first handle; tithe.Lean.of(model) finds it",
         )
-    watch = _Watch(Leanness(bits, exact))
+    watch = _Watch(model, Leanness(bits, exact))
     for module in model.modules():
         watch.handles.append(module.register_forward_pre_hook(watch))
         watch.handles.append(module.register_forward_hook(watch.leave, always_call=True))

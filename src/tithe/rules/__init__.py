@@ -1,6 +1,6 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
 
-from tithe.rules import activation, conv, dropout, embedding, frozen, lean_norm, linear, norm
+from tithe.rules import activation, attention, conv, dropout, embedding, frozen, gated, lean_norm, linear, norm, pooling
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.catch import Catch, Leanness, catch
@@ -22,6 +22,7 @@ __all__ = [
     "activation",
     "apply_rule",
     "asking",
+    "attention",
     "autocast",
     "catch",
     "conv",
@@ -29,11 +30,13 @@ __all__ = [
     "embedding",
     "fits",
     "frozen",
+    "gated",
     "graft",
     "lean_norm",
     "linear",
     "needs_no_rule",
     "norm",
+    "pooling",
     "raw",
     "register",
     "theta_key",
