@@ -116,7 +116,7 @@ def record(network: Network, prepare: Callable[[nn.Module, Setting], Prepared], 
     all_kept = sum(m.in_channels * inputs[name] for name, m in named.items())
     all_weights = sum(m.weight.numel() for m in named.values())
     all_flops = sum(2 * m.weight.numel() * outputs[name] for name, m in named.items())
-    prepared = prepare(model, Setting(network, [batch], ranking_file(results, network), 0))
+    prepared = prepare(model, Setting(network, [batch], ranking_file(results, network), 0, lean=True))
     draws: list[Record] = []
     for draw in range(1 if prepared.plan is None else NUM_DRAWS):
         if prepared.plan is not None and draw:

@@ -41,12 +41,15 @@ class Setting:
         batches: training batches to score.
         ranking: file of the architecture's ranking of layers.
         seed: of every draw.
+        lean: let the other layers keep only what backward needs. It changes no result here (a clamp's bit is exact),
+            and costs some time.
     """
 
     network: Network
     batches: Sequence[Batch]
     ranking: Path
     seed: int
+    lean: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def sparse_update(model: nn.Module, setting: Setting) -> Prepared:
     """The published scheme: chosen columns of a few convolutions, and the last biases."""
     ratios, biases = scheme_of(model, setting.network.scheme)
     trained = [name for name in biases if not name.startswith("classifier")]
-    return attached(model, tithe.SparseUpdate(ratios, trained), setting)
+    return attached(model, tithe.SparseUpdate(ratios, trained, lean=setting.lean), setting)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Drawn:
             setting.ranking if self.layers == "topk" else None,
             layers=self.layers,
             dynamic=self.dynamic,
+            lean=setting.lean,
             score=self.score,
             samples=SAMPLES,
         )
