@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,56 +16,12 @@ from torch import Tensor
 from tithe.rules.binding import Binding
 from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
 from tithe.rules.channels import ChannelCut, Usage, members
+from tithe.rules.codes import layout
+from tithe.rules.geometry import Geometry, input_grad
 from tithe.rules.matrix import Touch
 from tithe.rules.ruled import Cost, Rule
 from tithe.rules.vector import selected_sum
 from tithe.selection import Channels
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The settings of one convolution.
-
-    Args:
-        stride: per spatial axis.
-        padding: per spatial axis, the same on both sides.
-        dilation: per spatial axis.
-        groups: G.
-    """
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The stock convolution."""
-        zeros = [0] * len(self.stride)
-        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
-
-    def backward(
-        self, gy: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool], groups: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of (x, weight, bias) where `mask` asks for them."""
-        zeros = [0] * len(self.stride)
-        return torch.ops.aten.convolution_backward.default(
-            gy,
-            x,
-            weight,
-            [weight.shape[0]] if mask[2] else None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            zeros,
-            groups or self.groups,
-            list(mask),
-        )
-
-    def weight_gradient(self, gy: Tensor, x: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
-        """The gradient of a weight of `shape` that has met the channels of x."""
-        like = gy.new_empty(shape)  # not expanded: some kernels lay the gradient out alike
-        return self.backward(gy, x, like, (False, True, False), groups)[1]
 
 
 class Cut:
@@ -114,7 +69,7 @@ class Cut:
         if self.outs is not None:
             gy = gy.index_select(1, self.outs)
         if self.whole:
-            return self.gather(geometry.backward(gy, kept, weight, (False, True, False), self.groups)[1])
+            return self.gather(geometry.backward(gy, kept, weight, (False, True, False))[1])
         shape = (self.num_out, self.num_in // self.groups, *weight.shape[2:])
         return self.gather(geometry.weight_gradient(gy, kept, shape, self.groups))
 
@@ -159,7 +114,7 @@ class ConvRule(Rule):
 
     def __init__(self, x: Tensor, weight: Binding | None, bias: Binding | None, geometry: Geometry) -> None:
         self.geometry, self.bias = geometry, bias
-        self.input_shape = x.shape
+        self.shape, self.strides = x.shape, layout(x)
         self.probe = weight.probe if weight is not None else None
         self.cut: Cut | ChannelCut | None = None
         if weight is not None and self.probe is None and isinstance(weight.selection, Channels):
@@ -175,7 +130,7 @@ class ConvRule(Rule):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The stock operation, the weight cast to x's dtype under autocast."""
-        y = self.geometry.forward(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = self.geometry.forward(x, weight, bias)
         if self.probe is not None:
             self.probe.used(Usage.convolution(x, y, self.geometry.groups))
         return y, ()
@@ -198,8 +153,7 @@ class ConvRule(Rule):
             gtw = self.cut.gather(gw)
         else:
             if need_x:
-                like = gy.new_empty(1).expand(self.input_shape)
-                gx = geometry.backward(gy, like, weight, (True, False, False))[0]
+                gx = input_grad(gy, weight, self.shape, self.strides, geometry)
             if isinstance(self.cut, ChannelCut):
                 gtw = self.cut.grad(geometry.weight_gradient, gy, kept[0])
             elif self.cut is not None:
@@ -231,14 +185,9 @@ def _conv(
 ) -> Tensor:
     if needs_no_rule(weight, bias) or not fits(x, weight) or x.dim() not in (axes + 1, axes + 2):
         return NotImplemented
-    strides, dilations = _per_axis(stride, axes), _per_axis(dilation, axes)
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-        if padding == "same" and any(t % 2 for t in total):
-            return NotImplemented  # stock pads one side more
-        paddings = [t // 2 for t in total] if padding == "same" else [0] * axes
-    else:
-        paddings = _per_axis(padding, axes)
+    geometry = Geometry.of(weight, axes, stride, padding, dilation, groups)
+    if geometry is None:
+        return NotImplemented
     bound = asking(weight)
     if bound is not None and not bound.fits(groups, transposed=False):
         return NotImplemented
@@ -246,7 +195,7 @@ def _conv(
         return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
     x = autocast(x)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    rule = ConvRule(batched, bound, asking(bias), Geometry(strides, paddings, dilations, groups))
+    rule = ConvRule(batched, bound, asking(bias), geometry)
     y = apply_rule(rule, batched, weight, bias)
     return y if x.dim() == axes + 2 else y.squeeze(0)
 
@@ -257,12 +206,6 @@ def _varies(bound: Binding | None, groups: int) -> bool:
         return False
     depthwise = bound.weight.shape[1] == 1 and isinstance(bound.selection, Channels)
     return not depthwise
-
-
-def _per_axis(value: int | Sequence[int], axes: int) -> list[int]:
-    if isinstance(value, int):
-        return [value] * axes
-    return list(value) * axes if len(value) == 1 else list(value)
 
 
 def _register(operation: Callable[..., Tensor], axes: int) -> None:
