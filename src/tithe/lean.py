@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,11 +23,19 @@ from tithe.rules import Carrier, Catch, Leanness
 from tithe.rules.own_norm import OwnNorm, recognise
 
 
+class _Entry(NamedTuple):
+    """A module that runs: whether it is a norm held in evaluation mode, and whether catching began with it."""
+
+    module: nn.Module
+    held: bool
+    began: bool
+
+
 class _Running(threading.local):
-    """The modules running in this thread, outermost first, and whether each is held; a copy starts with none."""
+    """What runs in this thread, outermost first; a copy starts with nothing."""
 
     def __init__(self) -> None:
-        self.modules: list[tuple[nn.Module, bool]] = []
+        self.entries: list[_Entry] = []
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()
@@ -50,34 +58,35 @@ class _Watch:
         self.warned = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        running = self.running.modules
-        if running and running[0][0] is module:  # an interrupt (KeyboardInterrupt calls no hook) left its modules here
+        entries = self.running.entries
+        if entries and entries[0].module is module:  # an interrupt (KeyboardInterrupt calls no hook) left these here
             self.stop()
-        if not running:
-            _push_mode(self.mode)
         held = module.training and isinstance(module, _NormBase) and self.holds(module)
         if held:
             if not self.warned and not torch.compiler.is_compiling():
                 self.warn()
             module.training = False
-        running.append((module, held))
+        began = not entries and (torch.compiler.is_compiling() or not self.mode.running)
+        if began:
+            _push_mode(self.mode)
+        entries.append(_Entry(module, held, began))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After any module's forward, failed ones included."""
-        running = self.running.modules
-        if running and running[-1][0] is module:
-            _, held = running.pop()
-            if held:
-                module.training = True
-            if not running:
-                _pop_mode()
+        entries = self.running.entries
+        if entries and entries[-1].module is module:
+            self.undo(entries.pop())
 
     def stop(self) -> None:
         """Leave every module of this thread."""
-        for module, held in self.running.modules:
-            module.training = module.training or held
-        if self.running.modules:
-            self.running.modules.clear()
+        while self.running.entries:
+            self.undo(self.running.entries.pop())
+
+    def undo(self, entry: _Entry) -> None:
+        """Give a norm its flag back, and stop catching, where that began with this module."""
+        if entry.held:
+            entry.module.training = True
+        if entry.began:
             _pop_mode()
 
     def holds(self, norm: _NormBase) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import _CheckpointFrame
 
 Handler = Callable[..., Any]
 
@@ -78,7 +79,39 @@ class Catch(TorchFunctionMode):
         kwargs = kwargs or {}
         handler = _LEAN.get(func)
         if handler is not None and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            if not torch.compiler.is_compiling():
+                self.follow()
             out = handler(self.leanness, *args, **kwargs)
             if out is not NotImplemented:
                 return out
         return func(*args, **kwargs)
+
+    @property
+    def running(self) -> bool:
+        """Whether this thread's calls are caught now."""
+        return any(mode is self for mode in _get_current_function_mode_stack())
+
+    def follow(self) -> None:
+        """See that a checkpointed function is caught again when backward computes it again.
+
+        It may call operations outside of any module, where no hook would start catching, and checkpointing refuses
+        what keeps other tensors the second time. Its frame is in the closure of the hook that packs saved tensors.
+        """
+        hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(False)
+        for cell in getattr(hooks[0], "__closure__", None) or () if hooks else ():
+            frame = cell.cell_contents
+            if isinstance(frame, _CheckpointFrame) and not isinstance(frame.recompute_fn, _Again):
+                frame.recompute_fn = _Again(frame.recompute_fn, self)
+
+
+class _Again:
+    """A checkpointed function that is caught when it runs again."""
+
+    def __init__(self, run: Callable[..., Any], mode: Catch) -> None:
+        self.run, self.mode = run, mode
+
+    def __call__(self, *args: Any) -> Any:
+        if self.mode.running:
+            return self.run(*args)
+        with self.mode:
+            return self.run(*args)
