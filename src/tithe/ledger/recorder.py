@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     def note(self, tensor: Tensor, older: set[int]) -> None:
         """Write down the storages of an operator's result that are not among those of its inputs, the `older`."""
         fake = isinstance(tensor, FakeTensor)
-        if (fake and not self._fake) or (not fake and tensor.is_meta):
+        if (fake and not self._fake) or tensor.device.type == "meta":
             return
         for storage in storages(tensor):
             if storage._cdata in self._blocks:

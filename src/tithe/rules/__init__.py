@@ -1,6 +1,19 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
 
-from tithe.rules import activation, attention, conv, dropout, embedding, frozen, gated, lean_norm, linear, norm, pooling
+from tithe.rules import (
+    activation,
+    attention,
+    conv,
+    dropout,
+    embedding,
+    frozen,
+    gated,
+    lean_linear,
+    lean_norm,
+    linear,
+    norm,
+    pooling,
+)
 from tithe.rules.binding import Binding, theta_key
 from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.catch import Catch, Leanness, catch
@@ -32,6 +45,7 @@ __all__ = [
     "frozen",
     "gated",
     "graft",
+    "lean_linear",
     "lean_norm",
     "linear",
     "needs_no_rule",

@@ -44,6 +44,11 @@ def _activated(x: Any) -> bool:
     return asks(x) and type(x.grad_fn).__name__ == f"{Sloped.__name__}Backward"
 
 
+def coded(x: Tensor) -> bool:
+    """Whether x comes straight from such an activation or from a product in codes."""
+    return _activated(x) or type(x.grad_fn).__name__ == f"{Product.__name__}Backward"
+
+
 @catch(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply)
 def mul(leanness: Leanness, input: Any, other: Any, **kwargs: Any) -> Any:
     """The product of a smooth activation's output and another tensor of its shape."""

@@ -126,7 +126,10 @@ class Norm:
 
 
 class _Lean(torch.autograd.Function):
-    """Runs a norm: `apply(norm, bits, x, weight, bias, theta_weight, theta_bias, of_weight, of_bias)`."""
+    """Runs a norm: `apply(norm, bits, x, weight, bias, theta_weight, theta_bias, of_weight, of_bias)`.
+
+    Its node has `keeps_output` where the output is kept: whoever wants part of it need not copy that.
+    """
 
     @staticmethod
     def forward(
@@ -152,7 +155,7 @@ class _Lean(torch.autograd.Function):
         if positions is not None and positions.numel() * 4 > math.prod(norm.shape):
             ctx.save_for_backward(rstd, weight, bias, None, norm.plain(x))
             return y
-        ctx.normal = weight is None
+        ctx.normal, ctx.keeps_output = weight is None, True
         if positions is None:
             ctx.save_for_backward(rstd, weight, bias, None, y)
         else:

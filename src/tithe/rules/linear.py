@@ -82,7 +82,7 @@ class LinearRule(Rule):
 @register(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by rule."""
-    return _linear(input, weight, bias, transposed=False)
+    return linear_rule(input, weight, bias, transposed=False)
 
 
 @register(torch.addmm, Tensor.addmm)
@@ -90,16 +90,19 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     """`torch.addmm(bias, x, weight)` by rule, for a vector bias and unit factors."""
     if beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
-    return _linear(mat1, mat2, input, transposed=True)
+    return linear_rule(mat1, mat2, input, transposed=True)
 
 
 @register(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """`x @ weight` by rule, for a matrix weight."""
-    return _linear(input, other, None, transposed=True) if other.dim() == 2 else NotImplemented
+    return linear_rule(input, other, None, transposed=True) if other.dim() == 2 else NotImplemented
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+def linear_rule(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool, kind: type[LinearRule] = LinearRule
+) -> Tensor:
+    """The map by a rule of this kind; NotImplemented where stock keeps as little, or no rule serves."""
     if needs_no_rule(weight, bias) or not fits(x, weight) or x.dim() == 0 or weight.dim() != 2:
         return NotImplemented
     asked_weight, asked_bias = asking(weight), asking(bias)
@@ -108,5 +111,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool)
     if asked_weight is not None and not asked_weight.fits(1, transposed=transposed):
         return NotImplemented
     x = autocast(x)
-    rule = LinearRule(x, asked_weight, asked_bias, transposed=transposed)
+    rule = kind(x, asked_weight, asked_bias, transposed=transposed)
     return apply_rule(rule, x, weight, bias)
