@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,17 +82,20 @@ class Ranking:
         batches = first_batches(iter(data), samples)
         if not batches:
             raise TitheError("data", found="no batch", expected="at least one", remedy="pass data= some batches")
+        grads = [(p, p.grad) for p in model.parameters()]
         mount = Mount(model, {name: p for name, p in split.floats.items() if name not in split.head})
         try:
             bindings = [mount.bindings[name] for name in split.candidates]
             layers = price_channels(model, bindings, loss, batches[0])
+            if not layers:
+                raise TitheError(
+                    "where", found="no input channels", expected="linear layers or convolutions", remedy="widen where="
+                )
             norms = channel_norms(model, bindings, layers, loss, batches, samples)
         finally:
             mount.release()
-        if not layers:
-            raise TitheError(
-                "where", found="no input channels", expected="linear layers or convolutions", remedy="widen where="
-            )
+            for parameter, grad in grads:
+                parameter.grad = grad
         return cls.of(layers, norms)
 
     def layers(self, coverage: float = 0.97) -> list[str]:
@@ -144,6 +148,8 @@ class Ranking:
                 raise ValueError(f"format {found['format']}")
             layers = found["layers"]
             rgn = {str(layer["name"]): float(layer["rgn"]) for layer in layers}
+            if not all(0 <= value < math.inf for value in rgn.values()):
+                raise ValueError("an RGN that is negative or not finite")
             return cls(rgn, {str(layer["name"]): tuple(int(n) for n in layer["shape"]) for layer in layers})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TitheError(
