@@ -64,16 +64,17 @@ ROOMS: dict[str, set[str]] = {
     "train": {"tithe", "errors", "select"},
     "integrations": {"tithe", "errors", "select"},
     "demo": {"tithe", "errors", "select", "train"},
-    "cli": {"tithe", "errors", "select", "train", "demo"},
+    "price": {"tithe", "errors", "select", "train", "ledger", "checkpoint", "choosing"},
+    "cli": {"tithe", "errors", "select", "train", "demo", "price"},
     "__main__": {"cli"},
 }
 
 # Rooms that an extra pays for. Everything else is the core and imports CORE_PACKAGES alone.
-WITH_EXTRAS = {"train", "integrations", "demo", "cli", "__main__"}
+WITH_EXTRAS = {"train", "integrations", "demo", "price", "cli", "__main__"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
-KNOW_METHODS = {"methods", "train", "demo", "cli", "__init__"}
+KNOW_METHODS = {"methods", "train", "demo", "price", "cli", "__init__"}
 METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
 
 
@@ -192,7 +193,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         ("ledger/table.py", "from rich.table import Table", ": the core imports numpy, safetensors, torch and"),
         ("scoring.py", "from torch import distributed as dist", ": distributed.py is the only importer"),
         ("scoring.py", "import torch\ntorch.distributed.barrier()", ":2: uses torch.distributed"),
-        ("plan.py", "def attach_fish(): ...", ":1: names attach_fish: only __init__, cli, demo, methods, train know"),
+        ("plan.py", "def attach_fish(): ...", ":1: names attach_fish: only __init__, cli, demo, methods, price, train know"),
         ("plan.py", "if name == 'trady': ...", ":1: names trady"),
         ("colour.py", "", "colour.py:1: room `colour`: a new room says what it may import"),
     ],

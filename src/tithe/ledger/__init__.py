@@ -1,7 +1,8 @@
 """What a piece of work spends: `measure` it while it runs, or `predict` it on tensors that have a shape and no data."""
 
+from tithe.ledger.blank import Blank
 from tithe.ledger.prediction import predict
 from tithe.ledger.recorder import measure
 from tithe.ledger.table import Ledger
 
-__all__ = ["Ledger", "measure", "predict"]
+__all__ = ["Blank", "Ledger", "measure", "predict"]

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from tithe.batch import map_batch
 from tithe.errors import TitheError
+from tithe.ledger.blank import fake_mode
 from tithe.ledger.log import replay
 from tithe.ledger.recorder import Recorder, recording, storages, tensors
 from tithe.ledger.table import Ledger
@@ -47,10 +48,10 @@ class _FakeRecorder(Recorder):
     A real parameter that meets an operator is replaced by its fake for that operator only: autograd sees the parameter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__(fake=True)
         self.grads: list[tuple[Tensor, Tensor | None]] = []
-        self._mode = FakeTensorMode()
+        self._mode = mode
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
         """Run the operator for real if all it sees and makes is small, else on fakes."""
@@ -101,9 +102,13 @@ class _FakeRecorder(Recorder):
         """Lay aside the gradient that a real leaf has, besides marking the coming one."""
         fresh = super().watch(tensor)
         if fresh and not isinstance(tensor, FakeTensor):
-            self.grads.append((tensor, tensor.grad))
-            tensor.grad = None
+            self.lay_aside(tensor)
         return fresh
+
+    def lay_aside(self, leaf: Tensor) -> None:
+        """Keep a leaf's gradient until the prediction is done."""
+        self.grads.append((leaf, leaf.grad))
+        leaf.grad = None
 
 
 def _release(storage: torch.UntypedStorage) -> None:
@@ -127,7 +132,7 @@ def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 @contextmanager
 def _untouched(model: nn.Module) -> Generator[None]:
     """Put everything back that a forward pass changes: small buffers in place, replaced attributes, random states."""
-    small = [tensor for tensor in [*model.buffers(), *model.parameters()] if _is_small(tensor)]
+    small = [t for t in [*model.buffers(), *model.parameters()] if _is_small(t) and not isinstance(t, FakeTensor)]
     before = [tensor.detach().clone() for tensor in small]
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
@@ -160,7 +165,9 @@ def _eager() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def predict(model: nn.Module, closure: Callable[[Any], Tensor], batch: Any) -> Ledger:
+def predict(
+    model: nn.Module, closure: Callable[[Any], Tensor], batch: Any, *, inside: AbstractContextManager[Any] | None = None
+) -> Ledger:
     """Return what `closure(batch).backward()` will spend, without allocating or computing anything of that size.
 
     Equal to `measure` of the same call when no parameter has a gradient yet, with the same blind spots. The model, its
@@ -170,9 +177,10 @@ def predict(model: nn.Module, closure: Callable[[Any], Tensor], batch: Any) -> L
     on them. `weights` is filled in; the plan, which knows what is trained, fills in the rest.
 
     Args:
-        model: gives the paths, and what must not change.
+        model: gives the paths, and what must not change. Its parameters may have no data (`Blank`).
         closure: runs the forward pass on a batch and returns the loss, a scalar.
         batch: any tree of tensors; its floating-point tensors are only looked at for their shape, dtype and device.
+        inside: a context for the work, for example a dispatch mode that counts operators.
 
     Raises:
         TitheError: when the forward pass branches on the values of an activation, has an operator without a shape-only
@@ -183,15 +191,16 @@ def predict(model: nn.Module, closure: Callable[[Any], Tensor], batch: Any) -> L
         >>> predict(layer, lambda x: layer(x).relu().sum(), torch.zeros(2, 8)).saved
         32
     """
-    recorder = _FakeRecorder()
+    recorder = _FakeRecorder(fake_mode([list(model.parameters()), batch]))
     recorder.name(model)
     own = {storage._cdata: storage.nbytes() for t in [*model.parameters(), *model.buffers()] for storage in storages(t)}
     with _untouched(model), _eager():
         fakes = map_batch(lambda leaf: leaf.detach().clone() if _is_small(leaf) else recorder.fake(leaf), batch)
         try:
             for parameter in model.parameters():
-                recorder.watch(parameter)
-            with recording(recorder):
+                if recorder.watch(parameter) and isinstance(parameter, FakeTensor):
+                    recorder.lay_aside(parameter)
+            with recording(recorder), inside or nullcontext():
                 loss = closure(fakes)
                 _check(loss)
                 loss.backward()

@@ -1,0 +1,1 @@
+"""What training will take, from shapes alone: `tithe price`."""

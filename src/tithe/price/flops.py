@@ -1,0 +1,158 @@
+"""Floating-point operations of a step, by what they are for: the output, the gradient of inputs, or that of weights."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_aten = torch.ops.aten
+_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_SAMPLED = torch.ops.tithe.sampled_product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of one step: a multiply-add counts as two; only products are counted.
+
+    Args:
+        forward: of the outputs.
+        input_gradient: of what backward hands on to the layers below, attention included.
+        weight_gradient: of the trained values.
+    """
+
+    forward: int
+    input_gradient: int
+    weight_gradient: int
+
+    @property
+    def total(self) -> int:
+        """All of a step."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the products that run while it is active.
+
+    A product in backward is one for inputs when a weight is among its factors, or when what it gives is a factor of a
+    later product; the others end in the gradient of a weight.
+
+    Args:
+        weights: the model's parameters.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.forward = self.inputs = self.weights = 0
+        self._of_weights = _Marks()
+        self._of_product: dict[int, int] = {}  # product → FLOPs, as long as it may be for a weight
+        self._from = _Marks()
+        for weight in weights:
+            self._of_weights.add(weight, {0})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and count it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        given, made = list(_tensors((args, kwargs))), list(_tensors(out))
+        in_backward = torch._C._current_graph_task_id() != -1
+        if packet is _aten.convolution_backward:
+            of_inputs, of_weights = _convolution_backward(*args, **kwargs)
+            self.inputs, self.weights = self.inputs + of_inputs, self.weights + of_weights
+            self._reach(given)
+        elif packet in _FORMULAS or packet in flop_registry:
+            formula = _FORMULAS.get(packet) or flop_registry[packet]
+            count = int(formula(*args, **kwargs, out_val=out))
+            if not in_backward:
+                self.forward += count
+            elif packet is _ATTENTION_BACKWARD or any(map(self._of_weights.of, given)):
+                self.inputs += count
+                self._reach(given)
+            else:
+                self._reach(given)
+                product = len(self._of_product)
+                self._of_product[product] = count
+                self.weights += count
+                for tensor in made:
+                    self._from.add(tensor, {product})
+        else:
+            if given and all(map(self._of_weights.of, given)):
+                for tensor in made:
+                    self._of_weights.add(tensor, {0})
+            if in_backward:
+                products = set[int]().union(*map(self._from.of, given))
+                for tensor in made if products else ():
+                    self._from.add(tensor, products)
+        return out
+
+    def _reach(self, factors: Iterable[Tensor]) -> None:
+        """What these factors came from was for inputs."""
+        for product in set[int]().union(*map(self._from.of, factors)):
+            count, self._of_product[product] = self._of_product[product], 0
+            self.inputs, self.weights = self.inputs + count, self.weights - count
+
+    @property
+    def counted(self) -> Flops:
+        """What was counted so far."""
+        return Flops(forward=self.forward, input_gradient=self.inputs, weight_gradient=self.weights)
+
+
+class _Marks:
+    """Marks on storages, which go when the storage does."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, tuple[weakref.ref[torch.UntypedStorage], set[int]]] = {}
+
+    def add(self, tensor: Tensor, marks: set[int]) -> None:
+        for storage in _storages(tensor):
+            address = storage._cdata
+            if address in self._marks:
+                self._marks[address][1].update(marks)
+            else:
+                self._marks[address] = weakref.ref(storage, lambda _, a=address: self._marks.pop(a, None)), set(marks)
+
+    def of(self, tensor: Tensor) -> set[int]:
+        found = (self._marks.get(storage._cdata) for storage in _storages(tensor))
+        return set[int]().union(*(entry[1] for entry in found if entry is not None))
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    if tensor.layout is torch.strided and torch._C._has_storage(tensor):
+        yield tensor.untyped_storage()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def _convolution_backward(gy: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> tuple[int, int]:
+    # torch's own formula multiplies out all pairs of channels for the weight, also of a grouped convolution.
+    transposed, mask = settings[4], settings[-1]
+    places = (x if transposed else gy).shape
+    count = 2 * math.prod(weight.shape) * places[0] * math.prod(places[2:])
+    return count * bool(mask[0]), count * bool(mask[1])
+
+
+def _sampled(starts: Tensor, column: Tensor, left: Tensor, right: Tensor, *, out_val: Tensor) -> int:
+    return 2 * column.numel() * left.shape[1]
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    _ATTENTION: lambda q, k, v, *_, out_val, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    _ATTENTION_BACKWARD: lambda gy, q, k, v, *_, out_val, **__: sdpa_backward_flop_count(
+        gy.shape, q.shape, k.shape, v.shape
+    ),
+    _SAMPLED: _sampled,
+}
