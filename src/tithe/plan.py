@@ -128,9 +128,9 @@ class Plan:
         Raises:
             TitheError: as `attach`.
         """
-        self._choices.set_room(self.method.num_selected(self._choosing()))
+        self._choices.set_room(self.method.num_selected(self.choosing()))
         if self.method.needs_data and (self._loss is None or self._data is None):
-            self._choosing().scores("fisher")
+            self.choosing().scores("fisher")
         if self.method.warmup == 0:
             self.reselect()
         elif not self._head:
@@ -263,9 +263,26 @@ class Plan:
         """
         self._check_live()
         self._choices.commit()
-        chosen = self.method.choose(self._choosing())
+        chosen = self.method.choose(self.choosing())
         first, self._chosen = not self._chosen, True
         return self._choices.take(chosen, self._memory.tensors.get("rooms")) or first
+
+    def choosing(self) -> Choosing:
+        """What the method is handed when it chooses now, for example to ask it what the present choice costs."""
+        return Choosing(
+            self.model,
+            self._candidates,
+            num_parameters=self._num_parameters,
+            head=self._head,
+            loss=self._loss,
+            batches=self._data,
+            seed=self.seed,
+            step=self.num_steps,
+            epoch=self.num_epochs,
+            num_states=self._num_states,
+            room=self._choices.room,
+            memory=self._memory,
+        )
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write what training changed, atomically: every weight ever selected, the head, and buffers that changed.
@@ -345,29 +362,13 @@ class Plan:
     def _due(self, *, step: int | None = None, epoch: int | None = None) -> bool:
         return self.method.reselect is not None and self.method.reselect.due(step=step, epoch=epoch)
 
-    def _choosing(self) -> Choosing:
-        return Choosing(
-            self.model,
-            self._candidates,
-            num_parameters=self._num_parameters,
-            head=self._head,
-            loss=self._loss,
-            batches=self._data,
-            seed=self.seed,
-            step=self.num_steps,
-            epoch=self.num_epochs,
-            num_states=self._num_states,
-            room=self._choices.room,
-            memory=self._memory,
-        )
-
     def _charge(self, states: int) -> None:
         """Choose again within the budget when the optimizer's state leaves less of it."""
         if states == self._num_states or not self.method.charges_state:
             self._num_states = states
             return
         self._num_states = states
-        self._choices.set_room(self.method.num_selected(self._choosing()))
+        self._choices.set_room(self.method.num_selected(self.choosing()))
         self.reselect()
 
     def _link(self, *_: Any) -> None:

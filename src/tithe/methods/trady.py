@@ -9,6 +9,7 @@ of it; the other layers are lean, so that the counted saving is a measured one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +24,7 @@ from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
 from tithe.select.layers import Costs, cover
 from tithe.select.picks import under_budget
-from tithe.selection import Channels
+from tithe.selection import Channels, Selection
 
 Layers = Literal["topk", "all"]
 ChannelScore = Literal["uniform", "rgn", "fisher"]
@@ -135,6 +136,26 @@ class TraDy:
             layer.name: Channels(layer.shape, chosen[layer.name], groups=layer.groups, transposed=layer.transposed)
             for layer in costs.layers
         }
+
+    def spending(self, choosing: Choosing, selections: Mapping[str, Selection]) -> tuple[float, float]:
+        """What a choice costs and what it may cost, in the budget's measure.
+
+        Args:
+            choosing: `plan.choosing()`.
+            selections: `plan.selections`.
+
+        Returns:
+            The cost, of the whole buffer for θ and, where the budget counts it, of the head; and the limit.
+        """
+        costs = self._costs(choosing)
+        spent = costs.unit * (choosing.room or sum(selection.size for selection in selections.values()))
+        start = 0
+        for layer in costs.layers:
+            if layer.name in selections:
+                spent += float(costs.kept[start]) * selections[layer.name].items.numel()
+            start += layer.num_channels
+        head = float(self.budget.of(0)) - costs.limit if self.budget.bytes is not None else 0.0
+        return spent + head, costs.limit + head
 
     def _costs(self, choosing: Choosing) -> Costs:
         priced = choosing.layers()
