@@ -66,7 +66,7 @@ class _Watch:
             if not self.warned and not torch.compiler.is_compiling():
                 self.warn()
             module.training = False
-        began = not entries and (torch.compiler.is_compiling() or not self.mode.running)
+        began = not entries and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not self.mode.running)
         if began:
             _push_mode(self.mode)
         entries.append(_Entry(module, held, began))

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import _CheckpointFrame
 Handler = Callable[..., Any]
 
 _LEAN: dict[Callable[..., Any], Handler] = {}
+_top_hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
 _ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -78,7 +79,9 @@ class Catch(TorchFunctionMode):
         """The lean version's result, or the operation's own."""
         kwargs = kwargs or {}
         handler = _LEAN.get(func)
-        if handler is not None and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if handler is None:
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             if not torch.compiler.is_compiling():
                 self.follow()
             out = handler(self.leanness, *args, **kwargs)
@@ -97,7 +100,7 @@ class Catch(TorchFunctionMode):
         It may call operations outside of any module, where no hook would start catching, and checkpointing refuses
         what keeps other tensors the second time. Its frame is in the closure of the hook that packs saved tensors.
         """
-        hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(False)
+        hooks = _top_hooks(False)
         for cell in getattr(hooks[0], "__closure__", None) or () if hooks else ():
             frame = cell.cell_contents
             if isinstance(frame, _CheckpointFrame) and not isinstance(frame.recompute_fn, _Again):

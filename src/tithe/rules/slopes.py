@@ -34,6 +34,7 @@ _WORDS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
+_WIDE = torch.float32, torch.float64
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,12 @@ class Gate:
         """Whether numpy, which compares several times faster than torch on a CPU, finds the same bits and gradient."""
         if x.device.type != "cpu" or x.dtype not in _WORDS:
             return False
-        if x.dtype.itemsize > 2 or not (self.slope(low) or self.top != 1.0):
-            bounds = torch.tensor([b for b in self.bounds(low, high) if math.isfinite(b)], dtype=torch.float64)
-            return x.dtype.itemsize > 2 or bool((bounds.to(x.dtype) == bounds).all())
-        return False
+        if x.dtype in _WIDE:
+            return True
+        if self.slope(low) or self.top != 1.0:
+            return False
+        bounds = torch.tensor([b for b in self.bounds(low, high) if math.isfinite(b)], dtype=torch.float64)
+        return bool((bounds.to(x.dtype) == bounds).all())
 
 
 def _limits(low: float, high: float) -> tuple[float | None, float | None]:
@@ -226,7 +229,7 @@ def _gate_bits(x: Tensor, kind: str, low: float, high: float) -> Tensor:
     if gate.quick(x, low, high):
         out = bits.numpy()
         for part in chunks(values):
-            chunk = values[part] if x.dtype.itemsize > 2 else values[part].float()
+            chunk = values[part] if x.dtype in _WIDE else values[part].float()
             shut = _shut(chunk.numpy(), *gate.bounds(low, high), gate.ends)
             out[part.start // 8 : num_bits(part.stop)] = np.packbits(shut, bitorder="little")
         return bits
@@ -258,18 +261,17 @@ def _(x: Tensor, kind: str, low: float, high: float) -> Tensor:
 
 @torch.library.impl("tithe::gate_grad", "default")
 def _gate_grad(gy: Tensor, bits: Tensor, kind: str, low: float, high: float, strides: Sequence[int]) -> Tensor:
-    gate, count = GATES[kind], gy.numel()
+    gate, count, alike = GATES[kind], gy.numel(), same_layout(gy, strides)
+    gx = torch.empty_like(gy)
+    if alike and gate.quick(gy, low, high):
+        _select(flat(gy), bits.numpy(), gate.slope(low), gate.top, flat(gx))
+        return gx
     shut, opened = gy.new_tensor(gate.shut(low, high)), gy.new_tensor(gate.open(low, high))
-    if not same_layout(gy, strides):
+    if not alike:
         x = gy.new_empty_strided(gy.shape, strides)
         flat(x).copy_(torch.where(unpack(bits, count), shut, opened))
         return gate.backward(gy, x, low, high)
-    gx = torch.empty_like(gy)
     source, out = flat(gy), flat(gx)
-    if gate.quick(gy, low, high):
-        word = _WORDS[gy.dtype]
-        _select(source, source.view(word).numpy(), bits.numpy(), gate.slope(low), gate.top, out.view(word).numpy(), out)
-        return gx
     for part in chunks(gy):
         code = bits[part.start // 8 : num_bits(part.stop)]
         x = torch.where(unpack(code, part.stop - part.start), shut, opened)
@@ -277,8 +279,10 @@ def _gate_grad(gy: Tensor, bits: Tensor, kind: str, low: float, high: float, str
     return gx
 
 
-def _select(gy: Tensor, words: Any, bits: Any, slope: float, top: float, out_words: Any, out: Tensor) -> None:
+def _select(gy: Tensor, bits: Any, slope: float, top: float, out: Tensor) -> None:
     """Out = gy · top where the bit is 0, gy · slope where it is 1: on the bits of the numbers, without branches."""
+    kind = _WORDS[gy.dtype]
+    words, out_words = gy.view(kind).numpy(), out.view(kind).numpy()
     for part in chunks(gy):
         code = bits[part.start // 8 : num_bits(part.stop)]
         mask = np.unpackbits(code, count=part.stop - part.start, bitorder="little").view(np.int8)
@@ -288,7 +292,7 @@ def _select(gy: Tensor, words: Any, bits: Any, slope: float, top: float, out_wor
             if top != 1.0:
                 out[part].mul_(top)
             continue
-        other = (gy[part] * slope).view(_WORDS[gy.dtype]).numpy()
+        other = (gy[part] * slope).view(kind).numpy()
         np.bitwise_and(words[part] ^ other, mask, out=out_words[part])
         np.bitwise_xor(out_words[part], other, out=out_words[part])
 
