@@ -307,10 +307,10 @@ def _slope_codes(x: Tensor, kind: str, alpha: float) -> Tensor:
     slope, values = SLOPES[kind], flat(x)
     steps, zero = slope.steps(alpha)
     codes = torch.empty(values.numel(), dtype=torch.uint8, device=x.device)
-    ones = torch.ones(longest(values), device=x.device)
+    scale = torch.full((longest(values),), float(steps), device=x.device)
     for part in chunks(values):
         chunk = values[part].float()
-        codes[part] = slope.backward(ones[: chunk.numel()], chunk, alpha).mul_(steps).add_(zero + 0.5)
+        codes[part] = slope.backward(scale[: chunk.numel()], chunk, alpha).add_(zero + 0.5)
     return codes
 
 
