@@ -5,7 +5,7 @@ One step of 32 noise images (128²) for each network, budget and method, average
 * activation sparsity: 1 − kept inputs of convolutions / all of them. Counted: Σ H·W of the selected channels. Measured:
   bytes that the convolutions saved for backward.
 * weight-gradient sparsity: 1 − Σ C'·D² of the selected channels / all weights of convolutions. Measured: elements of
-  the gradients that the step left, the buffer's unused slots and trained biases included, the head's apart.
+  the gradients that the step left, those of trained biases included, the head's apart.
 * FLOPs of weight gradients: measured from the shapes of the kernels that ran.
 * bytes saved for backward and the peak of the step beyond the weights, all layers, the head and the loss included.
 """

@@ -32,7 +32,7 @@ def transfer(results: Path, docs: Path) -> str:
         parts += [_accuracy(records, network)]
     parts += ["## Dynamic less static, same rule (points of test accuracy)", _twins(records)]
     parts += ["## TraDy less the others (points of test accuracy)", _against(records)]
-    parts += ["## Learning rates tried: cross-entropy on validation images", _rates(results)]
+    parts += ["## Learning rates tried: cross-entropy on validation images of CIFAR-10", _rates(results)]
     sparse = list(lines(results / "sparsity.jsonl"))
     if sparse:
         parts += ["## What is left out: counted, and measured in a step of 32 images", _sparsity(sparse)]
@@ -50,13 +50,13 @@ def transfer(results: Path, docs: Path) -> str:
 
 def chosen(records: Sequence[Record]) -> list[Record]:
     """Runs at the rates that won on the validation images, scored on the test images."""
-    best: dict[tuple[str, str, str], Record] = {}
+    best: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"])):
-        if record["seed"] == SEEDS[0]:
-            best.setdefault((record["network"], record["method"], record["task"]), record)
+        if record["seed"] == SEEDS[0] and record["task"] == CHOICE:
+            best.setdefault((record["network"], record["method"]), record)
     kept: list[Record] = []
     for record in records:
-        winner = best.get((record["network"], record["method"], CHOICE[record["task"]]))
+        winner = best.get((record["network"], record["method"]))
         if record["tested"] and winner is not None and _rates_of(winner) == _rates_of(record):
             kept.append(record)
     return kept
@@ -77,10 +77,7 @@ def scores(records: Sequence[Record], network: Network) -> Scores:
 
 def _accuracy(records: Sequence[Record], network: Network) -> str:
     found = scores(records, network)
-    rates: dict[str, dict[str, str]] = defaultdict(dict)
-    for r in records:
-        if r["network"] == network.name:
-            rates[r["method"]][CHOICE[r["task"]]] = f"{r['rate'] or r['head_rate']:g}"
+    rates = {r["method"]: f"{r['rate'] or r['head_rate']:g}" for r in records if r["network"] == network.name}
     rows: list[list[str]] = []
     for method in METHODS:
         runs = found.get(method)
@@ -88,12 +85,12 @@ def _accuracy(records: Sequence[Record], network: Network) -> str:
             continue
         each = [with_spread([v for (name, _), v in sorted(runs.items()) if name == task]) for task in TASKS]
         gap = difference(found, method, "full")
-        rows.append([method, " / ".join(rates[method].values()), *each, with_spread(means(runs)), _signed(gap)])
-    header = ["", "rates", *(NAMES[task] for task in TASKS), "mean", "against full"]
+        rows.append([method, rates[method], *each, with_spread(means(runs)), _signed(gap)])
+    header = ["", "rate", *(NAMES[task] for task in TASKS), "mean", "against full"]
     short = [method for method in METHODS if len(found.get(method, {})) < len(SEEDS) * len(TASKS)]
     note = (
-        f"Mean ± standard deviation over seeds {SEEDS}; the mean is over the three tasks, by seed. Rates: of the body "
-        "(of the head where it is alone), on CIFAR-10 and clothing10 / on CIFAR-100."
+        f"Mean ± standard deviation over seeds {SEEDS}; the mean is over the three tasks, by seed. Rate: of the body "
+        "(of the head where it is alone)."
     )
     if short:
         note += " Not finished: " + ", ".join(f"{m} ({len(found.get(m, {}))} of 9 runs)" for m in short) + "."
@@ -148,17 +145,17 @@ def _against(records: Sequence[Record]) -> str:
 
 
 def _rates(results: Path) -> str:
-    tried: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
+    tried: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for r in lines(results / "transfer.jsonl"):
-        if r["seed"] == SEEDS[0] and r["task"] == CHOICE[r["task"]]:
-            tried[r["method"], r["network"], r["task"]][r["rate"] or r["head_rate"]] = r["validation_loss"]
+        if r["seed"] == SEEDS[0] and r["task"] == CHOICE:
+            tried[r["method"], r["network"]][r["rate"] or r["head_rate"]] = r["validation_loss"]
     rates = sorted({rate for losses in tried.values() for rate in losses})
     rows = [
-        [method, network, NAMES[task], *(f"{losses[rate]:.2f}" if rate in losses else "" for rate in rates)]
-        for method, network, task in itertools.product(METHODS, NETWORKS, dict.fromkeys(CHOICE.values()))
-        if (losses := tried.get((method, network, task)))
+        [method, network, *(f"{losses[rate]:.2f}" if rate in losses else "" for rate in rates)]
+        for method, network in itertools.product(METHODS, NETWORKS)
+        if (losses := tried.get((method, network)))
     ]
-    return table(["", "network", "task", *(f"{rate:g}" for rate in rates)], rows)
+    return table(["", "network", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _sparsity(records: Sequence[Record]) -> str:
@@ -184,7 +181,7 @@ def _sparsity(records: Sequence[Record]) -> str:
     )
     note = (
         "Percent left out, mean over the draws of eight epochs. Measured: bytes that convolutions saved for backward, "
-        "elements of the gradients (trained biases and the unused slots of the buffer included, the head apart), FLOPs "
+        "X "
         f"of the kernels that ran. Budgets in elements: {budgets}."
     )
     return table(header, rows) + "\n\n" + note
