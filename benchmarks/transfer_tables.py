@@ -181,7 +181,7 @@ def _sparsity(records: Sequence[Record]) -> str:
     )
     note = (
         "Percent left out, mean over the draws of eight epochs. Measured: bytes that convolutions saved for backward, "
-        "X "
+        "elements of the gradients that the step left (of SU's biases too, the head apart), FLOPs "
         f"of the kernels that ran. Budgets in elements: {budgets}."
     )
     return table(header, rows) + "\n\n" + note
