@@ -7,7 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tithe.rules.codes import chunks, decode, encode, flat, layout, num_bits, pack, same_layout, unpack
+from tithe.rules.codes import (
+    chunks,
+    decode,
+    encode,
+    flat,
+    layout,
+    num_bits,
+    pack,
+    pack_words,
+    same_layout,
+    unpack,
+    unpack_words,
+)
 
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=4)
 
@@ -19,6 +31,13 @@ def test_bits_come_back(count: int, seed: int) -> None:
     assert bits.dtype == torch.uint8
     assert bits.numel() == num_bits(count)
     assert torch.equal(unpack(bits, count), mask)
+
+
+@given(count=st.integers(0, 70), seed=st.integers(0, 9))
+def test_bits_are_the_same_by_arithmetic(count: int, seed: int) -> None:
+    mask = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(pack_words(mask), pack(mask))
+    assert torch.equal(unpack_words(pack(mask), count), mask)
 
 
 def test_the_first_element_is_in_the_lowest_bit() -> None:

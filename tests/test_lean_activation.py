@@ -228,6 +228,15 @@ def test_dropout_is_stock_for_a_seed(dtype: torch.dtype, p: float, inplace: bool
     assert torch.equal(after, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_fused_dropout_of_other_devices(last: bool) -> None:
+    x, gy = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    _, mask = torch.native_dropout(x.to(memory_format=torch.channels_last) if last else x, 0.3, True)
+    bits = torch.ops.tithe.kept_bits.default(mask)
+    expected = torch.ops.aten.native_dropout_backward.default(gy, mask, 1 / 0.7)
+    assert torch.equal(torch.ops.tithe.dropout_grad.default(gy, bits, 0.3, True, mask.stride()), expected)
+
+
 def test_dropout_keeps_one_bit() -> None:
     assert kept(nn.Dropout(0.1), torch.randn(33, 31, requires_grad=True)) == 128
 

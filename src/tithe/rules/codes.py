@@ -71,16 +71,26 @@ def num_bits(count: int) -> int:
 
 def pack(mask: Tensor) -> Tensor:
     """One bit for each element of a bool vector (n,), the first in the lowest bit: uint8 (m,)."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
-    words = torch.nn.functional.pad(mask.view(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
-    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)  # the top byte collects the lowest bit of every byte
+    if mask.device.type != "cpu":
+        return pack_words(mask)
+    return torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
 
 
 def unpack(bits: Tensor, count: int) -> Tensor:
     """The first `count` elements of what was packed, bool (count,)."""
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
+    if bits.device.type != "cpu":
+        return unpack_words(bits, count)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
+
+
+def pack_words(mask: Tensor) -> Tensor:
+    """`pack` by elementwise arithmetic, for devices that numpy does not reach."""
+    words = torch.nn.functional.pad(mask.view(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
+    return ((words * 0x0102040810204080) >> 56).to(torch.uint8)  # the top byte collects the lowest bit of every byte
+
+
+def unpack_words(bits: Tensor, count: int) -> Tensor:
+    """`unpack` by elementwise arithmetic."""
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return torch.bitwise_and(bits[:, None], place).reshape(-1)[:count] != 0
 

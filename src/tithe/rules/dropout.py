@@ -20,7 +20,9 @@ from tithe.rules.codes import chunks, flat, layout, num_bits, pack, same_layout,
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 
 torch.library.define("tithe::kept_bits", "(Tensor noise) -> Tensor")
-torch.library.define("tithe::dropout_grad", "(Tensor gy, Tensor bits, float p, SymInt[] strides) -> Tensor")
+torch.library.define(
+    "tithe::dropout_grad", "(Tensor gy, Tensor bits, float p, bool native, SymInt[] strides) -> Tensor"
+)
 
 
 @torch.library.impl("tithe::kept_bits", "default")
@@ -49,21 +51,25 @@ def _noise(bits: Tensor, count: int, p: float, like: Tensor) -> Tensor:
 
 
 @torch.library.impl("tithe::dropout_grad", "default")
-def _dropout_grad(gy: Tensor, bits: Tensor, p: float, strides: Sequence[int]) -> Tensor:
+def _dropout_grad(gy: Tensor, bits: Tensor, p: float, native: bool, strides: Sequence[int]) -> Tensor:
+    back = torch.ops.aten.native_dropout_backward.default
     if not same_layout(gy, strides):
-        noise = gy.new_empty_strided(gy.shape, strides)
-        flat(noise).copy_(_noise(bits, gy.numel(), p, gy))
-        return gy * noise
+        kept = torch.empty_strided(gy.shape, strides, dtype=torch.bool if native else gy.dtype, device=gy.device)
+        flat(kept).copy_(unpack(bits, gy.numel()) if native else _noise(bits, gy.numel(), p, gy))
+        return back(gy, kept, 1 / (1 - p)) if native else gy * kept
     gx = torch.empty_like(gy)
     source, out = flat(gy), flat(gx)
     for part in chunks(gy):
-        noise = _noise(bits[part.start // 8 : num_bits(part.stop)], part.stop - part.start, p, gy)
-        torch.mul(source[part], noise, out=out[part])
+        code, count = bits[part.start // 8 : num_bits(part.stop)], part.stop - part.start
+        if native:
+            out[part] = back(source[part], unpack(code, count), 1 / (1 - p))
+        else:
+            torch.mul(source[part], _noise(code, count, p, gy), out=out[part])
     return gx
 
 
 @torch.library.register_fake("tithe::dropout_grad")
-def _(gy: Tensor, bits: Tensor, p: float, strides: Sequence[int]) -> Tensor:
+def _(gy: Tensor, bits: Tensor, p: float, native: bool, strides: Sequence[int]) -> Tensor:
     return gy * gy.new_empty_strided(gy.shape, strides)
 
 
@@ -73,7 +79,8 @@ class Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:
         """Stock's output; the noise is drawn into it."""
-        if x.device.type == "cpu":
+        native = x.device.type != "cpu"
+        if not native:
             y = torch.empty_like(x).bernoulli_(1 - p)
             bits, strides = torch.ops.tithe.kept_bits.default(y), layout(y)
             y.div_(1 - p)
@@ -83,7 +90,7 @@ class Dropped(torch.autograd.Function):
             bits, strides = torch.ops.tithe.kept_bits.default(mask), layout(mask)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.settings = p, strides
+        ctx.settings = p, native, strides
         ctx.save_for_backward(bits)
         return y
 
