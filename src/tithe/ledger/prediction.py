@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.utils._pytree import tree_map
 
 from tithe.batch import map_batch
 from tithe.errors import TitheError
@@ -72,7 +71,7 @@ class _FakeRecorder(Recorder):
             ) from error
 
     def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
-        fakes: tuple[Any, Any] = tree_map(self.fake, (args, kwargs))
+        fakes = self._fakes(args), self._fakes(kwargs)
         try:
             with self._mode:
                 return tensors(fakes), func(*fakes[0], **fakes[1])
@@ -83,6 +82,13 @@ class _FakeRecorder(Recorder):
                 expected="operators with a shape-only implementation",
                 remedy="measure a real step with tithe.measure, or register a fake: torch.library.register_fake",
             ) from error
+
+    def _fakes(self, tree: Any) -> Any:
+        if isinstance(tree, (tuple, list)):
+            return type(tree)([self._fakes(item) for item in tree])
+        if isinstance(tree, dict):
+            return {key: self._fakes(item) for key, item in tree.items()}
+        return self.fake(tree)
 
     def fake(self, value: Any) -> Any:
         """Return the fake that stands for a real tensor; anything else as it is."""

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
 from tithe.ledger.log import Block, Event, replay
@@ -31,8 +30,22 @@ _running: "list[Recorder]" = []
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors among an operator's arguments or results."""
-    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+    """Return the tensors among an operator's arguments or results: nested tuples, lists and dicts."""
+    out: list[Tensor] = []
+    _collect(tree, out)
+    return out
+
+
+def _collect(tree: Any, out: list[Tensor]) -> None:
+    # Plain recursion: a recorder comes by here several times an operator, and torch's trees cost five times as much.
+    if isinstance(tree, Tensor):
+        out.append(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            _collect(item, out)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _collect(item, out)
 
 
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
@@ -76,6 +89,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the operator and write down what it created."""
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # a fake's `.device`
+            return func(*args, **kwargs)
         inputs = tensors((args, kwargs))
         if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
             return NotImplemented  # the subclass first: its own operators come by here one by one
