@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -292,6 +293,20 @@ def test_in_place_errors_are_those_of_stock() -> None:
         F.relu_(squared)
         with pytest.raises(RuntimeError, match="modified by an inplace"):
             squared.sum().backward()
+
+
+@pytest.mark.parametrize("run", [Tensor.relu_, lambda v: v.clamp_(0, 0.5), lambda v: F.dropout(v, 0.5, True, True)])
+def test_in_place_on_a_part(run: Run) -> None:
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for mode in (nullcontext(), Catch(Leanness())):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6, requires_grad=True)
+        whole = x * 2
+        with mode:
+            run(whole[:, 1:4])
+        (whole * torch.arange(6.0)).sum().backward()
+        found.append((whole.detach(), x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_input_without_gradient_is_stock() -> None:
