@@ -89,6 +89,7 @@ def train(
     \b
     Example:
       tithe train examples/sst2_minilm.toml
+      tithe train examples/digits_trady.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
 
     \b
@@ -108,6 +109,21 @@ def train(
       [run]
       epochs = 3
       output = "runs/first"
+
+    \b
+    Under a budget, drawn anew each epoch, and the other layers lean:
+      [method]
+      name = "trady"
+      budget = "2MB"                    # or {elements = 27946},
+      ranking = "net.json"              #    {fraction = 0.01}; the ranking
+                                        #    is measured where none is given
+      [optimizer]
+      lr = 0.1                          # SGD without momentum, cosine, as in
+                                        #    the paper; name = "adamw" is
+                                        #    charged to the budget
+    Any method: lean = true lets the layers that are not trained keep
+    for backward only what it needs; lean_bits = 8 codes attention and
+    norms in 8 bits, lean_exact = true keeps smooth activations exact.
     """  # noqa: D301
     with _guarded():
         from tithe.train import read_recipe

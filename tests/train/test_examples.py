@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_a_script_runs_and_has_under_100_lines(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_has_under_100_lines(script: Path) -> None:
     assert len(script.read_text(encoding="utf-8").splitlines()) < 100
-    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_script_trains_a_part_and_ships_it(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "train_a_tithe.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     before, _, part, shipped = (float(re.findall(r" (\d\.\d+)", line)[0]) for line in lines)
     assert part > before + 0.2
@@ -29,6 +33,21 @@ def test_a_script_runs_and_has_under_100_lines(script: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
 def test_a_recipe_is_valid(recipe: Path) -> None:
     assert read_recipe(recipe).run.output.startswith("../runs/")
+
+
+def test_the_digits_recipe_runs_on_what_its_script_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "examples").mkdir()
+    for name in ("digits.py", "digits_trady.toml"):
+        shutil.copy(EXAMPLES / name, tmp_path / "examples" / name)
+    script = runpy.run_path(str(tmp_path / "examples" / "digits.py"))
+    script["main"].__globals__["STEPS"] = 60  # fewer than it takes, to be quick
+    script["main"]()
+    assert "digits 0 to 4" in capsys.readouterr().out
+    recipe = read_recipe(tmp_path / "examples" / "digits_trady.toml", ["run.epochs=3"])
+    result = train(recipe, console=Console(file=io.StringIO()))
+    assert result["rows"] == {"train": 336, "validation": 144, "test": 416}
+    assert [0.8 * 512_000 < draw["spent"] <= draw["limit"] == 512_000 for draw in result["draws"]] == [True] * 3
+    assert result["bytes"]["optimizer"] == 0
 
 
 @pytest.mark.slow

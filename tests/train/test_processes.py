@@ -67,7 +67,8 @@ def test_two_ranks_equal_one_with_the_doubled_batch(edit: Callable[..., Path], w
     one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
     assert one["metrics"] == two["metrics"]
     states = [Checkpoints(workplace / name / "checkpoints").load(7)["trainee"] for name in ("one", "two")]
-    for name, indices in states[0]["indices"].items():
-        assert torch.equal(indices, states[1]["indices"][name])
+    for name, selected in states[0]["selected"].items():
+        for key, value in selected.items():
+            assert torch.equal(value, states[1]["selected"][name][key])
     for name, values in states[0]["values"].items():
         torch.testing.assert_close(values, states[1]["values"][name], rtol=1e-4, atol=1e-5)

@@ -10,8 +10,11 @@ import pytest
 from tithe import TitheError
 from tithe.train import parse_recipe, read_recipe
 from tithe.train.locate import locate
+from tithe.train.method import TradyMethod
 
 Edit = Callable[..., Path]
+
+FISH = 'name = "fish"\ndensity = 0.2\nsamples = 32'
 
 WRONG = {
     "unknown key": (
@@ -24,7 +27,11 @@ WRONG = {
     "missing section": (("[optimizer]\nlr = 0.01\nclip = 1.0\n", ""), "recipe.toml", ["optimizer"]),
     "missing key": (("lr = 0.01\n", ""), "line 15: [optimizer]", ["found no lr", "add [optimizer] lr"]),
     "missing method": (('name = "fish"\n', ""), "line 10: [method]", ["add [method] name"]),
-    "wrong method": (('"fish"', '"fisch"'), "line 11: [method] name", ["'fisch'", "'fish'", "'full'", "'head'"]),
+    "wrong method": (
+        ('"fish"', '"fisch"'),
+        "line 11: [method] name",
+        ["'fisch'", "'fish', 'trady', 'full', 'head'"],
+    ),
     "key of another method": (
         ('name = "fish"\ndensity = 0.2', 'name = "full"\ndensity = 0.2'),
         "line 12: [method] density",
@@ -46,6 +53,54 @@ WRONG = {
         ["'days'", "'steps' or 'epochs'"],
     ),
     "a text for a list": (('pretrained = "tiny"', 'pretrained = "tiny"\nhead = "x"'), "line 3: [model] head", ["list"]),
+    "no budget": ((FISH, 'name = "trady"'), "line 10: [method]", ["no budget", "add [method] budget"]),
+    "a budget without a unit": (
+        (FISH, 'name = "trady"\nbudget = 2000000'),
+        "line 12: [method] budget",
+        ["the number 2000000", '"2MB"', "{elements = 2000000}"],
+    ),
+    "a budget of no known unit": ((FISH, 'name = "trady"\nbudget = "2 apples"'), "line 12", ["2 apples", "mb"]),
+    "two measures": (
+        (FISH, 'name = "trady"\nbudget = {elements = 9, fraction = 0.1}'),
+        "line 12: [method] budget",
+        ["elements and fraction", "exactly one", "keep one"],
+    ),
+    "an unknown measure": (
+        (FISH, 'name = "trady"\nbudget = {element = 9}'),
+        "line 12: [method] budget.element",
+        ["did you mean elements?"],
+    ),
+    "a ranking that nobody reads": (
+        (FISH, 'name = "trady"\nbudget = "2MB"\nlayers = "all"\nranking = "r.json"'),
+        "line 14: [method] ranking",
+        ["remove ranking", 'layers = "topk"'],
+    ),
+    "bits without lean": (
+        ("samples = 32", "samples = 32\nlean_bits = 8"),
+        "line 14: [method] lean_bits",
+        ["without lean", "add lean = true"],
+    ),
+    "lean of other bits": (
+        ("samples = 32", "samples = 32\nlean = true\nlean_bits = 4"),
+        "line 15: [method] lean_bits",
+        ["8"],
+    ),
+    "a key of FISH": ((FISH, 'name = "trady"\nbudget = "2MB"\ndensity = 0.2'), "line 13: [method] density", ["budget"]),
+    "momentum without SGD": (
+        ("lr = 0.01", "lr = 0.01\nmomentum = 0.9"),
+        "line 17: [optimizer] momentum",
+        ["momentum with adamw", 'name = "sgd"'],
+    ),
+    "two warm-ups": (
+        ("lr = 0.01", "lr = 0.01\nwarmup_steps = 1\nwarmup_epochs = 1"),
+        "line 18: [optimizer] warmup_epochs",
+        ["at most one"],
+    ),
+    "a warm-up without an end": (
+        ("lr = 0.01", "lr = 0.01\nwarmup_epochs = 2"),
+        "line 17: [optimizer] warmup_epochs",
+        ["2 epochs in a run of 2", "lower warmup_epochs"],
+    ),
     "not TOML": (("epochs = 2", "epochs = = 2"), "recipe.toml line 20", ["TOML"]),
 }
 
@@ -58,6 +113,40 @@ def test_a_wrong_recipe_says_where_and_what(name: str, edit: Edit) -> None:
     assert place in error.value.place
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("length", "warmup"),
+    [("epochs = 20", (None, 2.0)), ("epochs = 200", (None, 5.0)), ("steps = 55", (5, None))],
+)
+def test_trady_is_trained_as_in_its_paper_unless_told_otherwise(
+    length: str, warmup: tuple[int | None, float | None], edit: Edit
+) -> None:
+    paper = edit((FISH, 'name = "trady"\nbudget = "2MB"'), ("epochs = 2", length))
+    optimizer = read_recipe(paper).optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.weight_decay, optimizer.schedule) == ("sgd", 0, 0, "cosine")
+    assert (optimizer.warmup_steps, optimizer.warmup_epochs) == warmup
+    told = read_recipe(paper, ["optimizer.name=adamw", "optimizer.schedule=linear", "optimizer.warmup_steps=1"])
+    assert (told.optimizer.name, told.optimizer.schedule) == ("adamw", "linear")
+    assert (told.optimizer.warmup_steps, told.optimizer.warmup_epochs) == (1, None)
+    assert (read_recipe(edit()).optimizer.name, read_recipe(edit()).optimizer.schedule) == ("adamw", "linear")
+
+
+@pytest.mark.parametrize(
+    ("written", "measure", "limit"),
+    [
+        ('"2MB"', "bytes", 2_000_000),
+        ("{elements = 27946}", "elements", 27_946),
+        ("{fraction = 0.5}", "fraction", 0.5),
+        ("{flops = 9}", "flops", 9),
+    ],
+)
+def test_a_budget_is_text_or_names_its_measure(written: str, measure: str, limit: float, edit: Edit) -> None:
+    recipe = read_recipe(edit((FISH, f'name = "trady"\nbudget = {written}\nlayers = "all"\nlean_bits = 8')))
+    assert isinstance(recipe.method, TradyMethod)
+    method = recipe.method.make(recipe.folder)
+    assert getattr(method.budget, measure) == limit
+    assert (method.layers, method.lean, method.dynamic) == ("all", True, True)
 
 
 def test_a_missing_recipe_is_one_message(tmp_path: Path) -> None:

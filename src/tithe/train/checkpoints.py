@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tithe.errors import TitheError
 
-_VERSION = 1
+_VERSION = 2
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -143,7 +143,7 @@ class Checkpoints:
         """Read one checkpoint.
 
         Raises:
-            TitheError: a file is missing or damaged, or comes from a later version of the library.
+            TitheError: a file is missing or damaged, or comes from another version of the library.
         """
         path = self.path(step)
         try:
@@ -161,7 +161,7 @@ class Checkpoints:
                 str(path),
                 found=f"version {content.get('version')}",
                 expected=f"version {_VERSION}",
-                remedy="update tithe",
+                remedy="resume it with the version of tithe that wrote it, or start anew in another output folder",
             )
         return unflatten(tensors, content["state"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict, cast
+from typing import Any, Protocol, TypedDict, cast, final
 
 import numpy as np
 import torch
@@ -198,6 +198,10 @@ class TextEncoder:
         encoded = cast(Mapping[str, list[Any]], self.tokenizer(*texts, truncation=True, max_length=self.max_length))
         return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
+    def largest(self, items: Sequence[Any]) -> int:
+        """The row of the most tokens, the first of several."""
+        return max(range(len(items)), key=lambda row: len(items[row]["input_ids"]))
+
     def join(self, items: Sequence[Any]) -> dict[str, Tensor] | Tensor:
         """Pad encoded rows to tensors (N, longest)."""
         return dict(cast(Mapping[str, Tensor], self.tokenizer.pad(list(items), return_tensors="pt")))
@@ -221,6 +225,10 @@ class ImageEncoder:
         """The images, decoded when they are asked for."""
         assert isinstance(rows, Images)
         return _Decoded(rows, self.size)
+
+    def largest(self, items: Sequence[Any]) -> int:
+        """The first: images of a batch have one size."""
+        return 0
 
     def join(self, items: Sequence[Any]) -> dict[str, Tensor] | Tensor:
         """Stack uint8 images to float32 (N, C, H, W)."""
@@ -262,6 +270,11 @@ class Samples(Dataset[tuple[Any, Tensor]]):
     def __getitem__(self, row: int) -> tuple[Any, Tensor]:
         return self._items[row], self._targets[row]
 
+    @property
+    def largest(self) -> int:
+        """A row of the largest input: a batch with it is as large as batches of its length can be."""
+        return self._encoder.largest(self._items)
+
     def batches(self, rows: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
         """Iterate over the batches with these rows, leaving the global random state alone."""
         loader = DataLoader(
@@ -300,3 +313,46 @@ def chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
         [[1, 2], [3]]
     """
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChoosingBatches:
+    """Training batches in the order of one seeded shuffle, to choose by: on each process its share.
+
+    Args:
+        samples: the training split.
+        batch_size: of one process.
+        seed: of the shuffle.
+        share: this process's number, and how many there are.
+        device: where the batches go.
+        priced: whether a budget is priced for the first batch: it is then the same on every process, and the largest
+            that a step can have.
+    """
+
+    samples: Samples
+    batch_size: int
+    seed: int
+    share: tuple[int, int]
+    device: torch.device
+    priced: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = epoch_order(len(self.samples), seed=self.seed, epoch=-1)
+        first: list[Sequence[int]] = []
+        if self.priced:
+            largest = self.samples.largest
+            rows = [largest, *(row for row in rows if row != largest)]
+            first, rows = chunks(rows[: self.batch_size], self.batch_size), rows[self.batch_size :]
+        rank, world = self.share
+        batches = self.samples.batches([*first, *chunks(rows[rank::world], self.batch_size)])
+        return (to_device(batch, self.device) for batch in batches)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch with its tensors on a device."""
+    inputs = batch["inputs"]
+    moved = (
+        {name: value.to(device) for name, value in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+    )
+    return {"inputs": moved, "labels": batch["labels"].to(device)}

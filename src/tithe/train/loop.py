@@ -7,12 +7,11 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,13 +20,24 @@ from torch.nn.parallel import DistributedDataParallel
 import tithe
 from tithe.errors import TitheError
 from tithe.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.train.data import Batch, Samples, chunks, epoch_order, read_examples
+from tithe.train.data import Batch, ChoosingBatches, Samples, chunks, epoch_order, read_examples, to_device
+from tithe.train.method import FishMethod, TradyMethod
 from tithe.train.metrics import chosen_metrics, score
 from tithe.train.models import build, classification_loss, find_model, logits, regression_loss
 from tithe.train.progress import Reporter
-from tithe.train.recipe import FishMethod, Recipe
+from tithe.train.recipe import Recipe
 from tithe.train.setup import StopSignals, load_state, make_accelerator
-from tithe.train.trainee import attach, load_optimizer_state, make_optimizer, optimizer_state, rate, train_mode
+from tithe.train.spending import spending
+from tithe.train.trainee import (
+    attach,
+    find_method,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    rate,
+    train_mode,
+    warmup_steps,
+)
 
 
 class Interrupted(Exception):
@@ -50,22 +60,7 @@ class Position:
     seconds: float = 0.0
     ledger: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-
-@dataclass(frozen=True)
-class _Choosing:
-    """Training batches in the order of one seeded shuffle, to choose by: on each process its share."""
-
-    samples: Samples
-    batch_size: int
-    seed: int
-    accelerator: Accelerator
-
-    def __iter__(self) -> Iterator[Batch]:
-        rows = epoch_order(len(self.samples), seed=self.seed, epoch=-1)
-        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        batches = self.samples.batches(chunks(share, self.batch_size))
-        return (to_device(batch, self.accelerator.device) for batch in batches)
+    draws: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 class Run:
@@ -92,6 +87,7 @@ class Run:
                 remedy="add --resume to go on, or choose another output",
             )
         find_model(recipe)
+        find_method(recipe)
         self.examples = read_examples(recipe)
         self.accelerator = make_accelerator(recipe)
         world = self.accelerator.num_processes
@@ -117,8 +113,16 @@ class Run:
             name: Samples(rows, self.examples.targets[name], self.network.encoder)
             for name, rows in self.examples.splits.items()
         }
-        choosing = _Choosing(self.samples["train"], recipe.run.batch_size, recipe.run.seed, accelerator)
-        self.trainee = attach(recipe, self.network, self.loss, choosing, None if state is None else state["trainee"])
+        self._choosing = ChoosingBatches(
+            samples=self.samples["train"],
+            batch_size=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            share=(accelerator.process_index, accelerator.num_processes),
+            device=accelerator.device,
+            priced=isinstance(recipe.method, TradyMethod),
+        )
+        chosen = None if state is None else state["trainee"]
+        self.trainee = attach(recipe, self.network, self.loss, self._choosing, chosen)
         # While a warm-up lasts, nothing but the head gets a gradient.
         self._wrap(waits=isinstance(recipe.method, FishMethod) and recipe.method.warmup > 0)
         train_mode(self.model, self.trainee)
@@ -171,6 +175,7 @@ class Run:
             console=self.console,
         )
         with reporter, self._signals.caught():
+            self._show_draw(reporter, new=at.step == 0)
             while at.step < self.total_steps:
                 self._epoch(reporter)
             if at.best_step is not None and at.best_step != at.step:
@@ -194,7 +199,10 @@ class Run:
             ended = at.step_in_epoch == self.steps_per_epoch
             if ended:
                 at.epoch, at.step_in_epoch = at.epoch + 1, 0
-                self._changed(self.trainee.end_epoch())
+                changed = self.trainee.end_epoch()
+                self._changed(changed)
+                if changed and at.step < self.total_steps:
+                    self._show_draw(reporter, new=True)
             at.seconds += time.monotonic() - started
             reporter.step(at.step, values)
             self._pause(reporter, ended)
@@ -227,7 +235,8 @@ class Run:
         return values[0]
 
     def _step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
-        lr = rate(self.recipe.optimizer, self.position.step, self.total_steps)
+        section = self.recipe.optimizer
+        lr = rate(section, self.position.step, self.total_steps, warmup_steps(section, self.steps_per_epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mean = torch.zeros((), device=self.accelerator.device)
@@ -293,6 +302,16 @@ class Run:
             expected="a finite number",
             remedy=f"lower lr ({lr}), add [optimizer] clip or warmup_steps, or look for bad values in the data; {last}",
         )
+
+    def _show_draw(self, reporter: Reporter, *, new: bool) -> None:
+        """Say what was drawn under a budget; a draw that a resumed run goes on with is in the log already."""
+        spent = spending(self.trainee, self._choosing)
+        if spent is None:
+            return
+        if new:
+            self.position.draws.append({"step": self.position.step, **spent.as_dict()})
+            reporter.log_draw(self.position.step, spent.as_dict())
+        reporter.say(f"step {self.position.step}/{self.total_steps}  draw: {spent}")
 
     def _changed(self, changed: bool) -> None:
         """Wrap the model again where a choice has changed how many values a tensor trains."""
@@ -368,12 +387,3 @@ class Run:
         # All processes stop after the same step, whichever of them got the signal.
         asked = cast(list[int], gather_object([int(self._signals.received or 0)]))
         return signal.Signals(max(asked)) if any(asked) else None
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on a device."""
-    inputs = batch["inputs"]
-    moved = (
-        {name: value.to(device) for name, value in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
-    )
-    return {"inputs": moved, "labels": batch["labels"].to(device)}

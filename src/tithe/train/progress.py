@@ -97,6 +97,11 @@ class Reporter:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step}/{self._total}  {split}: {shown}")
 
+    def log_draw(self, step: int, values: dict[str, Any]) -> None:
+        """Log what was drawn under a budget, after `step` steps."""
+        if self._console is not None:
+            self._write("draw", step, {name: value for name, value in values.items() if not isinstance(value, str)})
+
     def _status(self) -> str:
         memory = f"{live_memory(self._device) / 1e6:,.0f} MB"
         return "  ".join(part for part in (f"loss {self._loss:.4f}", self._metric, memory) if part)

@@ -9,30 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from tithe.errors import TitheError
 from tithe.train.locate import Lines, locate
+from tithe.train.method import METHODS, AnyMethod, BudgetTable, Reselect
+from tithe.train.section import REFUSED, Section, exactly_one, refuse
 
 Task = Literal["text-classification", "text-regression", "image-classification"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True)
-
-
-def _exactly_one(section: _Section, *names: str) -> None:
-    given = [name for name in names if getattr(section, name) is not None]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise PydanticCustomError(
-            "exactly_one", "{found}|exactly one of {names}", {"found": found, "names": ", ".join(names)}
-        )
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """`[model]`: what is fine-tuned.
 
     Exactly one of `pretrained` (a Hugging Face id, a local folder, or `package:NAME/FOLDER` inside an installed Python
@@ -48,11 +37,11 @@ class ModelSection(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
-        _exactly_one(self, "pretrained", "timm", "callable")
+        exactly_one(self, "pretrained", "timm", "callable")
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """`[data]`: what it is fine-tuned on.
 
     Files (`train`, `validation`, `test`: TSV, CSV, JSONL, parquet, or a folder of class folders), a Hugging Face
@@ -83,46 +72,13 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if self.npz is not None or self.dataset is not None:
-            _exactly_one(self, "npz", "dataset")
+            exactly_one(self, "npz", "dataset")
         elif self.train is None:
-            _exactly_one(self, "train", "npz", "dataset")
+            exactly_one(self, "train", "npz", "dataset")
         return self
 
 
-class Reselect(_Section):
-    """`reselect = {every = 1, unit = "epochs"}`."""
-
-    every: Annotated[int, Field(ge=1)]
-    unit: Literal["steps", "epochs"] = "epochs"
-
-
-class FishMethod(_Section):
-    """`[method] name = "fish"`: the arguments of `tithe.FISH`, and `where` of `tithe.attach`."""
-
-    name: Literal["fish"]
-    density: Annotated[float, Field(gt=0, le=1)] | None = None
-    k: Annotated[int, Field(ge=1)] | None = None
-    samples: Annotated[int, Field(ge=1)] = 1024
-    fisher: Literal["empirical", "true"] = "empirical"
-    score: Literal["fisher", "gradient", "magnitude", "random"] = "fisher"
-    scope: Literal["global", "tensor"] = "global"
-    warmup: Annotated[int, Field(ge=0)] = 0
-    reselect: Reselect | None = None
-    where: tuple[str, ...] = ("*",)
-
-    @model_validator(mode="after")
-    def _one_size(self) -> FishMethod:
-        _exactly_one(self, "density", "k")
-        return self
-
-
-class DenseMethod(_Section):
-    """`[method] name = "full"` or `"head"`: the ordinary fine-tuning that a method is compared with."""
-
-    name: Literal["full", "head"]
-
-
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """`[optimizer]`: which, and how its learning rate moves."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -131,10 +87,29 @@ class OptimizerSection(_Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OptimizerSection:
+        if self.momentum and self.name != "sgd":
+            raise refuse(
+                "momentum",
+                found=f"momentum with {self.name}",
+                expected='it with name = "sgd"',
+                remedy="remove momentum, or change name",
+            )
+        if len(self.given("warmup_steps", "warmup_epochs")) > 1:
+            raise refuse(
+                "warmup_epochs",
+                found="warmup_steps and warmup_epochs",
+                expected="at most one of them",
+                remedy="keep one",
+            )
+        return self
 
 
-class RunSection(_Section):
+class RunSection(Section):
     """`[run]`: how long, how large, where to, and how often it is saved and looked at."""
 
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -154,20 +129,47 @@ class RunSection(_Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> RunSection:
-        _exactly_one(self, "epochs", "steps")
+        exactly_one(self, "epochs", "steps")
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run: five sections, all keys known, and the lines they stand on for later messages."""
 
     model: ModelSection
     data: DataSection
-    method: Annotated[FishMethod | DenseMethod, Field(discriminator="name")]
+    method: Annotated[AnyMethod, Field(discriminator="name")]
     optimizer: OptimizerSection
     run: RunSection
     _lines: Lines = PrivateAttr(default_factory=lambda: Lines("recipe"))
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, settings: Any) -> Any:
+        """TraDy is trained as in its paper unless told otherwise: SGD without momentum, a warm-up, then a cosine."""
+        match settings:
+            case {"method": {"name": "trady"}, "optimizer": dict() as given}:
+                own = cast(dict[str, Any], given)
+                usual: dict[str, Any] = {"name": "sgd", "schedule": "cosine"}
+                if not {"warmup_steps", "warmup_epochs"} & set(own):
+                    usual |= _warmup(cast(dict[str, Any], settings).get("run"))
+                return {**settings, "optimizer": {**usual, **own}}
+            case _:
+                return settings
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Recipe:
+        for unit in ("steps", "epochs"):
+            warmup, length = getattr(self.optimizer, f"warmup_{unit}"), getattr(self.run, unit)
+            if warmup is not None and length is not None and warmup >= length:
+                raise refuse(
+                    f"optimizer.warmup_{unit}",
+                    found=f"a warm-up of {warmup:g} {unit} in a run of {length}",
+                    expected="a warm-up that ends before the run, so that lr is reached",
+                    remedy=f"lower warmup_{unit}, or train for more {unit}",
+                )
+        return self
 
     @property
     def folder(self) -> Path:
@@ -207,6 +209,17 @@ class Recipe(_Section):
     def settings(self) -> dict[str, Any]:
         """All keys with their values, as JSON data."""
         return self.model_dump(mode="json")
+
+
+def _warmup(run: Any) -> dict[str, float]:
+    """The paper's 5 epochs of its 50 and more: a tenth of the run, and 5 epochs at most."""
+    match run:
+        case {"epochs": int(epochs)}:
+            return {"warmup_epochs": max(0.0, min(5.0, epochs / 10))}
+        case {"steps": int(steps)}:
+            return {"warmup_steps": max(0, steps // 10)}
+        case _:
+            return {}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -286,19 +299,19 @@ def _override(settings: dict[str, Any], override: str) -> tuple[str, ...]:
     return parts
 
 
-_SECTIONS: Mapping[str, Sequence[type[_Section]]] = {
-    "model": (ModelSection,),
-    "data": (DataSection,),
-    "method": (FishMethod, DenseMethod),
-    "optimizer": (OptimizerSection,),
-    "run": (RunSection,),
+_SECTIONS: Mapping[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "optimizer": OptimizerSection,
+    "run": RunSection,
 }
+_TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTable}
 
 
 def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
     path = [str(part) for part in error["loc"]]
     method = None
-    if len(path) > 1 and path[0] == "method" and path[1] in {"fish", "full", "head"}:
+    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
         method, path = path[1], [path[0], *path[2:]]
     place, kind = lines.place(*path), error["type"]
     if kind == "extra_forbidden":
@@ -315,14 +328,13 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         section = path if kind == "union_tag_not_found" else path[:-1]
         thing = f"[{section[0]}] {name}" if section else f"section [{name}]"
         return TitheError(lines.place(*section), found=f"no {name}", expected=thing, remedy=f"add {thing}")
-    if kind == "exactly_one":
-        found, _, expected = error["msg"].partition("|")
-        return TitheError(
-            place, found=found, expected=expected, remedy="add one" if found.startswith("none") else "keep one"
-        )
+    if kind == REFUSED:
+        said = error.get("ctx", {})
+        place = place if said["key"] is None else lines.place(*path, *said["key"].split("."))
+        return TitheError(place, found=said["found"], expected=said["expected"], remedy=said["remedy"])
     expected = error["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
     if kind == "union_tag_invalid":
-        place, expected = lines.place("method", "name"), "'fish', 'full' or 'head'"
+        place, expected = lines.place("method", "name"), "one of " + ", ".join(map(repr, METHODS))
         error["input"] = cast(Mapping[str, Any], error["input"]).get("name")
     if kind == "string_pattern_mismatch":
         expected = "package.module:callable"
@@ -331,8 +343,8 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
 
 def _known(path: Sequence[str], method: str | None) -> list[str]:
     if len(path) == 1:
-        return list(_SECTIONS)
-    if path[1] == "reselect" and len(path) > 2:
-        return list(Reselect.model_fields)
-    sections = _SECTIONS[path[0]]
-    return list((sections[-1] if method in {"full", "head"} else sections[0]).model_fields)
+        return list(Recipe.model_fields)
+    if len(path) > 2 and path[1] in _TABLES:
+        return list(_TABLES[path[1]].model_fields)
+    section = METHODS[method] if method is not None else _SECTIONS[path[0]]
+    return sorted(section.model_fields, key=lambda key: key.startswith("lean"))  # what all methods share comes last

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from tithe.train.loop import Run
 from tithe.train.merging import describe
 from tithe.train.progress import read_log
+from tithe.train.spending import Spending
 
 _PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -70,6 +72,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
             "delta": delta.stat().st_size,
         },
         "ledger": at.ledger,
+        "draws": at.draws,
         "seconds": {"training": at.seconds, "per_step": at.seconds / max(1, at.step)},
         "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
         "device": str(run.accelerator.device),
@@ -100,11 +103,29 @@ def show(result: dict[str, Any], console: Console) -> None:
         "optimizer": f"{sizes['optimizer'] / 1e6:,.2f} MB",
         "delta": f"{sizes['delta'] / 1e6:,.2f} MB",
         "time": f"{seconds['training']:.1f} s, {seconds['per_step'] * 1e3:.0f} ms a step",
-        "written": result["files"]["delta"],
     }
+    method = result["recipe"]["method"]
+    if method["lean"]:
+        kept = ["8 bits"] if method["lean_bits"] else []
+        kept += ["exact"] if method["lean_exact"] else []
+        rows["other layers"] = ", ".join(["lean", *kept])
+    rows = {**rows, **_budget_rows(result["draws"]), "written": result["files"]["delta"]}
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _budget_rows(draws: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the draws under a budget cost at most, and what the last one was."""
+    if not draws:
+        return {}
+    read = [Spending(**{key: value for key, value in draw.items() if key != "step"}) for draw in draws]
+    dearest, last = max(read, key=lambda spending: spending.spent), read[-1]
+    return {
+        "budget": f"{dearest.bill} at most, {len(read)} draw{'s' * (len(read) > 1)}",
+        "last draw": last.drawn,
+        "predicted": f"{max(spending.peak for spending in read) / 1e6:,.1f} MB peak of a step, θ and state included",
+    }
 
 
 def _draw(folder: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import tithe
 from tithe.errors import TitheError
 from tithe.train.data import Batch
+from tithe.train.method import DenseMethod, TradyMethod
 from tithe.train.models import Network
-from tithe.train.recipe import DenseMethod, FishMethod, OptimizerSection, Recipe
+from tithe.train.recipe import OptimizerSection, Recipe
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -126,6 +127,20 @@ class Dense:
         """Nothing was put on the model."""
 
 
+def find_method(recipe: Recipe) -> None:
+    """Check that what the method reads is there.
+
+    Raises:
+        TitheError: the ranking that the recipe names is missing or damaged.
+    """
+    if isinstance(recipe.method, TradyMethod):
+        try:
+            recipe.method.make(recipe.folder)
+        except TitheError as error:
+            place = f"{recipe.place('method', 'ranking')}: {error.place}"
+            raise TitheError(place, found=error.found, expected=error.expected, remedy=error.remedy) from error
+
+
 def attach(
     recipe: Recipe, network: Network, loss: Loss, data: Iterable[Batch], state: Mapping[str, Any] | None
 ) -> Trainee:
@@ -139,6 +154,9 @@ def attach(
         state: a `state_dict` of the same run; its choice is taken and nothing is scored.
     """
     method = recipe.method
+    if method.lean:
+        # Before the choice is made, which then keeps no more than training does. It goes with the model.
+        tithe.lean(network.model, method.lean_bits, exact=bool(method.lean_exact))
     if isinstance(method, DenseMethod):
         names = [name for name, _ in network.model.named_parameters()]
         dense = Dense(network.model, names if method.name == "full" else network.head)
@@ -148,7 +166,7 @@ def attach(
     try:
         plan = tithe.attach(
             network.model,
-            fish(method),
+            method.make(recipe.folder),
             loss=loss,
             data=data,
             where=method.where,
@@ -160,21 +178,6 @@ def attach(
         place = f"{recipe.place('method')}: {error.place}"
         raise TitheError(place, found=error.found, expected=error.expected, remedy=error.remedy) from error
     return plan
-
-
-def fish(method: FishMethod) -> tithe.FISH:
-    """The method object of a recipe."""
-    again = method.reselect
-    return tithe.FISH(
-        density=method.density,
-        k=method.k,
-        samples=method.samples,
-        fisher=method.fisher,
-        score=method.score,
-        scope=method.scope,
-        warmup=method.warmup,
-        reselect=None if again is None else tithe.every(again.every, again.unit),
-    )
 
 
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -205,19 +208,36 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def rate(section: OptimizerSection, step: int, total: int) -> float:
-    """The learning rate of the step after `step` finished ones: a pure function, so a resumed run needs no state.
+def warmup_steps(section: OptimizerSection, steps_per_epoch: int) -> int:
+    """The steps in which the learning rate rises.
 
     Example:
-        >>> section = OptimizerSection(lr=1.0, warmup_steps=2)
-        >>> [rate(section, step, 6) for step in range(6)]
+        >>> warmup_steps(OptimizerSection(lr=1.0, warmup_epochs=0.5), 9)
+        4
+    """
+    if section.warmup_epochs is not None:
+        return round(section.warmup_epochs * steps_per_epoch)
+    return section.warmup_steps or 0
+
+
+def rate(section: OptimizerSection, step: int, total: int, warmup: int) -> float:
+    """The learning rate of the step after `step` finished ones: a pure function, so a resumed run needs no state.
+
+    Args:
+        section: lr and its schedule.
+        step: finished steps.
+        total: of the run.
+        warmup: of `warmup_steps`.
+
+    Example:
+        >>> [rate(OptimizerSection(lr=1.0), step, 6, 2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    if step < section.warmup_steps:
-        return section.lr * (step + 1) / section.warmup_steps
+    if step < warmup:
+        return section.lr * (step + 1) / warmup
     if section.schedule == "constant":
         return section.lr
-    done = (step - section.warmup_steps) / max(1, total - section.warmup_steps)
+    done = (step - warmup) / max(1, total - warmup)
     return section.lr * (1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
