@@ -2,11 +2,14 @@
 
     P = softmax(s q kᵀ + mask)        y = (P ∘ D) v,  D = 0 or 1 / (1 − p)
 
-Without dropout the stock kernel keeps the output and the log-sum-exp besides. They are computed again, by the same
-kernel from the same numbers, so that gradients are stock's bit for bit; that costs S / (2 H E) of the forward pass of
-the four projections around it, and is done up to S = H E. With dropout stock on a CPU leaves the fused kernel and keeps
-P, D and more of the same size; here P is computed again for a few samples at a time, in stock's order of operations:
-output and gradients are stock's bit for bit, and so is what is drawn of the random numbers.
+Without dropout the stock kernel keeps the output and the log-sum-exp besides. On a CPU, up to T S = 2¹⁸, gradients are
+computed from P without them, as fast as the kernel does it and within its rounding. Longer ones, and all with
+`exact=True`, run the kernel again on the same numbers: gradients are stock's bit for bit. That costs S / (2 H E) of the
+forward pass of the four projections around it, and is done up to S = H E.
+
+With dropout stock on a CPU leaves the fused kernel and keeps P, D and more of the same size; here P is computed again
+for a few samples at a time, in stock's order of operations: output and gradients are stock's bit for bit, and so is
+what is drawn of the random numbers.
 
 With `bits=8` q, k and v are kept in codes, each value off by at most 1/254 of the largest in its block of 128.
 
@@ -17,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +70,13 @@ class Attention:
         causal: whether a query sees only the keys up to its own position.
         scale: of the scores, or None for 1/√E.
         dropout: p.
+        fused: whether gradients are the stock kernel's, bit for bit, rather than those of the steps it fuses.
     """
 
     causal: bool
     scale: float | None
     dropout: float = 0.0
+    fused: bool = True
 
     def stock(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The stock operation, without dropout."""
@@ -143,7 +148,7 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Fused(torch.autograd.Function):
-    """Attention without dropout: `apply(attention, bits, q, k, v, mask)`; backward runs the stock operation again."""
+    """Attention by a stock kernel: `apply(attention, bits, q, k, v, mask)`; backward runs it again, or its steps."""
 
     @staticmethod
     def forward(
@@ -158,7 +163,14 @@ class Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Stock's gradients."""
-        q, k, v, mask = _kept(ctx)[:4]
+        q, k, v, mask = _kept(ctx)
+        if not ctx.attention.fused:
+            return (
+                None,
+                None,
+                *gradients(ctx.attention, (q, k, v), mask, None, grads[0], ctx.needs_input_grad[2:5]),
+                None,
+            )
         inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), ctx.needs_input_grad[2:5], strict=True)]
         with torch.enable_grad():
             y = ctx.attention.stock(*inputs, mask)
@@ -198,37 +210,60 @@ class Composed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Stock's gradients."""
-        attention = cast(Attention, ctx.attention)
         q, k, v, mask, *packed = _kept(ctx)
-        needs = ctx.needs_input_grad[2:5]
-        gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip((q, k, v), needs, strict=True))
-        bias = attention.bias(q, k, mask)
-        with torch.autocast(q.device.type, enabled=False):
-            for part in parts(q, k):
-                b, h, g = part
-                query, key = attention.scaled(q[b, h], k[b, g])
-                p = probabilities(query, key, _of(bias, part))
-                gy, value = grads[0][b, h].to(p.dtype), _spread(v[b, g].to(p.dtype), p.shape[1])
-                gp = torch.matmul(gy, value.transpose(-2, -1)) if gq is not None or gk is not None else None
-                dropped = p
-                if packed:
-                    start = (b.start * q.shape[1] + h.start) * p.shape[2] * p.shape[3]
-                    keeps = unpack_mask(packed[0], start, start + p.numel())
-                    factor = keeps.view(p.shape).to(p.dtype).div_(1 - attention.dropout)
-                    gp = None if gp is None else gp.mul_(factor)
-                    dropped = factor.mul_(p)
-                if gv is not None:
-                    gv[b, g] = _gathered(torch.matmul(dropped.transpose(-2, -1), gy), v[b, g].shape[1])
-                if gp is None:
-                    continue
-                gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
-                one, two = attention.factors(q.shape[-1])
-                if gq is not None:
-                    gq[b, h] = torch.matmul(gs, key).mul_(one)
-                if gk is not None:
-                    found = torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1)
-                    gk[b, g] = _gathered(found, k[b, g].shape[1])
-        return None, None, gq, gk, gv, None
+        bits = packed[0] if packed else None
+        return None, None, *gradients(ctx.attention, (q, k, v), mask, bits, grads[0], ctx.needs_input_grad[2:5]), None
+
+
+def gradients(
+    attention: Attention,
+    kept: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    bits: Tensor | None,
+    gy: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k and v, some 2¹⁸ probabilities at a time.
+
+        ∂P = (gy vᵀ) ∘ D        ∂(scores) = P ∘ (∂P − Σ ∂P ∘ P)
+
+    Args:
+        attention: the settings.
+        kept: q, k and v.
+        mask: as the operation was given it.
+        bits: the packed mask of dropout.
+        gy: (B, H, T, E).
+        needs: which of the three are asked for.
+    """
+    q, k, v = kept
+    gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip(kept, needs, strict=True))
+    bias = attention.bias(q, k, mask)
+    one, two = attention.factors(q.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):
+        for part in parts(q, k):
+            b, h, g = part
+            query, key = attention.scaled(q[b, h], k[b, g])
+            p = probabilities(query, key, _of(bias, part))
+            gy_part, value = gy[b, h].to(p.dtype), _spread(v[b, g].to(p.dtype), p.shape[1])
+            gp = torch.matmul(gy_part, value.transpose(-2, -1)) if needs[0] or needs[1] else None
+            dropped = p
+            if bits is not None:
+                start = (b.start * q.shape[1] + h.start) * p.shape[2] * p.shape[3]
+                factor = unpack_mask(bits, start, start + p.numel()).view(p.shape).to(p.dtype)
+                factor = factor.div_(1 - attention.dropout)
+                gp = None if gp is None else gp.mul_(factor)
+                dropped = factor.mul_(p)
+            if gv is not None:
+                gv[b, g] = _gathered(torch.matmul(dropped.transpose(-2, -1), gy_part), v[b, g].shape[1])
+            if gp is None:
+                continue
+            gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
+            if gq is not None:
+                gq[b, h] = torch.matmul(gs, key).mul_(one)
+            if gk is not None:
+                found = torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1)
+                gk[b, g] = _gathered(found, k[b, g].shape[1])
+    return gq, gk, gv
 
 
 def _keep(ctx: Any, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Tensor) -> None:
@@ -271,6 +306,8 @@ def attention(
         return Composed.apply(settings, leanness.bits, q, k, v, mask)
     if dropout_p > 0 or (leanness.bits is None and k.shape[2] > q.shape[1] * q.shape[3]):
         return NotImplemented
+    if not leanness.exact and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _AT_ONCE:
+        settings = replace(settings, fused=False)
     return Fused.apply(settings, leanness.bits, q, k, v, mask)
 
 

@@ -30,7 +30,7 @@ from tithe.rules.carrier import Carrier, asking, raw
 from tithe.rules.catch import Leanness, catch
 from tithe.rules.codes import BLOCK, decode, encode
 
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 18
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
 
 _Checked = tuple[tuple[int, ...], "Tensor | None"]
@@ -226,6 +226,7 @@ def _gradients(
         gw, gb = rstd.new_zeros(math.prod(norm.shape)), rstd.new_zeros(math.prod(norm.shape))
     step = max(1, _AT_ONCE // gy[:1].numel())
     axes = [0, 2] if norm.kind == "group" else [0]
+    zero, one = torch.zeros_like(rstd[: step * norm.groups]), torch.ones_like(rstd[: step * norm.groups])
     for start in range(0, gy.shape[0], step):
         part = slice(start, start + step)
         g, xhat = gy[part].to(rstd.dtype), known.of(part, rstd.dtype)
@@ -239,9 +240,12 @@ def _gradients(
         else:
             # The stock kernel on numbers that are normalised already: mean 0, σ 1.
             out, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-                h, xhat, [h.shape[1]], torch.zeros_like(r), torch.ones_like(r), None, None, [True, False, False]
+                h, xhat, [h.shape[1]], zero[: len(r)], one[: len(r)], None, None, [True, False, False]
             )
-        gx[part] = out.mul_(r).view(g.shape)
+        if gx.dtype == out.dtype:
+            torch.mul(out, r, out=norm.rows(gx[part]))
+        else:
+            gx[part] = out.mul_(r).view(g.shape)
     return gw, gb
 
 
