@@ -174,7 +174,7 @@ class Plan:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The same with names: the model's own parameter names. Tensors chosen later are there, still empty."""
-        changes = self.method.reselect is not None or not self._chosen
+        changes = self.method.reselect is not None or self.method.charges_state or not self._chosen
         for binding in self._candidates:
             if binding.selection.size or changes:
                 yield binding.name, binding.theta
@@ -263,7 +263,9 @@ class Plan:
         """
         self._check_live()
         self._choices.commit()
-        chosen = self.method.choose(self.choosing())
+        return self._take(self.method.choose(self.choosing()))
+
+    def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
         return self._choices.take(chosen, self._memory.tensors.get("rooms")) or first
 
@@ -368,8 +370,13 @@ class Plan:
             self._num_states = states
             return
         self._num_states = states
-        self._choices.set_room(self.method.num_selected(self.choosing()))
-        self.reselect()
+        self._choices.commit()
+        choosing = self.choosing()
+        size = self.method.num_selected(choosing)
+        choosing.room = None if choosing.room is None else size
+        chosen = self.method.choose(choosing)  # before the room is another, while the present choice still runs
+        self._choices.set_room(size)
+        self._take(chosen)
 
     def _link(self, *_: Any) -> None:
         self._choices.link()

@@ -110,6 +110,8 @@ class Pool:
 
     def view(self, binding: Binding) -> Tensor:
         """What stands for a part in autograd."""
+        if not self.flat.requires_grad:  # while scores are taken: a view that is kept from then would never be trained
+            return binding.theta.detach()
         if not self.views:
             used = [b for b in self.bindings if b.selection.size]
             with _disable_current_modes(), torch.enable_grad():  # also when first asked for in a run on shapes alone
