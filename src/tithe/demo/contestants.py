@@ -18,6 +18,9 @@ from tithe.demo.network import classification_loss
 DENSITY = 0.02
 """Part of all weights, head included, that the sparse methods train."""
 
+BUDGET = "512 kB"
+"""What the channels that TraDy draws may cost: θ, gradients, AdamW's state, indices, kept inputs, the head's share."""
+
 BATCH_SIZE = 64
 
 HEAD = ("head.*",)
@@ -115,10 +118,14 @@ class Attached:
         method: what `tithe.attach` takes.
         task: its training images also choose the weights.
         seed: of the choice.
+        lean: whether all layers are made lean first; a method may ask for that itself.
     """
 
-    def __init__(self, model: nn.Module, method: tithe.FISH, task: Task, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, method: tithe.FISH | tithe.TraDy, task: Task, seed: int, *, lean: bool = False
+    ) -> None:
         self.model = model
+        self._lean = tithe.lean(model) if lean else None
         batches = list(zip(*(part.split(BATCH_SIZE) for part in task.train), strict=True))
         self.plan = tithe.attach(model, method, loss=classification_loss, data=batches, head=HEAD, seed=seed)
         self.optimizer = _adamw(list(self.plan.parameters()))
@@ -137,16 +144,18 @@ class Attached:
 
     def attached_bytes(self, batch: Batch) -> int:
         """Bytes of θ (the head's tensors are the model's own) and of the indices."""
-        thetas = (p for name, p in self.plan.named_parameters() if name not in self.plan.head)
-        return sum(p.numel() * p.element_size() for p in thetas) + self.plan.predict(batch).index
+        predicted, named = self.plan.predict(batch), dict(self.plan.named_parameters())
+        return predicted.theta - sum(named[name].nbytes for name in self.plan.head) + predicted.index
 
     def save(self, path: Path) -> None:
         """Write the delta."""
         self.plan.save(path)
 
     def release(self) -> None:
-        """Give the model back, free of the plan."""
+        """Give the model back, free of the plan and of lean layers."""
         self.plan.release()
+        if self._lean is not None:
+            self._lean.release()
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -168,16 +177,23 @@ def _load(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path), strict=False)
 
 
-def _fish(score: Literal["fisher", "random"]) -> Callable[[nn.Module, Task, int], Trainee]:
+def _fish(score: Literal["fisher", "random"], *, lean: bool = False) -> Callable[[nn.Module, Task, int], Trainee]:
     def start(model: nn.Module, task: Task, seed: int) -> Trainee:
-        return Attached(model, tithe.FISH(density=DENSITY, score=score, samples=len(task.train[0])), task, seed)
+        method = tithe.FISH(density=DENSITY, score=score, samples=len(task.train[0]))
+        return Attached(model, method, task, seed, lean=lean)
 
     return start
+
+
+def _trady(model: nn.Module, task: Task, seed: int) -> Trainee:
+    return Attached(model, tithe.TraDy(tithe.Budget(BUDGET), samples=len(task.train[0])), task, seed)
 
 
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("full fine-tuning", "full", lambda model, _task, _seed: Plain(model), _load),
     Contestant("FISH", "fish", _fish("fisher"), tithe.apply),
+    Contestant("FISH + lean", "fish-lean", _fish("fisher", lean=True), tithe.apply),
+    Contestant("TraDy", "trady", _trady, tithe.apply),
     Contestant("random mask", "random", _fish("random"), tithe.apply),
     Contestant("head only", "head", lambda model, _task, _seed: Plain(model, "head."), _load),
 )

@@ -20,7 +20,7 @@ from tithe.demo.network import WIDTH, Digits
 from tithe.demo.pace import Pace
 from tithe.errors import TitheError
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates that every method tries; its validation accuracy chooses, a tie goes to the lower validation loss."""
 
 WARM_UP_STEPS = 10

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tithe.demo.contestants import BATCH_SIZE, DENSITY
+from tithe.demo.contestants import BATCH_SIZE, BUDGET, DENSITY
 from tithe.demo.race import Length, Result
 
 _INKS = ("#1b4965", "#5fa8d3", "#e09f3e")
@@ -82,6 +82,7 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
         "seed": seed,
         "batch_size": BATCH_SIZE,
         "density": DENSITY,
+        "budget": BUDGET,
         "pretraining_steps": length.pretraining,
         "tuning_steps": length.tuning,
         "rates": list(length.rates),
@@ -134,7 +135,9 @@ def _sentences(results: Sequence[Result], length: Length) -> list[str]:
     return [
         f"Peak and optimizer state: measured bytes of a step of {BATCH_SIZE} images. Seconds: median of "
         f"{length.rounds} steps, the rows taking turns, on one thread. FISH and random mask train {DENSITY:.0%} of the "
-        "weights, the head among them.",
+        f"weights, the head among them. TraDy draws input channels anew each epoch, for at most {BUDGET} of a step, "
+        "AdamW's state included; its file holds all that any epoch drew. TraDy and FISH + lean let the other layers "
+        "keep for backward only what it needs.",
         _rates(results, length),
         f"One of the {num_tests} test images is {1 / num_tests:.2%}, and this is one seed. {_duels(results)}",
         _peaks(results),
@@ -194,5 +197,5 @@ def _seconds(results: Sequence[Result]) -> str:
     full = results[0]
     rows = ", ".join(f"{row.contestant.name} {row.seconds / full.seconds:.2f}" for row in results[1:])
     idle = [row.contestant.name for row in results[1:] if row.seconds > 0.95 * full.seconds]
-    saved = f" At this size {' and '.join(idle)} saved no time." if idle else ""
+    saved = f" At this size {', '.join(idle)} saved no time." if idle else ""
     return f"Time of a step against {full.contestant.name}: {rows}.{saved}"
