@@ -120,11 +120,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {path}#{anchor}"
 
 
-def test_the_method_card_lists_every_option_with_its_default() -> None:
-    card = (ROOT / "docs" / "fish.md").read_text("utf-8")
-    for option in dataclasses.fields(tithe.FISH):
-        default = f'"{option.default}"' if isinstance(option.default, str) else f"{option.default}"
-        assert f"| `{option.name}` | `{default}` |" in card
+@pytest.mark.parametrize("method", [tithe.FISH, tithe.TraDy])
+def test_the_method_card_lists_every_option_with_its_default(method: type) -> None:
+    card = (ROOT / "docs" / f"{method.__name__.lower()}.md").read_text("utf-8")
+    for option in dataclasses.fields(method):
+        default = f'`"{option.default}"`' if isinstance(option.default, str) else f"`{option.default}`"
+        if option.default is dataclasses.MISSING:
+            default = "required"
+        assert f"| `{option.name}` | {default} |" in card
 
 
 def test_the_pages_know_every_public_name() -> None:
