@@ -1,4 +1,4 @@
-"""The command line: `tithe demo · train · merge · inspect`."""
+"""The command line: `tithe demo · train · price · merge · inspect`."""
 
 from __future__ import annotations
 
@@ -152,6 +152,71 @@ def train(
             _print_json(result)
         else:
             show(result, _console())
+
+
+@app.command()
+def price(
+    model: Annotated[str, typer.Argument(help="A folder, model type, recipe or callable.")],
+    image: Annotated[str | None, typer.Option(help="An image.", metavar="CxHxW")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Length of a text.", metavar="N", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Samples in a step.", metavar="N")] = 8,
+    budget: Annotated[str, typer.Option(help="What sparse methods may train.", metavar="1%|2MB|N")] = "1%",
+    memory: Annotated[str | None, typer.Option(help="What everything has to fit into.", metavar="SIZE")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Price this one; repeatable.", metavar="NAME")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.", metavar="NAME")] = "adamw",
+    rank: Annotated[int, typer.Option(help="Of LoRA's matrices.", metavar="N")] = 8,
+    labels: Annotated[int | None, typer.Option(help="Outputs of the head.", metavar="N", min=1)] = None,
+    language_model: Annotated[bool, typer.Option("--language-model", help="Predict every next token.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of weights and inputs.", metavar="NAME")] = "float32",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A key of its configuration; repeatable.", metavar="KEY=VALUE")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw stacked bars.", metavar="FILE.png")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what training would take by each method, without loading the model.
+
+    MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
+    model type such as vit (its default size), an id of the Hugging Face hub
+    that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
+    Methods: full, head, lora, fish, fish+lean, trady.
+
+    \b
+    Example:
+      tithe price mobilenet_v2 --image 3x224x224 --batch 8
+      tithe price bert --tokens 128 --batch 16 --memory 2GB
+      tithe price llama --language-model --dtype bfloat16 --method trady \\
+        --set hidden_size=2048 --set num_hidden_layers=16
+      tithe price examples/sst2_minilm.toml --plot price.png
+    """  # noqa: D301
+    with _guarded():
+        from tithe import Budget
+        from tithe import price as pricing
+
+        shape = pricing.Shape(
+            image=None if image is None else pricing.Shape.parse_image(image),
+            tokens=tokens,
+            labels=labels,
+            language_model=language_model,
+            dtype=dtype,
+        )
+        terms = pricing.Terms(budget=pricing.parse_budget(budget), rank=rank, optimizer=optimizer)
+        limit = None if memory is None else Budget(memory).bytes
+        with pricing.Watch(_console(stderr=True)) as watch:
+            quotes = pricing.price(
+                pricing.outline(model, shape, settings or ()),
+                batch=batch,
+                methods=tuple(method or pricing.OFFERS),
+                terms=terms,
+                memory=limit,
+                progress=watch,
+            )
+        if plot is not None:
+            pricing.plot(quotes, plot)
+        if as_json:
+            _print_json(quotes.as_dict())
+        else:
+            pricing.show(quotes, _console())
 
 
 @app.command()

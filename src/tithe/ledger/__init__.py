@@ -3,6 +3,6 @@
 from tithe.ledger.blank import Blank
 from tithe.ledger.prediction import predict
 from tithe.ledger.recorder import measure
-from tithe.ledger.table import Ledger
+from tithe.ledger.table import Ledger, human
 
-__all__ = ["Blank", "Ledger", "measure", "predict"]
+__all__ = ["Blank", "Ledger", "human", "measure", "predict"]

@@ -66,6 +66,25 @@ class Terms:
             raise TitheError("rank", found=str(self.rank), expected="at least 1", remedy="--rank 8")
 
 
+def parse_budget(text: str) -> tithe.Budget:
+    """A budget as it is typed: "1%" or "0.01" of the network, "2MB", or a number of elements.
+
+    Raises:
+        TitheError: it is none of these.
+
+    Example:
+        >>> parse_budget("0.5%").fraction, parse_budget("2MB").bytes, parse_budget("27946").elements
+        (0.005, 2000000, 27946)
+    """
+    plain = text.strip().replace("_", "").replace(",", "")
+    try:
+        if plain.endswith("%"):
+            return tithe.Budget(fraction=float(plain[:-1]) / 100)
+        return tithe.Budget(elements=int(plain)) if plain.isdecimal() else tithe.Budget(fraction=float(plain))
+    except ValueError:
+        return tithe.Budget(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Where an offer is set up.
