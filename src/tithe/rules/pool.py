@@ -36,6 +36,10 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         """The gradient of the flat parameter; a part that was not used has none, nor has the unused end."""
         like = cast(Tensor, ctx.like)
+        if torch.is_grad_enabled():  # a gradient of this gradient is asked for: nothing in place
+            parts = [like.new_zeros(s) if g is None else g for s, g in zip(ctx.shapes, grads, strict=True)]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            return torch.cat([flat, like.new_zeros(like.numel() - flat.numel())]), None
         out = like.new_zeros(like.shape)
         for part, grad in zip(_parts(out, ctx.shapes), grads, strict=True):
             if grad is not None:

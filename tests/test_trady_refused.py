@@ -1,0 +1,168 @@
+"""What TraDy is given and cannot do: an error that names the place, and the model as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tithe
+from models import CASES, Case
+from oracles import adamw, bits, equal_bits
+from tithe import Budget, TitheError, TitheWarning, TraDy
+
+MLP, DEPTHWISE = CASES["mlp"], CASES["depthwise"]
+
+
+def _attach(case: Case, model: nn.Module, method: TraDy, **settings: object) -> tithe.Plan:
+    return tithe.attach(model, method, **({"loss": case.loss, "data": case.batches(2), "head": case.head} | settings))
+
+
+def _refused(method: TraDy, match: str, case: Case = MLP, **settings: object) -> TitheError:
+    model = case.model()
+    before, attributes = bits(model), [sorted(vars(m)) for m in model.modules()]
+    with pytest.raises(TitheError, match=match) as error:
+        _attach(case, model, method, **settings)
+    assert equal_bits(before, bits(model)) == []
+    assert [sorted(vars(m)) for m in model.modules()] == attributes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    return error.value
+
+
+# --- budgets
+
+
+def test_a_budget_smaller_than_the_head_says_how_large_that_is() -> None:
+    error = _refused(TraDy(Budget(100)), "head")
+    assert "204 bytes" in error.found  # 16 × 3 + 3 values
+
+
+def test_a_budget_smaller_than_one_channel_says_what_the_cheapest_costs() -> None:
+    error = _refused(TraDy(Budget(elements=16), layers="all"), "budget")
+    assert "17" in error.expected
+    assert ".weight" in error.expected
+    _refused(TraDy(Budget(210)), "budget")
+    _refused(TraDy(Budget(flops=3)), "budget")
+    _refused(TraDy(Budget(fraction=1e-4)), "budget")
+
+
+def test_a_budget_that_the_optimizers_state_outgrows_is_refused_when_bound() -> None:
+    model = MLP.model()
+    plan = _attach(MLP, model, TraDy(Budget(elements=18), layers="all"))
+    with pytest.raises(TitheError, match="budget"):
+        plan.bind(adamw(plan.parameters()))
+    plan.release()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"coverage": 0.0}, "coverage"),
+        ({"coverage": 1.5}, "coverage"),
+        ({"samples": 0}, "samples"),
+        ({"layers": "some"}, "topk"),
+        ({"score": "loss"}, "uniform"),
+        ({"budget": "2MB"}, "Budget"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(TitheError, match=told):
+        TraDy(**({"budget": Budget(elements=10)} | settings))
+
+
+# --- what is missing or does not belong
+
+
+@pytest.mark.parametrize("missing", ["loss", "data"])
+def test_missing_data_or_loss_is_named(missing: str) -> None:
+    _refused(TraDy(Budget(elements=500), layers="all"), missing, **{missing: None})
+
+
+def test_data_without_a_batch() -> None:
+    _refused(TraDy(Budget(elements=500)), "without a batch", data=[])
+
+
+@pytest.mark.parametrize("name", ["recurrent", "functional"])
+def test_a_model_without_channels_says_so(name: str) -> None:
+    """An LSTM's and a loose matrix's weights have no rule for channels; lookup tables have none to choose."""
+    with pytest.warns(TitheWarning, match="no rule for input channels"):
+        _refused(TraDy(Budget(elements=500)), "no weight with input channels", CASES[name])
+
+
+def test_biases_alone_are_nothing_to_draw_from() -> None:
+    _refused(TraDy(Budget(elements=500)), "no weight with input channels", where="*.bias")
+
+
+def test_a_path_without_a_ranking(tmp_path: Path) -> None:
+    _refused(TraDy(Budget(elements=500), tmp_path / "missing.json"), "missing.json")
+
+
+def test_layers_without_a_rule_are_named_and_left_frozen() -> None:
+    case = CASES["encoder"]
+    model = case.model()
+    with pytest.warns(TitheWarning, match="in_proj_weight"):
+        plan = _attach(case, model, TraDy(Budget(elements=10**6), layers="all"))
+    assert not any("in_proj" in name for name in plan.selections)
+    assert any("linear1" in name for name in plan.selections)
+
+
+def test_a_second_plan_is_refused() -> None:
+    model = DEPTHWISE.model()
+    plan = _attach(DEPTHWISE, model, TraDy(Budget(fraction=0.3)))
+    with pytest.raises(TitheError, match="plan already"):
+        _attach(DEPTHWISE, model, TraDy(Budget(fraction=0.3)))
+    assert tithe.Lean.of(model) is not None
+    plan.backward(lambda: DEPTHWISE.loss(model, DEPTHWISE.batch()))
+    plan.release()
+    assert tithe.Lean.of(model) is None
+
+
+# --- batches that were not priced
+
+
+@pytest.mark.parametrize("case", [MLP, DEPTHWISE], ids=lambda c: c.name)
+def test_a_batch_larger_than_priced_is_refused_under_a_budget_in_bytes(case: Case) -> None:
+    model = case.model()
+    plan = _attach(case, model, TraDy(Budget("16kB"), layers="all"))
+    with pytest.raises(TitheError, match="largest batch first") as error:
+        plan.backward(lambda: case.loss(model, case.batch(5)))
+    assert error.value.place in plan.selections
+    with torch.no_grad():
+        case.loss(model, case.batch(64))
+    for size in (1, 3, 4):
+        plan.backward(lambda size=size: case.loss(model, case.batch(size)))
+    plan.release()
+    case.loss(model, case.batch(64)).backward()
+
+
+def test_a_budget_in_elements_is_for_any_batch() -> None:
+    model = DEPTHWISE.model()
+    plan = _attach(DEPTHWISE, model, TraDy(Budget(fraction=0.3)))
+    plan.backward(lambda: DEPTHWISE.loss(model, DEPTHWISE.batch(32)))
+
+
+def test_second_derivatives_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    plan = tithe.attach(model, TraDy(Budget(elements=40), layers="all", lean=False), loss=loss, data=[x])
+    used = [p for p in plan.parameters() if p.numel()]
+    flat = model.get_parameter("@theta")
+    assert used
+    (grad,) = torch.autograd.grad(loss(model, x), [flat], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"twice|once_differentiable|derivative|does not require grad"):
+        grad.square().sum().backward()
+
+
+def test_a_released_plan_does_nothing_more() -> None:
+    plan = _attach(DEPTHWISE, DEPTHWISE.model(), TraDy(Budget(fraction=0.3)))
+    plan.release()
+    for call in (plan.end_epoch, plan.reselect, plan.step):
+        with pytest.raises(TitheError, match="released"):
+            call()
