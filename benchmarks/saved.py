@@ -26,7 +26,7 @@ from benchmarks.records import Store, parse
 from benchmarks.text import Batch
 from benchmarks.timing import Contestant, costs, cpu_seconds, packed_batch
 
-ROUNDS = 5
+ROUNDS = 3
 RANK = 4
 SAMPLES, TOKENS, WIDTH, LAYERS, HEADS = 16, 128, 384, 6, 12
 SHAPE: dict[str, Any] = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
@@ -96,12 +96,12 @@ def _pixels() -> Batch:
 def networks(args: argparse.Namespace) -> dict[str, Network]:
     """The four, by name."""
     return {
-        "BERT": Network(_bert, _tokens, "classifier.*"),
-        "ViT": Network(_vit, _pixels, "classifier.*"),
-        "Llama": Network(_llama, _tokens, "score.*"),
         "MiniLM": Network(
             lambda dropout: encoder(seed=0, dropout=dropout), lambda: packed_batch(args.data), "classifier.*"
         ),
+        "BERT": Network(_bert, _tokens, "classifier.*"),
+        "ViT": Network(_vit, _pixels, "classifier.*"),
+        "Llama": Network(_llama, _tokens, "score.*"),
     }
 
 
@@ -132,8 +132,13 @@ def prepared(network: Network, dropout: float, batch: Batch) -> dict[str, Prepar
     stem = network.head.rstrip("*")
     head = sum(p.numel() for name, p in fresh().named_parameters() if name.startswith(stem))
     fish = tithe.FISH(k=count - head, samples=SAMPLES)
-    # A channel's weights and its kept input, the paper's measure: 5/4 of the weights alone at this width and length.
-    trady = tithe.TraDy(tithe.Budget(elements=5 * (count - head) // 4), layers="all", lean=False)
+
+    def trady(elements: int) -> tithe.TraDy:
+        return tithe.TraDy(tithe.Budget(elements=elements), layers="all", lean=False)
+
+    # The budget counts kept inputs besides: the one at which as many weights are trained follows from a first draw.
+    trial = attached(trady(count), lean=False)
+    drawn = trady(count * (count - head) // (trial.num_trained - head))
     return {
         "full": full(fresh()),
         "LoRA": peer,
@@ -142,8 +147,8 @@ def prepared(network: Network, dropout: float, batch: Batch) -> dict[str, Prepar
         "FISH": attached(fish, lean=False),
         "FISH, lean": attached(fish),
         "FISH, lean, 8 bits": attached(fish, bits=8),
-        "TraDy, lean": attached(trady),
-        "TraDy, lean, 8 bits": attached(trady, bits=8),
+        "TraDy, lean": attached(drawn),
+        "TraDy, lean, 8 bits": attached(drawn, bits=8),
     }
 
 
@@ -151,8 +156,8 @@ def main(args: argparse.Namespace) -> None:
     """Measure every network once and append the rows."""
     torch.set_num_threads(args.threads)
     store = Store(args.results / "saved.jsonl", key=("network", "dropout", "method"))
-    for name, network in networks(args).items():
-        for dropout in (0.0, 0.1):
+    for dropout in (0.0, 0.1):
+        for name, network in networks(args).items():
             if store.find(network=name, dropout=dropout, method="full") is not None:
                 continue
             torch.manual_seed(0)
