@@ -157,6 +157,8 @@ def test_copies_and_pickles(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["bert", "llama_classifier"])
 def test_compiled(name: str) -> None:
     """A captured graph keeps stock's norms and attention; losses and gradients stay what they are."""

@@ -193,15 +193,18 @@ def test_second_derivatives_are_refused() -> None:
         gx.sum().backward()
 
 
-def test_a_frozen_batch_norm_in_evaluation_mode_keeps_no_activation() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_batch_norm_in_evaluation_mode_keeps_no_activation(dtype: torch.dtype) -> None:
+    """Also where autocast hands bfloat16 to a norm in float32."""
     model = nn.BatchNorm2d(6).eval().requires_grad_(False)
     model.running_mean.normal_()
     model.running_var.uniform_(0.5, 2)
-    x, gy = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
+    x, gy = torch.randn(4, 6, 5, 5).to(dtype), torch.randn(4, 6, 5, 5).to(dtype)
     y, gx, _ = _run(model, x, gy, None)
     lean_y, lean_gx, _ = _run(model, x, gy, Leanness())
     assert torch.equal(y, lean_y)
-    torch.testing.assert_close(lean_gx, gx, rtol=1e-6, atol=1e-7)
+    assert lean_gx.dtype == dtype
+    torch.testing.assert_close(lean_gx, gx, rtol=4 * U[dtype], atol=U[dtype])
     handle = tithe.lean(model)
     assert tithe.measure(lambda: model(x.clone().requires_grad_()).sum().backward()).saved == 6 * 4
     handle.release()

@@ -170,7 +170,7 @@ class BatchNormRule(Rule):
         """Gx = gy w / σ; Σ gy x̂ and Σ gy at the selected channels."""
         gx = gtw = gtb = None
         if need_x:
-            gx = gy * (weight * kept[0]).to(gy.dtype).view([1, -1] + [1] * (gy.dim() - 2))
+            gx = (gy * (weight * kept[0]).view([1, -1] + [1] * (gy.dim() - 2))).to(gy.dtype)
         if self.weight is not None and self.weight.probe is not None:
             gtw = selected_sum(self.weight, gy.movedim(1, -1), kept[1].movedim(1, -1))
         elif self.weight is not None:
@@ -278,7 +278,7 @@ def lean_batch_norm(
     if training or running_mean is None or running_var is None or isinstance(weight, Carrier):
         return NotImplemented
     weight = torch.ones_like(running_var) if weight is None else weight
-    if not input.requires_grad or weight.requires_grad or input.dtype != weight.dtype:
+    if not input.requires_grad or weight.requires_grad:
         return NotImplemented
     rule = BatchNormRule(running_mean, running_var, eps, None, asking(bias))
     return apply_rule(rule, input, weight, bias)
