@@ -61,7 +61,7 @@ def test_the_contract_holds(name: str, method: TraDy) -> None:
     check_method(method, case.model, case.loss, case.batches(2), head=case.head)
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("optimizer", [pytest.param(sgd, marks=pytest.mark.slow), adamw])
 @pytest.mark.parametrize(
     "method",
     [
