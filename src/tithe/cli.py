@@ -102,7 +102,7 @@ def train(
       test = "test.tsv"
       text = "sentence"
       [method]
-      name = "fish"                     # or full, head
+      name = "fish"                     # or trady, full, head
       density = 0.005
       [optimizer]
       lr = 1e-3
