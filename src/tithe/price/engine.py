@@ -19,8 +19,7 @@ from tithe.price.quote import Fit, Quote, Quotes
 from tithe.price.search import largest
 from tithe.price.subject import Subject
 
-_MOST = 2**16
-_FRACTIONS = tuple(digit * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1) for digit in (1, 2, 5))
+_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,7 +42,8 @@ def price(
         batch: samples in a step.
         methods: keys of `OFFERS`.
         terms: budget, rank and optimizer.
-        memory: bytes to fit into; asks for the largest micro-batch and the largest selection that do.
+        memory: bytes to fit into; asks for the largest micro-batch, up to the whole batch, and the largest selection
+            that do.
         progress: called with what is being priced, how many steps are done, and how many there are.
 
     Raises:
@@ -74,7 +74,7 @@ def price(
             row = stall.quote()
             if memory is not None:
                 progress(f"{offer.name}: micro-batch", place * looks + 1, len(methods) * looks)
-                fit = stall.fit(memory)
+                fit = stall.fit(memory, row)
                 if offer.budgeted and fit.micro_batch:
                     progress(f"{offer.name}: selection", place * looks + 2, len(methods) * looks)
                     fit = dataclasses.replace(fit, fraction=stall.fraction(memory, min(batch, fit.micro_batch)))
@@ -128,9 +128,12 @@ class _Stall:
             counter = FlopCounter(setup.model.parameters())
             return self._quote(setup, self.site.num_samples, counter)
 
-    def fit(self, memory: int) -> Fit:
-        """The largest micro-batch whose steps stay within `memory`, gradients of earlier ones kept besides."""
-        peaks: dict[int, int] = {}
+    def fit(self, memory: int, whole: Quote) -> Fit:
+        """The whole batch, or the largest micro-batch within `memory`, gradients of earlier ones kept besides."""
+        batch, peaks = self.site.num_samples, dict[int, int]()
+        if whole.peak <= memory or batch == 1:
+            fits = whole.peak <= memory
+            return Fit(micro_batch=batch * fits, steps=int(fits), peak=whole.peak)
 
         def look(site: Site, setup: Setup) -> int:
             quote = self._quote(setup, site.num_samples, None, accumulate=True)
@@ -144,11 +147,10 @@ class _Stall:
                 with self._prepared(site) as setup:
                     return look(site, setup)
 
-            best = largest(cost, memory, _MOST)
+            best = largest(cost, memory, batch - 1)
         else:
             with self._prepared(self.site) as setup:
-                best = largest(lambda n: look(dataclasses.replace(self.site, num_samples=n), setup), memory, _MOST)
-        batch = self.site.num_samples
+                best = largest(lambda n: look(dataclasses.replace(self.site, num_samples=n), setup), memory, batch - 1)
         steps = -(-batch // best) if best else 0
         return Fit(micro_batch=best, steps=steps, peak=peaks[max(best, 1)])
 
@@ -165,7 +167,8 @@ class _Stall:
                 site = dataclasses.replace(self.site, terms=terms, num_samples=num_samples)
                 try:
                     with self._prepared(site) as setup:
-                        return self._quote(setup, num_samples, None, accumulate=True).peak
+                        parts = num_samples < self.site.num_samples
+                        return self._quote(setup, num_samples, None, accumulate=parts).peak
                 except TitheError:
                     return 0  # it leaves nothing beside the head
             return least

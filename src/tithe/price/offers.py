@@ -163,15 +163,20 @@ def _dense(site: Site, names: Collection[str]) -> Setup:
         for module in still:
             module.train()
 
-    moving = {
+    state: dict[str, Tensor] = model.state_dict()
+    file = delta_bytes(state, {}, (whole | _moving(model, whole)) & set(state))
+    return Setup(model=model, trained=[p for p in model.parameters() if p.requires_grad], file=file, undo=undo)
+
+
+def _moving(model: nn.Module, trained: Collection[str]) -> set[str]:
+    """Running statistics that training moves: of norms without weights of their own, or with a trained value."""
+    names = {name.rpartition(".")[0] for name in trained}
+    return {
         f"{path}.{key}" if path else key
         for path, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.training
+        if isinstance(module, _NormBase) and (path in names or not module.affine)
         for key in module._buffers
     }
-    state: dict[str, Tensor] = model.state_dict()
-    file = delta_bytes(state, {}, (whole | moving) & set(state))
-    return Setup(model=model, trained=[p for p in model.parameters() if p.requires_grad], file=file, undo=undo)
 
 
 def _full(site: Site) -> Setup:
@@ -243,7 +248,9 @@ def _plan(site: Site, method: Any, *, lean: bool) -> Setup:
     try:
         optimizer = OPTIMIZERS[site.terms.optimizer].make(list(plan.parameters()))
         plan.bind(optimizer, elementwise=True)
-        file = delta_bytes(state, {name: s.size for name, s in plan.selections.items()}, plan.head)
+        selected = {name: selection.size for name, selection in plan.selections.items()}
+        moving = _moving(model, [*selected, *plan.head]) & set(state)
+        file = delta_bytes(state, selected, {*plan.head, *moving})
     except BaseException:
         undo()
         raise

@@ -16,7 +16,7 @@ class Fit:
     """What fits into a given memory.
 
     Args:
-        micro_batch: the most samples in one forward and backward; 0 when not even one fits.
+        micro_batch: the most samples in one forward and backward, up to the whole batch; 0 when not even one fits.
         steps: how many of those make one step of the batch.
         peak: bytes at the highest moment with that micro-batch; with one sample when none fits.
         fraction: of the network, the largest of a few round ones that fits too; None where nothing can be chosen.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_LOOKS = 40
+_GUESSES = 8
 
 
 def largest(cost: Callable[[int], int], limit: int, most: int) -> int:
@@ -31,7 +31,7 @@ def largest(cost: Callable[[int], int], limit: int, most: int) -> int:
     guess = 2
     while high - low > 1:
         guess = min(max(guess, low + 1), high - 1)
-        if len(known) > _LOOKS // 2:  # not even at all: halve
+        if len(known) > _GUESSES:  # costs do not grow evenly: halve
             guess = (low + high) // 2
         if fits(guess):
             low = guess
