@@ -36,7 +36,7 @@ def make(num_labels):
 """
 RECIPE = """
 [model]
-callable = "corner_net:make"
+callable = "budget_net:make"
 head = ["9.*"]
 
 [data]
@@ -64,7 +64,7 @@ METHOD = 'name = "trady"\nbudget = "40kB"\nsamples = 16'
 @pytest.fixture
 def write(images: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write the recipe with some of its text replaced; return its path."""
-    (tmp_path / "corner_net.py").write_text(NET, encoding="utf-8")
+    (tmp_path / "budget_net.py").write_text(NET, encoding="utf-8")
 
     def recipe(*changes: tuple[str, str]) -> Path:
         text = RECIPE.replace("{images}", str(images))
