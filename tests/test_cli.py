@@ -27,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("merge",), ("inspect",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("price",), ("merge",), ("inspect",), ("demo",)])
 def test_help_fits_80_columns_and_teaches_by_example(command: tuple[str, ...]) -> None:
     done = RUNNER.invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
     assert done.exit_code == 0
@@ -38,7 +38,7 @@ def test_help_fits_80_columns_and_teaches_by_example(command: tuple[str, ...]) -
         assert "Example:\n    tithe " in done.stdout
         assert f"tithe {command[0]}" in done.stdout
     else:
-        assert all(name in done.stdout for name in ("train", "merge", "inspect", "demo"))
+        assert all(name in done.stdout for name in ("train", "price", "merge", "inspect", "demo"))
 
 
 def test_training_prints_progress_to_stderr_and_a_plain_table_to_stdout(trained: Path) -> None:

@@ -327,7 +327,7 @@ def test_refusals(changed: dict[str, object], message: str) -> None:
 
 def test_a_method_that_is_not_to_be_had_is_left_out_and_said() -> None:
     found = price(subject(CASES["gpt2"]), methods=["full", "head"])
-    assert [row.method for row in found.rows] == ["full fine-tuning"]
+    assert [row.method for row in found.rows] == ["full"]
     assert "found none; expected a head" in found.left_out["head only"]
 
 

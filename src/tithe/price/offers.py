@@ -291,7 +291,7 @@ def _trady(site: Site) -> Setup:
 
 
 OFFERS: Mapping[str, Offer] = {
-    "full": Offer(name="full fine-tuning", prepare=_full),
+    "full": Offer(name="full", prepare=_full),
     "head": Offer(name="head only", prepare=_head),
     "lora": Offer(name="LoRA", prepare=_lora, foreign="peft"),
     "fish": Offer(name="FISH", prepare=lambda site: _fish(site, lean=False), budgeted=True),

@@ -12,7 +12,7 @@ from tithe.ledger import human
 from tithe.price.quote import Quote, Quotes
 
 _LAYERS = 8
-_PATH = 26
+_PATH = 28
 
 
 def show(quotes: Quotes, console: Console) -> None:
@@ -63,25 +63,33 @@ def _memory(quotes: Quotes) -> Table:
     return table
 
 
+def _count(values: int) -> str:
+    """A count in at most seven characters."""
+    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e4)):
+        if values >= scale:
+            return f"{values / (1e3 if unit == ' k' else scale):.1f}{unit}"
+    return f"{values:,}"
+
+
 def _giga(flops: int | None) -> str:
     return "" if flops is None else f"{flops / 1e9:,.2f}" if flops < 1e12 else f"{flops / 1e9:,.0f}"
 
 
 def _work(quotes: Quotes) -> Table:
     heads = ["trained", "forward", "input ∇", "weight ∇", "kept MB", "send MB", "file MB"]
-    table = _table("Values trained; GFLOPs of a step; most kept for backward; bytes sent, saved", ["method", *heads])
+    table = _table("Work of a step: GFLOPs, the most kept for backward, bytes that ranks send", ["method", *heads])
     for row in quotes.rows:
         flops = row.flops
         counts = (None,) * 3 if flops is None else (flops.forward, flops.input_gradient, flops.weight_gradient)
         sizes = map(_mega, (row.saved, row.gradients, row.file))
-        table.add_row(row.method, f"{row.trained:,}", *map(_giga, counts), *sizes)
+        table.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
     return table
 
 
 def _layers(quotes: Quotes) -> Table:
     """The modules that keep most, over all methods."""
     rows = quotes.rows
-    width = max(7, min(15, (80 - _PATH) // len(rows) - 1))
+    width = max(6, min(13, (78 - _PATH) // len(rows) - 2))
     table = _table("Layers that keep most for backward, MB", ["module", *(_short(r.method, width) for r in rows)])
     table.columns[0].max_width = _PATH
     most: dict[str, int] = {}
@@ -98,11 +106,11 @@ def _layers(quotes: Quotes) -> Table:
 
 
 def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else name.replace(" fine-tuning", "").replace(" + ", "+")[:width]
+    return name if len(name) <= width else name.replace(" + ", "+").replace(" only", "")[:width]
 
 
 def _clip(path: str) -> str:
-    return path if len(path) <= _PATH else path[: _PATH // 3] + "…" + path[-(_PATH - _PATH // 3 - 1) :]
+    return path if len(path) <= _PATH else "…" + path[1 - _PATH :]
 
 
 def _fits(quotes: Quotes) -> Table:

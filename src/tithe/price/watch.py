@@ -19,7 +19,7 @@ class Watch:
     """
 
     def __init__(self, console: Console) -> None:
-        self._console, self._started = console, time.monotonic()
+        self._console, self._started = console, 0.0
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"),
             console=console, transient=True,
@@ -38,6 +38,7 @@ class Watch:
 
     def __call__(self, label: str, done: int, total: int) -> None:
         """What begins now, and how many of the steps are done."""
+        self._started = self._started or time.monotonic()
         spent = time.monotonic() - self._started
         if spent < _PATIENCE:
             return
