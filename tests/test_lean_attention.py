@@ -159,6 +159,40 @@ def test_what_is_left_to_stock() -> None:
     assert learned.grad is not None
 
 
+class _Pool(nn.Module):
+    """A learned query and a learned bias of the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.bias = nn.Parameter(torch.randn(2, 4, 1, 8)), nn.Parameter(torch.randn(1, 4, 1, 16))
+        self.keys = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.keys(x).unsqueeze(1).expand(-1, 4, -1, -1)
+        pooled = F.scaled_dot_product_attention(self.query, keys, keys)
+        return F.scaled_dot_product_attention(pooled, keys, keys, attn_mask=self.bias)
+
+
+def test_a_plan_trains_learned_queries_and_biases() -> None:
+    model, x = _Pool(), torch.randn(2, 16, 8)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    found: list[dict[str, Tensor]] = []
+    for lean in (False, True):
+        plan = tithe.attach(model, tithe.FISH(k=60, score="random"), loss=loss, data=[x])
+        handle = tithe.lean(model) if lean else None
+        plan.backward(lambda: loss(model, x))
+        found.append({name: p.grad.clone() for name, p in plan.named_parameters() if p.grad is not None})
+        if handle is not None:
+            handle.release()
+        plan.release()
+    assert {"query", "bias"} <= found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
 class _Attend(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()

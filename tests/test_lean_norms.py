@@ -172,6 +172,10 @@ def test_exact_leaves_the_norm_to_stock() -> None:
     assert y.grad_fn.name() == "NativeLayerNormBackward0"
     with Catch(Leanness()):
         assert F.layer_norm(x.detach(), (8,)).grad_fn is None
+    with Catch(Leanness(bits=8, exact=True)):  # exact is about activations where norms are to be coded
+        y = F.layer_norm(x, (8,))
+    assert "NativeLayerNorm" not in str(y.grad_fn)
+    with Catch(Leanness()):
         assert F.layer_norm(x[:0], (8,)).shape == (0, 8)
 
 

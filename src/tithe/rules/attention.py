@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from tithe.rules.carrier import autocast
-from tithe.rules.catch import Leanness, asks, catch
+from tithe.rules.catch import Leanness, asks, catch, ordinary
 from tithe.rules.codes import BLOCK, decode, encode, num_bits, pack, unpack
 
 _AT_ONCE = 1 << 18
@@ -319,4 +319,8 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -
         return False
     if q.shape[1] != k.shape[1] and (not grouped or q.shape[1] % k.shape[1]):
         return False
-    return mask is None or (not mask.requires_grad and mask.dim() <= 4)
+    # A plan's weight is no ordinary tensor: as a learned query or bias it gets its gradient from graft.
+    if not ordinary(q) or not ordinary(k) or not ordinary(v):
+        return False
+    constant = mask is None or mask.dtype == torch.bool or (ordinary(mask) and not mask.requires_grad)
+    return constant and (mask is None or mask.dim() <= 4)

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tithe.errors import TitheError
 from tithe.rules.binding import Binding
 from tithe.rules.carrier import Carrier, asking, raw
-from tithe.rules.catch import Leanness, catch
+from tithe.rules.catch import Leanness, asks, catch, ordinary
 from tithe.rules.codes import BLOCK, decode, encode
 
 _AT_ONCE = 1 << 18
@@ -277,11 +277,13 @@ def lean_norm(leanness: Leanness, norm: Norm, x: Tensor, weight: Tensor | None, 
         weight: its scale, a plan's or plain, trained, frozen or absent.
         bias: its shift, likewise.
     """
-    if not x.requires_grad or leanness.exact or torch.compiler.is_compiling() or x.numel() == 0:
+    if not asks(x) or torch.compiler.is_compiling() or x.numel() == 0 or (leanness.exact and leanness.bits is None):
         return NotImplemented
     if _probed(weight, bias):  # a score asks for terms that the plan's own rule has
         return NotImplemented
     scale, shift = (None if w is None else raw(w) for w in (weight, bias))
+    if (scale is not None and not ordinary(scale)) or (shift is not None and not ordinary(shift)):
+        return NotImplemented
     of_weight, of_bias = asking(weight), asking(bias)
     return cast(
         Tensor,
