@@ -50,7 +50,7 @@ def file_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metada
 
     Example:
         >>> file_bytes([("a", torch.float32, (2, 3))], {})
-        104
+        96
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
