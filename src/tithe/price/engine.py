@@ -194,7 +194,8 @@ class _Stall:
                 for parameter in needed:
                     parameter.grad = torch.empty_like(parameter)
                 setup.link()
-            return subject.loss(setup.model, shapes)
+            with _answering(subject.name, own=self.offer.foreign is None):
+                return subject.loss(setup.model, shapes)
 
         ledger = predict(setup.model, closure, batch, inside=counter)
         setup.link()
@@ -235,6 +236,22 @@ def _excused(offer: Offer) -> Generator[None]:
             found=f"layers that the model cannot run with ({error})",
             expected="layers in place of the model's own",
             remedy="leave this row out",
+        ) from error
+
+
+@contextmanager
+def _answering(name: str, *, own: bool) -> Generator[None]:
+    """A forward pass that fails in the model's own layers was given inputs that it does not take."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if not own or "tensor subclasses" in str(error):  # `predict` has more to say of this one
+            raise
+        raise TitheError(
+            name,
+            found=f"a forward pass that fails ({str(error).strip().splitlines()[0]})",
+            expected="inputs that the model takes",
+            remedy="give their shape: --image 3x224x224 or --tokens 128",
         ) from error
 
 
