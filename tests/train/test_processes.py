@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from tithe.train.checkpoints import Checkpoints
@@ -38,7 +39,17 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[...
     assert out == ""
 
 
-def test_two_ranks_equal_one_with_the_doubled_batch(edit: Callable[..., Path], workplace: Path, tiny: Path) -> None:
+FISH = 'name = "fish"\ndensity = 0.2\nsamples = 32'
+CHOSEN_AGAIN = {
+    "fish": FISH + "\nwarmup = 1\nreselect = {every = 4, unit = 'steps'}",
+    "trady": 'name = "trady"\nbudget = {fraction = 0.1}\nlayers = "all"',  # counted for one sample, whatever the batch
+}
+
+
+@pytest.mark.parametrize("method", CHOSEN_AGAIN)
+def test_two_ranks_equal_one_with_the_doubled_batch(
+    method: str, edit: Callable[..., Path], workplace: Path, tiny: Path
+) -> None:
     """Uneven parts, accumulation, a choice after a warm-up, and one made again that changes sizes."""
     plain = workplace / "plain"
     plain.mkdir()
@@ -49,7 +60,7 @@ def test_two_ranks_equal_one_with_the_doubled_batch(edit: Callable[..., Path], w
     (plain / "config.json").write_text(json.dumps(config))
     path = edit(
         ('"tiny"', '"plain"'),
-        ("samples = 32", "samples = 32\nwarmup = 1\nreselect = {every = 4, unit = 'steps'}"),
+        (FISH, CHOSEN_AGAIN[method]),
         ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
         ("epochs = 2", "steps = 7"),
         # Not Adam: its first step is the gradient's sign, which rounding decides where the gradient is next to nothing.
@@ -66,6 +77,9 @@ def test_two_ranks_equal_one_with_the_doubled_batch(edit: Callable[..., Path], w
 
     one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
     assert one["metrics"] == two["metrics"]
+    draws = [[{**draw, "peak": 0} for draw in result["draws"]] for result in (one, two)]  # a peak is of one batch
+    assert draws[0] == draws[1]
+    assert len(draws[0]) == (2 if method == "trady" else 0)
     states = [Checkpoints(workplace / name / "checkpoints").load(7)["trainee"] for name in ("one", "two")]
     for name, selected in states[0]["selected"].items():
         for key, value in selected.items():

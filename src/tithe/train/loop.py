@@ -99,6 +99,9 @@ class Run:
         self._attach(state)
         self.optimizer = make_optimizer(recipe.optimizer, self.trainee.parameters())
         self.trainee.bind(self.optimizer)
+        # Not before: a budget charged with the optimizer's state leaves θ smaller than it was attached.
+        # While a warm-up lasts, nothing but the head gets a gradient.
+        self._wrap(waits=isinstance(recipe.method, FishMethod) and recipe.method.warmup > 0)
         set_seed(recipe.run.seed + 1 + self.accelerator.process_index)
         if state is not None:
             self._restore(state)
@@ -123,13 +126,12 @@ class Run:
         )
         chosen = None if state is None else state["trainee"]
         self.trainee = attach(recipe, self.network, self.loss, self._choosing, chosen)
-        # While a warm-up lasts, nothing but the head gets a gradient.
-        self._wrap(waits=isinstance(recipe.method, FishMethod) and recipe.method.warmup > 0)
+        self.wrapped: nn.Module = self.model
         train_mode(self.model, self.trainee)
 
     def _wrap(self, *, waits: bool) -> None:
         """On several processes, let DistributedDataParallel see what is trained now."""
-        self.wrapped: nn.Module = self.model
+        self.wrapped = self.model
         if self.accelerator.num_processes > 1:
             # The wrapper before has hooks on the same parameters, and it is part of a cycle.
             gc.collect()
@@ -183,7 +185,7 @@ class Run:
 
     def _go_back(self, step: int) -> None:
         """Take an earlier checkpoint on a freshly loaded base: choices since then may have moved other weights."""
-        self.wrapped = self.model
+        self.wrapped = self.model  # lets the wrapper go
         self.trainee.release()
         self._attach(self.checkpoints.load(step))
 
