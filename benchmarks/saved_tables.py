@@ -30,7 +30,9 @@ def saved(results: Path, docs: Path) -> str:
 
 
 def _table(rows: dict[str, Record], peer: Record) -> str:
-    header = ["", "trained", "saved MB", "of LoRA", "to reach", "peak MB", "of LoRA", "CPU ms", "of LoRA"]
+    timed = len(peer["cpu_ms_all"]) > 1
+    header = ["", "trained", "saved MB", "of LoRA", "to reach", "peak MB", "of LoRA"]
+    header += ["CPU ms", "of LoRA"] if timed else []
     cells = [
         [
             name,
@@ -40,8 +42,7 @@ def _table(rows: dict[str, Record], peer: Record) -> str:
             f"≤ {REACH[name]:g}" if name in REACH else "",
             megabytes(r["peak_bytes"]),
             f"{r['peak_bytes'] / peer['peak_bytes']:.3f}",
-            f"{r['cpu_ms']:.0f}",
-            f"{r['cpu_ms'] / peer['cpu_ms']:.2f}",
+            *([f"{r['cpu_ms']:.0f}", f"{r['cpu_ms'] / peer['cpu_ms']:.2f}"] if timed else []),
         ]
         for name, r in rows.items()
     ]

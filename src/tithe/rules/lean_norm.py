@@ -230,18 +230,25 @@ def _gradients(
     for start in range(0, gy.shape[0], step):
         part = slice(start, start + step)
         g, xhat = gy[part].to(rstd.dtype), known.of(part, rstd.dtype)
-        if gw is not None and gb is not None:
-            gw += (g * xhat).sum(axes)
-            gb += g.sum(axes)
-        h = norm.rows(g if scale is None else g * scale)
-        xhat, r = norm.rows(xhat), rstd[start * norm.groups : (start + g.shape[0]) * norm.groups]
-        if norm.kind == "rms":
-            out = torch.addcmul(h, xhat, torch.linalg.vecdot(h, xhat).unsqueeze(1).div_(-h.shape[1]))
-        else:
+        if norm.kind == "layer":
             # The stock kernel on numbers that are normalised already: mean 0, σ 1.
-            out, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-                h, xhat, [h.shape[1]], zero[: len(r)], one[: len(r)], None, None, [True, False, False]
+            r = rstd[part]
+            out, dw, db = torch.ops.aten.native_layer_norm_backward.default(
+                g, xhat, [g.shape[1]], zero[: len(r)], one[: len(r)], scale, scale, [True, sums, sums]
             )
+        else:
+            dw, db = ((g * xhat).sum(axes), g.sum(axes)) if sums else (g, g)
+            h = norm.rows(g if scale is None else g * scale)
+            xhat, r = norm.rows(xhat), rstd[start * norm.groups : (start + g.shape[0]) * norm.groups]
+            if norm.kind == "rms":
+                out = torch.addcmul(h, xhat, torch.linalg.vecdot(h, xhat).unsqueeze(1).div_(-h.shape[1]))
+            else:
+                out, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+                    h, xhat, [h.shape[1]], zero[: len(r)], one[: len(r)], None, None, [True, False, False]
+                )
+        if gw is not None and gb is not None:
+            gw += dw
+            gb += db
         if gx.dtype == out.dtype:
             torch.mul(out, r, out=norm.rows(gx[part]))
         else:
@@ -282,7 +289,7 @@ def lean_norm(leanness: Leanness, norm: Norm, x: Tensor, weight: Tensor | None, 
     if _probed(weight, bias):  # a score asks for terms that the plan's own rule has
         return NotImplemented
     scale, shift = (None if w is None else raw(w) for w in (weight, bias))
-    if (scale is not None and not ordinary(scale)) or (shift is not None and not ordinary(shift)):
+    if (scale is not None and not ordinary(scale)) or (shift is not None and (scale is None or not ordinary(shift))):
         return NotImplemented
     of_weight, of_bias = asking(weight), asking(bias)
     return cast(
