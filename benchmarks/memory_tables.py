@@ -163,11 +163,16 @@ def limited_table(records: Sequence[Record]) -> str:
             r["smallest_megabytes"],
             r["smallest_megabytes"] - imports if name != "imports alone" else "",
             _of(r, full, imports) if full is not None and name != "imports alone" else "",
-            r["below"].split(". Error code")[0].replace("|", "/")[:110],
+            _ending(r["below"]),
         ]
         for name, r in sorted(rows.items(), key=lambda item: -item[1]["smallest_megabytes"])
     ]
     return table(["", "smallest M, MB", "beyond imports", "full takes", "how it ends below"], cells)
+
+
+def _ending(words: str) -> str:
+    kind = words.partition(":")[0]
+    return f"{kind}: can't allocate memory" if "can't allocate memory" in words else words[:80].replace("|", "/")
 
 
 def _of(row: Record, full: Record, imports: int) -> str:
