@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy_tables, cost_tables, memory_tables, transfer_tables
+from benchmarks import accuracy_tables, cost_tables, memory_tables, saved_tables, transfer_tables
 from benchmarks.records import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -19,6 +19,7 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "growth": cost_tables.growth,
     "transfer": transfer_tables.transfer,
     "memory": memory_tables.memory,
+    "saved": saved_tables.saved,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 
