@@ -239,7 +239,7 @@ def _rankings(records: Sequence[Record]) -> str:
     )
     return (
         table(["", "tasks", "lowest Spearman", "mean"], rows)
-        + f"\n\nTwo seeds a task. Layers that hold 97 % of the RGN, by run: {counts}."
+        + f"\n\nTwo seeds a task at most. Layers that hold 97 % of the RGN, by run: {counts}."
     )
 
 
