@@ -193,7 +193,11 @@ def test_importing_tithe_loads_no_extra() -> None:
         ("ledger/table.py", "from rich.table import Table", ": the core imports numpy, safetensors, torch and"),
         ("scoring.py", "from torch import distributed as dist", ": distributed.py is the only importer"),
         ("scoring.py", "import torch\ntorch.distributed.barrier()", ":2: uses torch.distributed"),
-        ("plan.py", "def attach_fish(): ...", ":1: names attach_fish: only __init__, cli, demo, methods, price, train know"),
+        (
+            "plan.py",
+            "def attach_fish(): ...",
+            ":1: names attach_fish: only __init__, cli, demo, methods, price, train know",
+        ),
         ("plan.py", "if name == 'trady': ...", ":1: names trady"),
         ("colour.py", "", "colour.py:1: room `colour`: a new room says what it may import"),
     ],

@@ -306,7 +306,6 @@ def test_the_static_variant_never_changes() -> None:
         assert _drawn(plan) == first
     assert plan.reselect() is False
     dynamic = _attach(DEPTHWISE, DEPTHWISE.model(), TraDy(Budget(fraction=0.5)))
-    assert all(p.numel() for p in plan.parameters())
     assert set(dynamic.selections) <= set(reached_channels(dynamic))
 
 
