@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,32 +124,10 @@ def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A stranger's method: the selections are given, nothing else is selected."""
-
-    chosen: dict[str, Tensor]
-    warmup: int = 0
-    reselect: Schedule | None = None
-    needs_data: bool = False
-    samples: int = 1
-    lean: bool = False
-    charges_state: bool = False
-
-    def num_selected(self, choosing: Choosing) -> int:
-        return sum(indices.numel() for indices in self.chosen.values())
-
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
-        return {
-            name: Coordinates(shape, self.chosen.get(name, torch.empty(0, dtype=torch.int64)))
-            for name, shape in choosing.shapes.items()
-        }
-
-
-@dataclass(frozen=True)
 class Given:
-    """A stranger's method: the selections of any kind are given, nothing else is selected."""
+    """A stranger's method: selections, or flat int64 indices, are given by name; nothing else is selected."""
 
-    chosen: dict[str, Selection]
+    chosen: Mapping[str, Selection | Tensor]
     warmup: int = 0
     reselect: Schedule | None = None
     needs_data: bool = False
@@ -158,7 +136,10 @@ class Given:
     charges_state: bool = False
 
     def num_selected(self, choosing: Choosing) -> int:
-        return sum(selection.size for selection in self.chosen.values())
+        return sum(selection.size for selection in self.choose(choosing).values())
 
     def choose(self, choosing: Choosing) -> dict[str, Selection]:
-        return self.chosen
+        return {
+            name: Coordinates(choosing.shapes[name], given) if isinstance(given, Tensor) else given
+            for name, given in self.chosen.items()
+        }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tithe
 from models import CASES, LARGE, Batch, Case
-from oracles import Fixed
+from oracles import Given
 from tithe.rules.conv import cuts
 from tithe.rules.matrix import Touch, ways
 from tithe.testing import patterns
@@ -39,7 +39,7 @@ def _columns(shape: tuple[int, ...], columns: list[int]) -> Tensor:
 
 
 def _measured(model: nn.Module, chosen: dict[str, Tensor], batch: Batch) -> tuple[tithe.Ledger, tithe.Plan]:
-    plan = tithe.attach(model, Fixed(chosen))
+    plan = tithe.attach(model, Given(chosen))
     return tithe.measure(lambda: plan.backward(lambda: _mean(model, batch)), model=model), plan
 
 
@@ -108,7 +108,7 @@ def test_each_rule_keeps_less_than_graft(kind: str) -> None:
         "batch_norm": (nn.BatchNorm2d(16).eval(), torch.randn(4, 16, 8, 8), 4 * 64 + 16),
         "embedding": (nn.Embedding(50, 8), torch.randint(50, (6, 5)), 0),
     }[kind]
-    plan = tithe.attach(layer, Fixed({"weight": torch.tensor([5])}))
+    plan = tithe.attach(layer, Given({"weight": torch.tensor([5])}))
     x = x.clone()
     work = tithe.measure(lambda: layer(x + 0).square().mean().backward())
     output = layer(x).numel() * FLOAT  # `square` keeps it

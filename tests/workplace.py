@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 GOOD, BAD = ("good", "fine", "bright", "warm"), ("bad", "poor", "dull", "cold")
 FILLERS = ("the", "a", "film", "story", "and", "was", "very", '"', "it", "'s")
@@ -101,3 +103,19 @@ def write_images(path: Path) -> None:
             image[row : row + 4, column : column + 4] += 120
         arrays |= {f"x_{split}": x, f"y_{split}": y}
     np.savez(path, **arrays)
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    """Assert that two trees of tensors and values are equal, bit for bit."""
+    if isinstance(one, Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, Mapping):
+        assert list(one) == list(two)
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_equal(a, b)
+    else:
+        assert one == two

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
 
 import tithe
 from tithe import TitheError
@@ -21,7 +19,7 @@ from tithe.train.checkpoints import Checkpoints
 from tithe.train.loop import Interrupted, Run
 from tithe.train.progress import read_log
 from tithe.train.report import show
-from workplace import write_tsv
+from workplace import assert_equal, write_tsv
 
 Edit = Callable[..., Path]
 
@@ -153,29 +151,14 @@ def test_resuming_equals_never_stopping_with_draws_before_and_after(
     parts = _run(path, "run.output=parts", resume=True)
     first, second = (Checkpoints(tmp_path / name / "checkpoints").load(18) for name in ("whole", "parts"))
     for key in ("trainee", "optimizer", "random"):
-        _assert_equal(first[key], second[key])
+        assert_equal(first[key], second[key])
     for split in ("train", "draw"):
         assert read_log(tmp_path / "whole", split) == read_log(tmp_path / "parts", split)
     deltas = (load_file(tmp_path / name / "delta.safetensors") for name in ("whole", "parts"))
-    _assert_equal(*deltas)
+    assert_equal(*deltas)
     for key in ("metrics", "best_step", "evaluations", "trainable", "draws"):
         assert whole[key] == parts[key]
     assert len(whole["draws"]) == (1 if "dynamic = false" in method else 3)
-
-
-def _assert_equal(one: Any, two: Any) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert list(one) == list(two)
-        for key in one:
-            _assert_equal(one[key], two[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
-            _assert_equal(a, b)
-    else:
-        assert one == two
 
 
 def test_sentences_of_any_length_stay_within_the_prices_of_the_longest(edit: Edit, workplace: Path) -> None:

@@ -22,7 +22,7 @@ from tithe.train import read_recipe, train
 from tithe.train.checkpoints import Checkpoints
 from tithe.train.loop import Interrupted, NotFiniteError, Run
 from tithe.train.progress import read_log
-from workplace import write_tsv
+from workplace import assert_equal, write_tsv
 
 Edit = Callable[..., Path]
 RESELECT = ("samples = 32", 'samples = 32\nwarmup = 2\nreselect = {every = 5, unit = "steps"}')
@@ -130,23 +130,8 @@ def test_the_delta_makes_the_base_the_best_model(edit: Edit, workplace: Path) ->
     fresh.trainee.release()
     tithe.apply(fresh.model, workplace / "delta.safetensors")
     made.trainee.release()
-    _assert_equal(fresh.model.state_dict(), made.model.state_dict())
+    assert_equal(fresh.model.state_dict(), made.model.state_dict())
     assert fresh.evaluate("test") == made.evaluate("test")
-
-
-def _assert_equal(one: Any, two: Any) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, two)
-    elif isinstance(one, Mapping):
-        assert list(one) == list(two)
-        for key in one:
-            _assert_equal(one[key], two[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for a, b in zip(one, two, strict=True):
-            _assert_equal(a, b)
-    else:
-        assert one == two
 
 
 def _count(value: Any) -> int:
@@ -191,10 +176,10 @@ def test_resuming_equals_never_stopping_bit_for_bit(method: str, stop: int, edit
     assert one.steps()[-1] == two.steps()[-1] == 11
     first, second = one.load(11), two.load(11)
     for key in ("trainee", "optimizer", "random"):
-        _assert_equal(first[key], second[key])
+        assert_equal(first[key], second[key])
     assert read_log(workplace / "whole", "train") == read_log(workplace / "parts", "train")
     assert len(read_log(workplace / "parts", "train")) == 11
-    _assert_equal(*(load_file(workplace / name / "delta.safetensors") for name in ("whole", "parts")))
+    assert_equal(*(load_file(workplace / name / "delta.safetensors") for name in ("whole", "parts")))
     for key in ("metrics", "best_step", "evaluations", "trainable"):
         assert whole[key] == parts[key]
     assert whole["bytes"]["peak"] == parts["bytes"]["peak"]
@@ -286,7 +271,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoin
     assert made.checkpoints.steps() == [2, 4]
     state = made.checkpoints.load(4)["trainee"]
     made.model.zero_grad()
-    _assert_equal(state, made.trainee.state_dict())
+    assert_equal(state, made.trainee.state_dict())
 
 
 def test_bf16_trains(edit: Edit) -> None:

@@ -8,40 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from tithe.rules.carrier import Carrier, asking, autocast, fits, raw
+from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, raw
 from tithe.rules.catch import Leanness, catch, ordinary
-from tithe.rules.codes import layout
-from tithe.rules.geometry import Geometry, input_grad, per_axis
-
-# pyright: reportIncompatibleMethodOverride=false
-
-
-class FrozenConv(torch.autograd.Function):
-    """A convolution with a frozen kernel: `apply(x, weight, bias, geometry)`; keeps the kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        """The stock operation, kernel and bias cast to x's dtype under autocast."""
-        ctx.geometry, ctx.shape, ctx.strides = geometry, x.shape, layout(x)
-        ctx.save_for_backward(weight)
-        return geometry.forward(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """The input gradient of the stock kernel; Σ gy for a bias that is trained."""
-        (weight,), gy = ctx.saved_tensors, grads[0]
-        gx = gb = None
-        if ctx.needs_input_grad[0]:
-            gx = input_grad(gy, weight.to(gy.dtype), ctx.shape, ctx.strides, ctx.geometry)
-        if ctx.needs_input_grad[2]:
-            gb = gy.sum([axis for axis in range(gy.dim()) if axis != 1])
-        return gx, None, gb, None
+from tithe.rules.conv import ConvRule
+from tithe.rules.geometry import Geometry, per_axis
 
 
 def _frozen(weight: Tensor) -> bool:
@@ -61,7 +34,8 @@ def _conv(x: Any, weight: Any, bias: Any, axes: int, geometry: Callable[[], Geom
     if found is None or x.dim() not in (axes + 1, axes + 2):
         return NotImplemented
     x = autocast(x)
-    y = FrozenConv.apply(x if x.dim() == axes + 2 else x.unsqueeze(0), raw(weight), bias, found)
+    batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
+    y = apply_rule(ConvRule(batched, None, None, found), batched, weight, bias)
     return y if x.dim() == axes + 2 else y.squeeze(0)
 
 

@@ -29,6 +29,7 @@ from tithe.rules.binding import Binding
 from tithe.rules.carrier import Carrier, asking, raw
 from tithe.rules.catch import Leanness, asks, catch, ordinary
 from tithe.rules.codes import BLOCK, decode, encode
+from tithe.rules.ruled import saved_tensors
 
 _AT_ONCE = 1 << 18
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
@@ -168,7 +169,7 @@ class _Lean(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x, of plain scale and shift, and of the selected entries of bound ones."""
         norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
-        rstd, weight, bias, positions, *kept = _saved(ctx)
+        rstd, weight, bias, positions, *kept = saved_tensors(ctx, _stale)
         wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
         gy = norm.laid(grads[0])
         coded = positions is None and len(kept) == 2
@@ -256,18 +257,13 @@ def _gradients(
     return gw, gb
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise TitheError(
-            "backward of a lean norm",
-            found="the norm's output, or its scale or shift, changed in place since forward",
-            expected="all three as they were: backward takes the normalised value from them",
-            remedy="change a copy of the output, or call tithe.lean(model, exact=True), which keeps the norm's input",
-        ) from error
+def _stale() -> TitheError:
+    return TitheError(
+        "backward of a lean norm",
+        found="the norm's output, or its scale or shift, changed in place since forward",
+        expected="all three as they were: backward takes the normalised value from them",
+        remedy="change a copy of the output, or call tithe.lean(model, exact=True), which keeps the norm's input",
+    )
 
 
 def _probed(*weights: Tensor | None) -> bool:

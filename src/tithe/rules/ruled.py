@@ -6,6 +6,7 @@ What is kept for backward is decided inside an `autograd.Function`; hooks come t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +90,17 @@ class Ruled(torch.autograd.Function):
         return None, gx, None, gb, gtw, gtb
 
 
-def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
-    """`ctx.saved_tensors`, with a clear error for a graph that was kept across an update of the weights."""
+def _stale() -> TitheError:
+    return TitheError(
+        "backward",
+        found="a graph recorded before the weights were last updated",
+        expected="backward of a loss computed since the last optimizer step",
+        remedy="call backward before optimizer.step(), or compute the loss again after it",
+    )
+
+
+def saved_tensors(ctx: Any, stale: Callable[[], TitheError] = _stale) -> tuple[Any, ...]:
+    """`ctx.saved_tensors`, with the clear error `stale()` where one of them was changed in place since forward."""
     if torch.compiler.is_compiling():
         return ctx.saved_tensors
     try:
@@ -98,9 +108,4 @@ def saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise TitheError(
-            "backward",
-            found="a graph recorded before the weights were last updated",
-            expected="backward of a loss computed since the last optimizer step",
-            remedy="call backward before optimizer.step(), or compute the loss again after it",
-        ) from error
+        raise stale() from error
