@@ -10,7 +10,7 @@ from tithe.methods import FISH, SparseUpdate, TraDy
 from tithe.plan import Plan, attach
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, each_step, every, once
-from tithe.selection import Channels, Coordinates, Selection
+from tithe.selection import Channels, Coordinates, Grid, Selection
 
 __all__ = [
     "FISH",
@@ -18,6 +18,7 @@ __all__ = [
     "Channels",
     "Coordinates",
     "DeltaInfo",
+    "Grid",
     "Lean",
     "Ledger",
     "Plan",

@@ -1,0 +1,13 @@
+"""What may move: injective linear maps from a small vector θ into a weight tensor.
+
+    w = b + S θ            ∇θ = Sᵀ ∇w
+
+A selection knows shapes and indices. It never sees a module, an optimizer or a rank.
+"""
+
+from tithe.selection.base import Coordinates, Selection
+from tithe.selection.channels import Channels
+from tithe.selection.grid import Grid
+from tithe.selection.restore import restore
+
+__all__ = ["Channels", "Coordinates", "Grid", "Selection", "restore"]

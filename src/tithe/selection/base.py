@@ -1,0 +1,211 @@
+"""A selection, and its plainest kind: single entries.
+
+    w = b + S θ            ∇θ = Sᵀ ∇w
+
+A selection knows shapes and indices. It never sees a module, an optimizer or a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tithe.errors import TitheError
+
+
+class Selection(ABC):
+    """An injective linear map S from θ into a weight of a fixed shape; `gather` is Sᵀ and `scatter_` is S.
+
+    θ is a few `items`, each of `num_weights_each` values: single entries, or whole channels.
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+    """Sorted flat int64 indices of the selected entries of the weight; may be computed when asked for."""
+
+    @property
+    @abstractmethod
+    def items(self) -> Tensor:
+        """What is selected: sorted int64 ids (K,) of entries, or of channels."""
+
+    @property
+    @abstractmethod
+    def theta_shape(self) -> tuple[int, ...]:
+        """The shape of θ."""
+
+    @abstractmethod
+    def gather(self, weight: Tensor) -> Tensor:
+        """Sᵀ w: the selected values of `weight`, a new tensor of `theta_shape` in the weight's dtype."""
+
+    @abstractmethod
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        """Write `values` (`theta_shape`) into `weight` in place; every other entry keeps its bits."""
+
+    @abstractmethod
+    def by_item(self, values: Tensor) -> Tensor:
+        """`values` of `theta_shape` as one row for each item, (K, size / K): what belongs to an item moves with it."""
+
+    @abstractmethod
+    def of_items(self, rows: Tensor) -> Tensor:
+        """The inverse of `by_item`."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that rebuild this selection for its shape, ready for a file; `restore` reads them."""
+
+    @abstractmethod
+    def take(self, items: Tensor) -> Selection:
+        """The selection of other items of the same kind, on their device."""
+
+    @property
+    def size(self) -> int:
+        """Number of values in θ."""
+        return math.prod(self.theta_shape)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of entries of the weight that the selection maps into."""
+        return math.prod(self.shape)
+
+    @property
+    def full(self) -> bool:
+        """Whether every entry is selected."""
+        return self.size == self.num_weights
+
+    def to(self, device: torch.device) -> Selection:
+        """The same selection with its ids on `device`; a device without memory ("meta") leaves them where they are."""
+        return self if device.type == "meta" or self.items.device == device else self.take(self.items.to(device))
+
+    def alike(self, other: Selection) -> bool:
+        """Whether the items of both mean the same places of the same weight."""
+        mine, theirs = self.take(self.items[:0]).state(), other.take(other.items[:0]).state()
+        same = type(self) is type(other) and self.shape == other.shape
+        return same and all(torch.equal(mine[key].cpu(), theirs[key].cpu()) for key in mine)
+
+    def union(self, other: Selection) -> Selection:
+        """What either selects."""
+        if not self.size or not other.size:
+            return self if self.size else other
+        device = self.items.device
+        if self.alike(other):
+            return self.take(torch.cat([self.items, other.items.to(device)]).unique())
+        return Coordinates(self.shape, torch.cat([self.indices, other.indices.to(device)]).unique())
+
+
+def check_ids(place: str, ids: Tensor, count: int, shape: tuple[int, ...]) -> None:
+    """Check that ids are sorted, distinct and in range.
+
+    Raises:
+        TitheError: when they are not int64, not 1-D, not in [0, count), unsorted or repeated.
+    """
+    noun = "indices" if place == "Coordinates" else "channels"
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise TitheError(
+            place,
+            found=f"{noun} of dtype {ids.dtype} and {ids.dim()} dimensions",
+            expected="a 1-D int64 tensor",
+            remedy=f"pass {noun}.flatten().long()",
+        )
+    if ids.numel() == 0:
+        return
+    low, high = int(ids[0]), int(ids[-1])
+    if low < 0 or high >= count:
+        raise TitheError(
+            place,
+            found=f"{noun} from {low} to {high}",
+            expected=f"{noun} in [0, {count}) for shape {shape}",
+            remedy="use flat row-major indices, or input channels, of this weight",
+        )
+    if ids.numel() > 1 and not bool((ids[1:] > ids[:-1]).all()):
+        raise TitheError(
+            place,
+            found=f"unsorted or repeated {noun}",
+            expected=f"strictly increasing {noun}",
+            remedy=f"pass {noun}.unique()",
+        )
+
+
+def beside(ids: Tensor, weight: Tensor) -> Tensor:
+    """`ids` where the weight's data is; a weight that has a shape alone ("meta") has none."""
+    return ids if weight.is_meta else ids.to(weight.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates(Selection):
+    """Single entries of a weight, named by flat row-major index; θ is a list of values.
+
+    Args:
+        shape: the weight's shape.
+        indices: int64, 1-D, strictly increasing, each in [0, prod(shape)).
+
+    Raises:
+        TitheError: when the indices are not int64, not 1-D, out of range, unsorted or repeated.
+
+    Example:
+        >>> picked = Coordinates((2, 3), torch.tensor([0, 4]))
+        >>> picked.gather(torch.arange(6.0).reshape(2, 3))
+        tensor([0., 4.])
+    """
+
+    shape: tuple[int, ...]
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        check_ids("Coordinates", self.indices, self.num_weights, self.shape)
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, ...]) -> Coordinates:
+        """The empty selection: the weight is frozen."""
+        return cls(shape, torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def everything(cls, shape: tuple[int, ...]) -> Coordinates:
+        """Every entry: ordinary training."""
+        return cls(shape, torch.arange(math.prod(shape)))
+
+    @property
+    def items(self) -> Tensor:
+        """The indices."""
+        return self.indices
+
+    @property
+    def theta_shape(self) -> tuple[int, ...]:
+        """One value for each entry."""
+        return (self.indices.numel(),)
+
+    def gather(self, weight: Tensor) -> Tensor:
+        """Sᵀ w: `weight.flatten()[indices]`, a copy."""
+        flat = weight.reshape(-1)
+        return flat.clone() if self.full else flat.index_select(0, beside(self.indices, weight))
+
+    def scatter_(self, weight: Tensor, values: Tensor) -> None:
+        """Write `values` (1-D, `size`) at the selected entries of `weight`, in place."""
+        with torch.no_grad():
+            if self.full:
+                weight.copy_(values.view(self.shape))
+            elif weight.is_contiguous():
+                weight.view(-1).index_copy_(0, beside(self.indices, weight), values.to(weight.dtype))
+            else:
+                at = torch.unravel_index(beside(self.indices, weight), self.shape)
+                weight.index_put_(at, values.to(weight.dtype))
+
+    def by_item(self, values: Tensor) -> Tensor:
+        """A column."""
+        return values.view(-1, 1)
+
+    def of_items(self, rows: Tensor) -> Tensor:
+        """The column as a list."""
+        return rows.view(-1)
+
+    def state(self) -> dict[str, Tensor]:
+        """`{"indices": int64 (K,)}`."""
+        return {"indices": self.indices}
+
+    def take(self, items: Tensor) -> Coordinates:
+        """Other entries."""
+        return Coordinates(self.shape, items)
