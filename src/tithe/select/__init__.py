@@ -1,5 +1,5 @@
 """Selectors: a score, then a pick. Small pure functions."""
 
-from tithe.select import picks, scores
+from tithe.select import picks, policy, scores
 
-__all__ = ["picks", "scores"]
+__all__ = ["picks", "policy", "scores"]
