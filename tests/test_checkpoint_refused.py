@@ -138,7 +138,7 @@ def _stowaway(tensors: dict[str, Tensor], header: dict) -> None:
 
 
 def _future(tensors: dict[str, Tensor], header: dict) -> None:
-    header["version"] = 2
+    header["version"] = 3
 
 
 def _odd_version(tensors: dict[str, Tensor], header: dict) -> None:
@@ -170,7 +170,7 @@ def _other_digest(tensors: dict[str, Tensor], header: dict) -> None:
         (_half_values, ["0.weight#values", "F16", "expected F32"]),
         (_no_indices, ["no tensor '0.weight#indices'", "exactly the tensors that the header announces"]),
         (_stowaway, ["an unannounced tensor '9.weight#dense'"]),
-        (_future, ["format version 2", "up to 1", "upgrade tithe"]),
+        (_future, ["format version 3", "up to 2", "upgrade tithe"]),
         (_odd_version, ["format version '1'"]),
         (_no_tensors, ["missing or malformed parts"]),
         (_negative_shape, ["missing or malformed parts"]),

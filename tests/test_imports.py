@@ -19,7 +19,8 @@ PACKAGE = ROOT / "src" / "tithe"
 MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
-PARTS = {"rules", "select", "distributed", "ledger", "scoring", "choosing", "carry", "checkpoint", "history", "ranking"}
+PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
+PARTS |= {"carry", "checkpoint", "history", "ranking"}
 ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
 CORE = VALUES | PARTS | ATTACHED | {"plan", "lean"}
 
@@ -33,6 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"errors", "batch"},
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
+    "coupling": {"errors"},
+    "narrow": {"errors", "batch", "selection", "select", "coupling"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "carry": {"errors", "batch", "selection", "budget", "rules"},
     "checkpoint": {"errors", "batch", "selection", "budget", "rules"},

@@ -6,18 +6,21 @@ from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
-from tithe.methods import FISH, SparseUpdate, TraDy
-from tithe.plan import Plan, attach
+from tithe.methods import FISH, VRPGE, SparseUpdate, TraDy
+from tithe.plan import AbsentPlan, FrozenPlan, Plan, attach
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, each_step, every, once
 from tithe.selection import Channels, Coordinates, Grid, Selection
 
 __all__ = [
     "FISH",
+    "VRPGE",
+    "AbsentPlan",
     "Budget",
     "Channels",
     "Coordinates",
     "DeltaInfo",
+    "FrozenPlan",
     "Grid",
     "Lean",
     "Ledger",

@@ -31,6 +31,16 @@ def sum_number(number: int, device: torch.device) -> int:
     return int(sum_(torch.tensor(number, dtype=torch.int64, device=device)))
 
 
+def mean_(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` over ranks, in place."""
+    return sum_(tensor).div_(world_size()) if world_size() > 1 else tensor
+
+
+def mean_number(number: float, device: torch.device) -> float:
+    """Mean of a number over ranks."""
+    return float(mean_(torch.tensor(number, dtype=torch.float64, device=device))) if world_size() > 1 else number
+
+
 def fixed_sizes_error() -> TitheError:
     """θ changed its size under a wrapper that fixed its buckets before."""
     return TitheError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tithe.checkpoint.file import TensorFile
 from tithe.checkpoint.fingerprint import digest, state_tensors, storage_key, ties, words
 from tithe.checkpoint.format import Entry, Header, Record, decode, read_record
+from tithe.checkpoint.network import check_widths, make_narrow
 from tithe.checkpoint.source import prefix_hint
 from tithe.errors import TitheError
 
@@ -34,9 +35,11 @@ class Match:
 def apply(model: Model, path: str | Path) -> Model:
     """Write a delta into `model`, in place; applying it again changes nothing.
 
+    A file that holds a narrow network makes a model of full width, whatever its values, that network.
+
     Args:
         model: the base that the delta was made from, or the tuned model itself, attached or not, on any device.
-        path: a delta of `plan.save` or `tithe.diff`.
+        path: what `plan.save` or `tithe.diff` wrote.
 
     Returns:
         The same model.
@@ -55,6 +58,8 @@ def apply(model: Model, path: str | Path) -> Model:
     """
     file = TensorFile(Path(path))
     header = decode(file)
+    if header.widths is not None:
+        return _apply_network(model, file, header, header.widths)
     state = state_tensors(model)
     matches = _matches(model, state, header, file.path)
     records = {name: read_record(file, name, entry) for name, entry in header.stored().items()}
@@ -66,6 +71,19 @@ def apply(model: Model, path: str | Path) -> Model:
     if any(name not in state for name, _ in model.named_parameters()):
         # An attached plan hides θ, a copy of selected weights, from state_dict; its loading hooks read it again.
         model.load_state_dict({}, strict=False)
+    return model
+
+
+def _apply_network(model: Model, file: TensorFile, header: Header, widths: Mapping[str, Mapping[str, int]]) -> Model:
+    """Make `model` the narrow network of a file."""
+    check_widths(str(file.path), model, header)
+    _matches(model, state_tensors(model), header, file.path, any_shape=True)
+    records = {name: read_record(file, name, entry) for name, entry in header.entries.items()}
+    make_narrow(model, widths, {name: entry.shape for name, entry in header.entries.items()})
+    state = state_tensors(model)
+    with torch.no_grad():
+        for name, record in records.items():
+            write_record(state[name], _placed(record, state[name]))
     return model
 
 
@@ -142,7 +160,9 @@ def _placed(record: Record, target: Tensor) -> Record:
     return Record(indices, record.values.to(target.device))
 
 
-def _matches(model: nn.Module, state: Mapping[str, Tensor], header: Header, path: Path) -> list[Match]:
+def _matches(
+    model: nn.Module, state: Mapping[str, Tensor], header: Header, path: Path, *, any_shape: bool = False
+) -> list[Match]:
     """Every storage of the model with its entry, after all checks that need no values."""
     leader = {name: lead for lead, entry in header.entries.items() for name in (lead, *entry.aliases)}
     absent = [
@@ -174,7 +194,8 @@ def _matches(model: nn.Module, state: Mapping[str, Tensor], header: Header, path
                 remedy="untie these weights before applying",
             )
         for lead in dict.fromkeys(known):
-            check_form(names[0], header.entries[lead], tuple(state[names[0]].shape), state[names[0]].dtype)
+            entry, tensor = header.entries[lead], state[names[0]]
+            check_form(names[0], entry, entry.shape if any_shape else tuple(tensor.shape), tensor.dtype)
             matches.append(Match(lead, header.entries[lead], state[names[0]]))
     _check_live(model, [match for match in matches if match.entry.kind != "kept"])
     return matches

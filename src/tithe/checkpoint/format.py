@@ -9,6 +9,12 @@ header, JSON:
      "checksum": "…"}
 
 The last is of the header itself, so that no damaged bit goes unnoticed. The same delta is the same bytes.
+
+A narrow network (version 2) stores every tensor whole, at its own shape, and has one more key,
+
+    "widths": {"MODULE": {"out_channels": 12, …}, …}
+
+the numbers by which the modules of a wider network become it.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from tithe.checkpoint.file import CODES, DTYPES, TensorFile
 from tithe.checkpoint.fingerprint import checksum
 from tithe.errors import TitheError
 
-VERSION: Final = 1
+VERSION: Final = 2
 Kind = Literal["kept", "indices", "dense"]
 
 
@@ -61,12 +67,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a delta says about itself: tensors by name, free metadata, and who wrote it."""
+    """What a delta says about itself: tensors by name, free metadata, who wrote it, and a narrow network's widths."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    version: int = VERSION
+    version: int = 1
     library: str = ""
+    widths: Mapping[str, Mapping[str, int]] | None = None
 
     def stored(self) -> dict[str, Entry]:
         """The entries that a record changes."""
@@ -97,13 +104,15 @@ def encode(header: Header) -> dict[str, str]:
         for name, entry in header.entries.items()
     }
     aliases = {name: list(entry.aliases) for name, entry in header.entries.items() if entry.aliases}
-    content = {
-        "version": header.version,
+    content: dict[str, Any] = {
+        "version": 1 if header.widths is None else 2,
         "library": library,
         "metadata": dict(header.metadata),
         "aliases": aliases,
         "tensors": tensors,
     }
+    if header.widths is not None:
+        content["widths"] = {path: dict(numbers) for path, numbers in header.widths.items()}
     return {"tithe": seal(json.dumps(content, separators=(",", ":")))}
 
 
@@ -125,6 +134,12 @@ def _entry(value: Any, aliases: Any) -> Entry:
     if not sound or not all(isinstance(text, str) for text in (base, content, *others)):
         raise ValueError("not an entry")
     return Entry(DTYPES[code], numbers, kind, base, content, others)
+
+
+def _numbers(told: Any) -> dict[str, int]:
+    if not all(type(number) is int and number > 0 for number in told.values()):
+        raise ValueError("not widths")
+    return {str(attribute): number for attribute, number in told.items()}
 
 
 def decode(file: TensorFile) -> Header:
@@ -160,9 +175,10 @@ def decode(file: TensorFile) -> Header:
         entries = {str(name): _entry(value, aliases.get(name, ())) for name, value in content["tensors"].items()}
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
         library = str(content["library"])
+        widths = None if version == 1 else {str(path): _numbers(told) for path, told in content["widths"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, "a header with missing or malformed parts") from error
-    header = Header(entries, metadata, version, library)
+    header = Header(entries, metadata, version, library, widths)
     _check_layout(file, header)
     if text != seal(text[: text.rfind(',"checksum":')] + "}"):
         raise _damaged(file, "a header that does not match its checksum")

@@ -3,5 +3,6 @@
 from tithe.methods.fish import FISH
 from tithe.methods.sparse_update import SparseUpdate
 from tithe.methods.trady import TraDy
+from tithe.methods.vrpge import VRPGE
 
-__all__ = ["FISH", "SparseUpdate", "TraDy"]
+__all__ = ["FISH", "VRPGE", "SparseUpdate", "TraDy"]

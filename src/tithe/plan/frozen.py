@@ -1,13 +1,4 @@
-"""The attached model: the one mutable object.
-
-Budget ──┐                                   ┌──> θ (nn.Parameter on its layer) ──> any torch.optim
-         v                                   │                                        │ step
-data ─> score ─> pick ─> Selection ─> Rule bound to the layer                         v
-         ^        (pure, seeded)     forward keeps only what it must          commit: w <- S θ
-         │                           backward: θ.grad = Sᵀ∇w                          │
-         └── Schedule says "again": carry optimizer state, swap indices in place <────┘
-Ledger watches: predicted == measured (live storages).   checkpoint writes θ, indices, step, seed.
-"""
+"""A plan under which everything exists and the unselected part is frozen at its value."""
 
 from __future__ import annotations
 
@@ -26,6 +17,7 @@ from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, n
 from tithe.errors import TitheError
 from tithe.lean import Lean, lean
 from tithe.mount import Mount
+from tithe.plan.base import Plan
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Channels, Selection
 from tithe.state import Buffers, PlanState
@@ -33,60 +25,8 @@ from tithe.state import Buffers, PlanState
 _CPU = torch.device("cpu")
 
 
-def attach(
-    model: nn.Module,
-    method: Method,
-    *,
-    loss: Loss | None = None,
-    data: Iterable[Any] | None = None,
-    where: str | Sequence[str] = "*",
-    head: str | Sequence[str] = (),
-    seed: int = 0,
-    state: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Choose what to train in `model`, and train nothing else from now on.
-
-    The model is not wrapped, its class and its `state_dict` keys stay as they are, and `plan.release()` gives it back.
-
-    Args:
-        model: any module with floating-point parameters that require gradients.
-        method: what to choose, for example `tithe.FISH(density=0.005)`.
-        loss: `loss(model, batch)` → scalar, the mean over the samples of the batch; needed by scores of gradients.
-        data: batches, trees of tensors whose first axis counts samples; needed by scores of gradients.
-        where: globs over parameter names to choose from; one that begins with "!" leaves out.
-        head: globs over parameter names that are trained whole.
-        seed: of every random draw.
-        state: `plan.state_dict()` of an earlier run: its choice is taken over, nothing is scored.
-
-    Returns:
-        The plan.
-
-    Raises:
-        TitheError: when a glob matches nothing, nothing is left to choose, data or loss is missing, the loss is no
-            scalar with a gradient, a scored weight gets no gradient, or the model has a plan already.
-
-    Example:
-        >>> import tithe
-        >>> model = nn.Linear(4, 2)
-        >>> plan = tithe.attach(model, tithe.FISH(k=3, score="magnitude"), where="weight")
-        >>> [name for name, _ in plan.named_parameters()], plan.selected("weight").numel()
-        (['weight'], 3)
-        >>> plan.release()
-    """
-    plan = Plan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
-    try:
-        if state is not None:
-            plan.load_state_dict(state)
-        else:
-            plan.start()
-    except BaseException:
-        plan.release()
-        raise
-    return plan
-
-
-class Plan:
-    """A model of which a selected part is trained. Made by `attach`, which documents the arguments."""
+class FrozenPlan(Plan):
+    """A model of which a selected part is trained while the rest keeps its bits. Made by `attach`."""
 
     def __init__(
         self,
@@ -99,13 +39,11 @@ class Plan:
         head: str | Sequence[str],
         seed: int,
     ) -> None:
-        self.model, self.method, self.seed = model, method, seed
-        self.num_steps = self.num_epochs = 0
-        self._loss, self._data = loss, data
         split = names.split(model, where=where, head=head)
-        self._alias, self._head = split.alias, split.head
+        super().__init__(model, split, seed)
+        self.method = method
+        self._loss, self._data = loss, data
         self._num_parameters = sum(p.numel() for p in split.floats.values())
-        self._frozen_head = {name: p.requires_grad for name, p in split.head.items()}
         self._buffers = Buffers(model)
         if isinstance(data, Iterator) and method.needs_data:
             self._data = first_batches(data, method.samples)
@@ -115,7 +53,7 @@ class Plan:
         changes = method.reselect is not None or method.warmup > 0
         self._choices = Choices(self._mount, self._candidates, changes=changes)
         self._handles: list[Any] = []
-        self._chosen = self._released = False
+        self._chosen = False
         self._memory, self._num_states = Memory(), 0
         self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
@@ -142,30 +80,9 @@ class Plan:
             )
 
     @property
-    def head(self) -> tuple[str, ...]:
-        """Names of the parameters that are trained whole."""
-        return tuple(self._head)
-
-    @property
     def selections(self) -> dict[str, Selection]:
         """Name → selection of every tensor of which something is selected, the head apart."""
         return {b.name: b.selection for b in self._candidates if b.selection.size}
-
-    def selected(self, name: str) -> Tensor:
-        """Sorted flat int64 indices of the selected entries of parameter `name`; empty when it is frozen.
-
-        Raises:
-            TitheError: when the model has no floating-point parameter of that name, or it belongs to the head.
-        """
-        binding = self._mount.bindings.get(self._alias.get(name, name))
-        if binding is None:
-            raise TitheError(
-                name,
-                found="the head" if self._alias.get(name, name) in self._head else "no such parameter",
-                expected="a floating-point parameter outside the head",
-                remedy="use a name of model.named_parameters()",
-            )
-        return binding.selection.indices
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
@@ -384,7 +301,3 @@ class Plan:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._choices.commit()
         self._choices.check_ranks()
-
-    def _check_live(self) -> None:
-        if self._released:
-            raise TitheError("plan", found="a released plan", expected="an attached one", remedy="attach again")

@@ -1,0 +1,86 @@
+"""VR-PGE: completely sparse training, the structure learned without back-propagation.
+
+Zhou, Zhang, Chen, Diao, Zhang. *Efficient Neural Network Training via Forward and Backward Propagation
+Sparsification.* NeurIPS 2021, arXiv 2111.05685.
+
+Deviations from the paper: a channel that is not drawn is not computed, so that it emits nothing, where the authors'
+masked channel still emits its norm's shift; channels that residuals, groups, concatenations or heads join share one
+probability; each group keeps a channel; one of the two losses is the weight step's own, so that one further forward
+pass is paid; weights that do not take part in a step keep their bits, momentum and weight decay included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from tithe.errors import TitheError
+from tithe.narrow.probabilities import Cost, Structure
+from tithe.select import policy
+
+
+@dataclass(frozen=True)
+class VRPGE(Structure):
+    """Train a network that is narrow in every step: which channels exist is drawn, and the odds are learned.
+
+        min over w, s ∈ [0, 1]ⁿ of  E L(w, m),  m_i ~ Bernoulli(s_i)        subject to  Σ cost_i s_i ≤ keep · total
+        w: one ordinary step of the drawn network        s: g = (L_0 − L_1)/2 · (z_0 − z_1),  z = (m − s)/(s(1−s))^(1−α)
+
+    Args:
+        keep: the share of the cost that is kept on average, in (0, 1].
+        structure_lr: Adam's learning rate for s where the weights' is at its highest; it follows their schedule, as
+            far as a scheduler of torch.optim or `initial_lr` in the optimizer's groups tells.
+        alpha: exponent of the preconditioner, in [0, 1]; ½ is the paper's.
+        gradual: None, or the steps (start, stop) between which the share falls from 1 to `keep`, by a cube.
+        cost: what is counted. "channels": each unit once, as in the paper. "flops", "params": the forward pass's
+            operations, or the parameters, of the network of expected widths, fixed parts included.
+
+    Raises:
+        TitheError: when a value is out of range.
+
+    Example:
+        >>> VRPGE(keep=0.2).share(0), VRPGE(keep=0.2, gradual=(10, 20)).share(0)
+        (0.2, 1.0)
+    """
+
+    keep: float
+    structure_lr: float = 12e-3
+    alpha: float = 0.5
+    gradual: tuple[int, int] | None = None
+    cost: Cost = "channels"
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (("keep", self.keep, 0.0, 1.0), ("alpha", self.alpha, -1e-9, 1.0)):
+            if not low < value <= high:
+                bounds = "(0, 1]" if name == "keep" else "[0, 1]"
+                raise TitheError(
+                    "VRPGE", found=f"{name}={value}", expected=f"a number in {bounds}", remedy=f"change {name}"
+                )
+        if not self.structure_lr >= 0:
+            raise TitheError(
+                "VRPGE", found=f"structure_lr={self.structure_lr}", expected="at least 0", remedy="try 12e-3"
+            )
+        if self.gradual is not None and not 0 <= self.gradual[0] < self.gradual[1]:
+            raise TitheError(
+                "VRPGE",
+                found=f"gradual={self.gradual}",
+                expected="two counts of steps, the first smaller",
+                remedy="the paper's: (0.16 T, 0.6 T) for T steps in all",
+            )
+        if self.cost not in get_args(Cost):
+            raise TitheError(
+                "VRPGE",
+                found=f"cost={self.cost!r}",
+                expected="one of " + ", ".join(map(repr, get_args(Cost))),
+                remedy="change cost",
+            )
+
+    def share(self, step: int) -> float:
+        """The share that is kept after `step` finished steps."""
+        return policy.ratio(step, self.keep, self.gradual)
+
+    def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
+        """The variance-reduced estimate, `tithe.select.policy.policy_gradient`."""
+        return policy.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha)

@@ -1,0 +1,64 @@
+"""The model between the steps of a plan: whoever runs it runs the network that would be exported now."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from tithe.narrow.probabilities import Probabilities
+from tithe.narrow.stage import Stage
+
+
+class Outside:
+    """Hooks around the root's forward pass; where no step is running they make it the likeliest narrow network.
+
+    Its weights are read, not trained: a forward pass that is to be differentiated belongs into `plan.backward`. An
+    object rather than closures, so that a deep copy of the model has hooks of its own.
+
+    Args:
+        stage: of the model.
+        probabilities: of its units.
+    """
+
+    def __init__(self, stage: Stage, probabilities: Probabilities) -> None:
+        self.stage, self.probabilities = stage, probabilities
+        self._step: int | None = None
+        self._mask: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._inside: list[ExitStack] = []
+
+    def follow(self, stage: Stage, step: int | None) -> None:
+        """From now on probabilities are those after `step` finished steps; None: the whole model is the network."""
+        self.stage, self._step, self._mask = stage, step, None
+
+    def hook(self) -> None:
+        """Put the hooks on the model."""
+        model = self.stage.model
+        self._handles = [
+            model.register_forward_pre_hook(self.enter),
+            model.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def unhook(self) -> None:
+        """Take them off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def enter(self, module: Any, args: Any) -> None:
+        """Before the forward pass."""
+        if self.stage.running or self._step is None:
+            return
+        if self._mask is None:
+            self._mask = self.probabilities.likely(self._step)
+        grids = self.stage.grids(self._mask)
+        stack = ExitStack()
+        stack.enter_context(self.stage.run(grids, self.stage.live(grids), spare=True))
+        self._inside.append(stack)
+
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """After it, failed ones included."""
+        if self._inside:
+            self._inside.pop().close()

@@ -1,0 +1,162 @@
+"""A weight of which a part exists for the time of one step: the whole tensor, and θ, which the optimizer holds.
+
+        between steps                       from a forward pass to the optimizer's step
+        θ.data ── the weight's memory       θ.data, θ.grad ── the live part
+        state  ── of the whole tensor       state          ── of the live part, while the optimizer runs
+
+θ keeps its identity. An optimizer therefore updates, and pays for, what took part in the step: every other value keeps
+its bits, momentum and weight decay included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe.narrow.stage import Stage
+from tithe.selection import Grid
+
+
+class Part:
+    """One weight and its θ.
+
+    Args:
+        name: the parameter's name in the model.
+        weight: the model's own parameter; it gets no gradient of its own while it is bound.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter) -> None:
+        self.name, self.weight = name, weight
+        self.trained = weight.requires_grad
+        self.theta = nn.Parameter(weight.detach(), requires_grad=self.trained)
+        self.leaf: Tensor | None = None
+        self._grid: Grid | None = None
+        self._received = False
+        self._whole: dict[tuple[int, str], Tensor] = {}
+        weight.requires_grad_(False)
+        weight.grad = None
+
+    def open(self, grid: Grid) -> Tensor:
+        """The live part as what modules read and autograd differentiates: the weight itself where all of it is live."""
+        self._grid = grid
+        value = self.weight.detach() if grid.full else grid.gather(self.weight.detach())
+        self.leaf = nn.Parameter(value, requires_grad=self.trained)
+        return self.leaf
+
+    def resume(self) -> None:
+        """Before a further backward pass of the same step: the gradient goes on from what the optimizer's user left."""
+        if self.leaf is not None:
+            self.leaf.grad = self.theta.grad
+
+    def receive(self) -> None:
+        """After a backward pass: θ is the live part, with its gradient."""
+        assert self.leaf is not None
+        if self.theta.grad is not self.leaf.grad:
+            self.theta.grad = None
+        self.theta.data = self.leaf.data
+        self.theta.grad = self.leaf.grad
+        self._received = True
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Show the optimizer the live part of what it remembers of this weight."""
+        if self._grid is None or self._grid.full or self.leaf is None:
+            return
+        state = optimizer.state.get(self.theta, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                self._whole[id(optimizer), key] = value
+                state[key] = self._grid.gather(value)
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put what it remembers now back into the whole."""
+        if self._grid is None or self._grid.full or self.leaf is None:
+            return
+        state = optimizer.state.get(self.theta, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == self._grid.theta_shape:
+                whole = self._whole.pop((id(optimizer), key), None)
+                if whole is None:
+                    whole = value.new_zeros(self.weight.shape)
+                self._grid.scatter_(whole, value)
+                state[key] = whole
+
+    def close(self) -> None:
+        """Write the live part into the weight; θ is the whole again."""
+        if self._grid is not None and self._received and not self._grid.full:
+            self._grid.scatter_(self.weight.data, self.theta.detach())
+        self.forget()
+
+    def forget(self) -> None:
+        """θ is the whole again, whatever became of the live part."""
+        self.leaf = self._grid = None
+        self._received = False
+        self.theta.grad = None
+        self.theta.data = self.weight.data
+
+    def shrink(self, grid: Grid, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Follow the weight, which is its own part in `grid` from now on, with what optimizers remember."""
+        shape = grid.shape
+        for optimizer in optimizers:
+            state: dict[str, Any] = optimizer.state.get(self.theta, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == shape:
+                    state[key] = grid.gather(value)
+        self.theta.data = self.weight.data
+
+    def release(self) -> None:
+        """Give the weight its flag back."""
+        self.close()
+        self.weight.requires_grad_(self.trained)
+
+
+class Parts(dict[str, Part]):
+    """The weights of a model that may be narrow, by name; running statistics that may be are no parts of an optimizer.
+
+    Args:
+        weights: every parameter of the model that may be narrow.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__({name: Part(name, weight) for name, weight in weights.items()})
+
+    def open(self, stage: Stage, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """The live tensors of a step, θ among them; a further micro-batch of the same step goes on with the same θ."""
+        live: dict[str, Tensor] = {}
+        for name, tensor in stage.tensors.items():
+            part = self.get(name)
+            if part is None:
+                live[name] = tensor if grids[name].full else grids[name].gather(tensor)
+            else:
+                live[name] = part.leaf if part.leaf is not None else part.open(grids[name])
+                part.resume()
+        return live
+
+    def receive(self, stage: Stage, grids: Mapping[str, Grid], live: Mapping[str, Tensor]) -> None:
+        """After backward: every θ has its gradient, and statistics go back into the whole."""
+        for name, tensor in stage.tensors.items():
+            part = self.get(name)
+            if part is not None:
+                part.receive()
+            elif live[name] is not tensor:
+                grids[name].scatter_(tensor, live[name])
+
+    def close(self) -> None:
+        """End the step: live parts are written back."""
+        for part in self.values():
+            part.close()
+
+    def before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before an optimizer's step."""
+        for part in self.values():
+            part.before_update(optimizer)
+
+    def after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After an optimizer's step: what it holds is written back."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for part in self.values():
+            if id(part.theta) in held:
+                part.after_update(optimizer)
+                part.close()

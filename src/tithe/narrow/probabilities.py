@@ -1,0 +1,221 @@
+"""Who decides which units exist, and the probabilities that it learns.
+
+    s ∈ [0, 1]ⁿ      Σ cost_i s_i ≤ keep · total      one s_i a unit
+
+They live on the CPU whatever the model's device: the widths of the next kernels have to be known there anyway.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tithe.coupling import Coupling, Term
+from tithe.errors import TitheError
+from tithe.select import policy
+
+Cost = Literal["channels", "flops", "params"]
+
+_NOUNS = {"channels": "units", "flops": "operations", "params": "parameters"}
+_ROUNDS = 8
+"""Of projection and pricing: two are enough unless widths halve within one step."""
+_SLACK = 1 + 1e-9
+"""What rounding may add to a cost."""
+
+
+class Structure(ABC):
+    """What `attach` asks of a method under which part of the network does not exist."""
+
+    keep: float
+    """The share of the cost that is kept, in (0, 1]."""
+    cost: Cost
+    """What is counted: units, the forward pass's operations, or parameters."""
+    structure_lr: float
+    """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """The share that is kept after `step` finished steps."""
+
+    @abstractmethod
+    def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
+        """An estimate of the expected loss's gradient in s, (n,).
+
+        Args:
+            s: probabilities (n,).
+            mask_0: the draw that the weights were trained with, bool (n,).
+            mask_1: the other draw.
+            difference: loss with the first less the loss with the second, on the same batch.
+        """
+
+
+class Probabilities:
+    """One probability a unit, learned by Adam and projected onto what may be spent.
+
+    A unit whose probability has reached 0 stays there: no draw will have it, and no gradient brings it back.
+
+    Args:
+        coupling: the units and their costs.
+        method: what is kept, counted and estimated.
+
+    Raises:
+        TitheError: when one unit of every group already costs more than is kept.
+    """
+
+    def __init__(self, coupling: Coupling, method: Structure) -> None:
+        self.method = method
+        self._coupling = coupling
+        self.total = self._cost(torch.ones(coupling.num_units, dtype=torch.float64))
+        self._check_floor()
+        self.s = nn.Parameter(self._uniform(self.total * method.share(0)), requires_grad=False)
+        self._adam = torch.optim.Adam([self.s], lr=method.structure_lr)
+
+    @property
+    def group(self) -> Tensor:
+        """The group of each unit, int64 (n,)."""
+        sizes = torch.tensor([group.num_units for group in self._coupling.groups], dtype=torch.int64)
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def by_group(self) -> list[nn.Parameter]:
+        """The probabilities of each group, on the same memory."""
+        s = self.s.detach()
+        return [nn.Parameter(s[g.start : g.stop], requires_grad=False) for g in self._coupling.groups]
+
+    def spent(self) -> float:
+        """The expected cost, as a share of the whole network's."""
+        return self._cost(self.s.detach()) / self.total
+
+    def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Two independent sub-networks, bool (n,): a function of the probabilities, the seed and the step alone."""
+        generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+        s, group = self.s.detach(), self.group
+        return policy.draw(s, group, generator), policy.draw(s, group, generator)
+
+    def likely(self, step: int) -> Tensor:
+        """The sub-network of the largest probabilities that costs no more than is kept, bool (n,)."""
+        limit = self.total * self.method.share(step) * _SLACK
+        if self.method.cost == "channels":
+            return self._first(limit)
+        low, high = 0, len(self.s)  # prices depend on the widths chosen: how many units, by s, are within the limit?
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._cost(self._first(middle).double()) <= limit else (low, middle - 1)
+        return self._first(low)
+
+    def _first(self, count: float) -> Tensor:
+        """The `count` units of the largest probabilities, bool (n,): one of each group, none that is dead beside it."""
+        s, ones = self.s.detach(), torch.ones_like(self.s)
+        return policy.likely(s, self.group, ones, count) & ((s > 0) | policy.likely(s, self.group, ones, 0))
+
+    def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:
+        """The likeliest sub-network and some drawn ones, each once; other draws than those of any step."""
+        found = [self.likely(step)]
+        for number in range(draws):
+            mask = self.draw(-seed - 2, step + number)[0]
+            if not any(torch.equal(mask, other) for other in found):
+                found.append(mask)
+        return found
+
+    def learn(self, mask_0: Tensor, mask_1: Tensor, difference: float, *, step: int, pace: float) -> None:
+        """One step: Adam on the estimated gradient, then the projection.
+
+        Args:
+            mask_0: the draw that the weights were trained with.
+            mask_1: the other one.
+            difference: of their losses.
+            step: finished steps, before this one.
+            pace: the learning rate as a share of the highest.
+        """
+        s = self.s.detach()
+        dead = s == 0
+        self.s.grad = self.method.gradient(s, mask_0, mask_1, difference)
+        for group in self._adam.param_groups:
+            group["lr"] = self.method.structure_lr * pace
+        self._adam.step()
+        self.s.grad = None
+        self._project(torch.where(dead, 0.0, s), self.total * self.method.share(step + 1))
+
+    def _project(self, z: Tensor, limit: float) -> None:
+        s = self.s.detach()
+        for _ in range(_ROUNDS):
+            # The price of a unit depends on how wide its neighbours are, and they change as well.
+            price, left = self._prices(s, limit)
+            s.copy_(policy.project(z, left, price))
+            if self._cost(s) <= limit * _SLACK:
+                break
+
+    def tighten(self, step: int) -> None:
+        """Stay within a share that falls by schedule, in a step that taught nothing."""
+        self._project(self.s.detach().clone(), self.total * self.method.share(step))
+
+    def shrink(self, coupling: Coupling, alive: Tensor) -> None:
+        """Follow a coupling that some units have left for good; bool (n,) says which are alive."""
+        moments = {key: value[alive] for key, value in self._moments().items()}
+        self.s.data = self.s.data[alive]
+        self._coupling = coupling
+        if moments:
+            self._adam.state[self.s].update(moments)
+
+    def fix(self) -> None:
+        """From now on every unit that is left exists."""
+        self.s.detach().fill_(1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Probabilities, Adam's moments and its count, copies."""
+        kept = self._adam.state.get(self.s, {})
+        return {"s": self.s.detach().clone(), **{key: value.clone() for key, value in kept.items()}}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned, of as many units."""
+        self.s.detach().copy_(state["s"])
+        kept: dict[str, Any] = {key: value.clone() for key, value in state.items() if key != "s"}
+        self._adam.state.clear()
+        if kept:
+            self._adam.state[self.s] = kept
+
+    def _moments(self) -> dict[str, Tensor]:
+        kept = self._adam.state.get(self.s, {})
+        return {key: value for key, value in kept.items() if value.shape == self.s.shape}
+
+    @property
+    def _terms(self) -> tuple[Term, ...]:
+        return self._coupling.flops if self.method.cost == "flops" else self._coupling.params
+
+    def _cost(self, s: Tensor) -> float:
+        """What a network of these expected widths costs."""
+        return float(s.sum() if self.method.cost == "channels" else self._coupling.cost(self._terms, s))
+
+    def _prices(self, s: Tensor, limit: float) -> tuple[Tensor, float]:
+        """The price of each unit at `s`, and what of the limit is left for units."""
+        if self.method.cost == "channels":
+            return torch.ones_like(s), limit
+        price = self._coupling.shares(self._terms, s)
+        return price, limit - (self._cost(s) - float((price * s).sum()))
+
+    def _uniform(self, limit: float) -> Tensor:
+        """The one probability of all units at which the limit is spent."""
+        ones = torch.ones(self._coupling.num_units, dtype=torch.float64)
+        if self._cost(ones) <= limit:
+            return ones
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._cost(ones * middle) <= limit else (low, middle)
+        return ones * low
+
+    def _check_floor(self) -> None:
+        first = torch.zeros(self._coupling.num_units, dtype=torch.float64)
+        first[[group.start for group in self._coupling.groups]] = 1.0
+        least = self._cost(first) / self.total
+        if least > self.method.keep * _SLACK:
+            raise TitheError(
+                "keep",
+                found=f"{self.method.keep:g} of the {_NOUNS[self.method.cost]}",
+                expected=f"at least {least:.4g}: what cannot be left out, and one unit of each group"
+                f" ({len(self._coupling.groups)} groups)",
+                remedy="keep more, or leave fewer layers whole (where=, head=)",
+            )

@@ -1,0 +1,133 @@
+"""Where a narrow network runs: in the model's own forward, whose modules read smaller tensors while it lasts.
+
+    module.__dict__["weight"] = the live part        found before module._parameters["weight"], which stays whole
+    module.__dict__["groups"] = as many as there are
+
+Classes, forwards and `state_dict` stay untouched. Kernels are the ordinary ones, on smaller dense tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from tithe.coupling import Coupling
+from tithe.narrow.widths import counts
+from tithe.selection import Grid
+
+_MISSING = object()
+
+
+class Stage:
+    """The tensors of a model that may be narrow, and where its modules read them.
+
+    Args:
+        model: the model; nothing is changed until `run`.
+        coupling: which positions may be absent.
+    """
+
+    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        self.model, self.coupling = model, coupling
+        self.running = False
+        self.tensors: dict[str, Tensor] = {}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        known = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        for module in model.modules():
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and known[id(tensor)] in coupling.places:
+                    self.tensors[known[id(tensor)]] = tensor
+                    self._places.setdefault(known[id(tensor)], []).append((module, key))
+        self._cut = {name: sorted(coupling.places[name].items()) for name in self.tensors}
+        self._counts = counts(model, coupling)
+        self._statistics = [
+            (module, key)
+            for module in model.modules()
+            if isinstance(module, _NormBase) and module.track_running_stats
+            for key in module._buffers
+        ]
+
+    def grids(self, mask: Tensor) -> dict[str, Grid]:
+        """What is left of each tensor when the units of `mask`, bool (n,), are there."""
+        kept = self.coupling.kept(mask.cpu())
+        return {
+            name: Grid.trusted(tuple(tensor.shape), {axis: kept[at] for axis, at in self._cut[name]})
+            for name, tensor in self.tensors.items()
+        }
+
+    @torch.no_grad()
+    def live(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+        """The smaller tensors, copies that no gradient is asked of."""
+        return {name: grids[name].gather(tensor) for name, tensor in self.tensors.items()}
+
+    @contextmanager
+    def run(self, grids: Mapping[str, Grid], live: Mapping[str, Tensor], *, spare: bool = False) -> Generator[None]:
+        """Inside, the model is the narrow network of `grids`.
+
+        Args:
+            grids: of every tensor that may be narrow.
+            live: name → the smaller tensor that modules read instead.
+            spare: leave the running statistics of the norms that are whole as they are, too.
+        """
+        before: list[tuple[dict[str, Any], str, Any]] = []
+
+        def show(module: nn.Module, key: str, value: Any) -> None:
+            own = vars(module)
+            before.append((own, key, own.get(key, _MISSING)))
+            own[key] = value
+
+        try:
+            self.running = True
+            if spare:
+                for module, key in self._statistics:
+                    buffer = module._buffers[key]
+                    if buffer is not None:
+                        show(module, key, buffer.clone())
+            for name, tensor in live.items():
+                for module, key in self._places[name]:
+                    show(module, key, tensor)
+            lengths = self._lengths(grids)
+            for count in self._counts:
+                show(count.module, count.attribute, count.at(lengths[count.axis]))
+            yield
+        finally:
+            self.running = False
+            for own, key, value in reversed(before):
+                if value is _MISSING:
+                    own.pop(key, None)
+                else:
+                    own[key] = value
+
+    def settle(self, grids: Mapping[str, Grid]) -> None:
+        """Make the model itself that narrow network: tensors are replaced by their live part, for good."""
+        lengths = self._lengths(grids)
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.data = grids[name].gather(tensor.data)
+        for count in self._counts:
+            setattr(count.module, count.attribute, count.at(lengths[count.axis]))
+
+    def numbers(self, model: nn.Module) -> dict[str, dict[str, int]]:
+        """What the modules of `model`, a copy of this one at any width, say of their widths: path → attribute → number.
+
+        Args:
+            model: of the same structure.
+        """
+        found: dict[str, dict[str, int]] = {}
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        for count in self._counts:
+            path = paths[id(count.module)]
+            found.setdefault(path, {})[count.attribute] = getattr(model.get_submodule(path), count.attribute)
+        return found
+
+    def _lengths(self, grids: Mapping[str, Grid]) -> Sequence[int]:
+        """The live positions of each axis."""
+        lengths = [len(axis) for axis in self.coupling.axes]
+        for name, grid in grids.items():
+            for axis, at in self.coupling.places[name].items():
+                lengths[at] = grid.axes[axis].numel()
+        return lengths

@@ -1,0 +1,137 @@
+"""Narrow networks tried out on data: what they lose, and the running statistics that they should have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from tithe.batch import num_samples
+from tithe.errors import TitheError
+from tithe.narrow.chance import Chance
+from tithe.narrow.stage import Stage
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any], *, twice: bool) -> float:
+    """The loss of a narrow network; random states and running statistics stay as they were.
+
+    Args:
+        stage: of the model.
+        mask: bool (n,), the units that exist.
+        closure: forward, returning the loss.
+        twice: run it again, to see that the loss is the same.
+
+    Raises:
+        TitheError: when it is not.
+    """
+    grids, found = stage.grids(mask), list[float]()
+    chance = Chance()
+    with torch.no_grad():
+        for _ in range(1 + twice):
+            with stage.run(grids, stage.live(grids), spare=True):
+                found.append(float(closure()))
+            chance.again()
+    if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
+        raise TitheError(
+            "loss",
+            found=f"{found[0]:g} and then {found[-1]:g} from two identical forward passes",
+            expected="the same loss from the same weights, batch and random state",
+            remedy="draw the batch and its augmentation before the closure, and keep no state between forwards",
+        )
+    return found[0]
+
+
+def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> tuple[float, Tensor]:
+    """The lowest mean training loss of several narrow networks, and whose it is.
+
+    Random states and running statistics stay as they were; each network sees the same random draws.
+
+    Args:
+        stage: of the model.
+        masks: the networks, bool (n,): the units that exist.
+        loss: `loss(model, batch)`, the mean over the samples of the batch.
+        batches: at least one.
+
+    Raises:
+        TitheError: when there is no batch.
+    """
+    if not batches:
+        raise TitheError("settle", found="no batch", expected="held-out training data", remedy="pass batches")
+    losses = [_loss_of(stage, mask, loss, batches) for mask in masks]
+    best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+    return losses[best], masks[best]
+
+
+def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
+    grids, chance, total = stage.grids(mask), Chance(), 0.0
+    with torch.no_grad(), _training(stage.model), stage.run(grids, stage.live(grids), spare=True):
+        for batch in batches:
+            total += float(loss(stage.model, batch)) * num_samples(batch)
+    chance.again()
+    return total / sum(map(num_samples, batches))
+
+
+def estimate_statistics(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> None:
+    """Set every norm's running statistics to their mean over batches of training data.
+
+    Norms that run in evaluation mode while the model trains keep theirs.
+    """
+    with torch.no_grad(), _training(model):
+        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        chance = Chance()
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+            for batch in batches:
+                loss(model, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            chance.again()
+
+
+def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) -> None:
+    """Compare two networks on a batch, in evaluation mode.
+
+    Raises:
+        TitheError: when their losses differ beyond rounding.
+    """
+    found: list[float] = []
+    for model in (one, other):
+        flags = [(module, module.training) for module in model.modules()]
+        model.eval()
+        with torch.no_grad():
+            found.append(float(loss(model, example)))
+        for module, training in flags:
+            module.training = training
+    if not math.isclose(*found, rel_tol=1e-3, abs_tol=1e-5):
+        raise TitheError(
+            "export",
+            found=f"a loss of {found[1]:g} on the example",
+            expected=f"{found[0]:g}, as of the attached model",
+            remedy='leave the layers that count widths themselves whole with where="!name.*", and attach again',
+        )
+
+
+@contextmanager
+def _training(model: nn.Module) -> Generator[None]:
+    """Inside, the model is in training mode; one that is already stays as it is, frozen norms included."""
+    flags = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

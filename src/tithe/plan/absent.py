@@ -1,0 +1,394 @@
+"""A plan under which the unselected part does not exist: every step trains another narrow network.
+
+step k ──> draw m_0, m_1 ~ s ──> loss of m_1, no gradient ──┐
+│                                           ├─ (L_0 − L_1) ──> s ──> projected onto what is kept
+└──> loss of m_0 and its gradient ──────────┘
+└──> θ.grad, of the live part ──> any torch.optim ──> the live part of the weights
+epoch's end: what has probability 0 is dropped for good, weights and optimizer state with it
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe import checkpoint, distributed, ledger, names
+from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe.errors import TitheError
+from tithe.lean import Lean
+from tithe.narrow import (
+    Outside,
+    Parts,
+    Probabilities,
+    Stage,
+    Structure,
+    check_same_loss,
+    estimate_statistics,
+    find_best,
+    loss_without_gradient,
+    make_stage,
+)
+from tithe.narrow.state import FORMAT, check_state
+from tithe.plan.base import Plan
+from tithe.scoring import Loss, check_loss
+from tithe.selection import Grid, Selection
+
+
+class AbsentPlan(Plan):
+    """A model of which a drawn part exists and is trained in each step. Made by `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Structure,
+        *,
+        loss: Loss | None,
+        data: Iterable[Any] | None,
+        where: str | Sequence[str],
+        head: str | Sequence[str],
+        seed: int,
+    ) -> None:
+        split = names.split(model, where=where, head=head)
+        super().__init__(model, split, seed)
+        self.method = method
+        if loss is None or data is None:
+            missing = " and ".join(n for n, v in (("loss", loss), ("data", data)) if v is None)
+            raise TitheError(
+                "attach",
+                found=f"no {missing}",
+                expected="loss= and data= to run the model once, which tells what channels belong together",
+                remedy="pass attach(..., loss=loss_fn, data=batches)",
+            )
+        self._loss, self._data = loss, data
+        if isinstance(data, Iterator):
+            self._data = list(itertools.islice(data, 1))
+        self.stage = make_stage(model, loss, next(iter(self._data), None), list(split.candidates))
+        self.probabilities = Probabilities(self.stage.coupling, method)
+        self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
+        self._settled = False
+        self._difference: float | None = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._checked = False
+        for parameter in split.head.values():
+            parameter.requires_grad_(True)
+        self._parts = Parts({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
+        self._handles: list[Any] = []
+        self._outside = Outside(self.stage, self.probabilities)
+        self._outside.hook()
+        self._draw()
+
+    # ------------------------------------------------------------------------------------------------ what is trained
+
+    @property
+    def selections(self) -> dict[str, Selection]:
+        """Name → what of the tensor exists in the present step; all of a tensor that nothing can be absent from."""
+        found: dict[str, Selection] = {}
+        for name, parameter in self.named_parameters():
+            if name not in self._head:
+                found[name] = self._grids.get(name, Grid(tuple(parameter.shape), {}))
+        return found
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimizer trains, by the model's own names; what is always whole is the model's own parameter."""
+        for name, parameter in self._floats.items():
+            part = self._parts.get(name)
+            if part is not None and part.trained:
+                yield name, part.theta
+            elif part is None and parameter.requires_grad:
+                yield name, parameter
+
+    def structure_parameters(self) -> list[nn.Parameter]:
+        """The probability of each unit to exist, one tensor a group, on the CPU; the plan itself trains them."""
+        return self.probabilities.by_group()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the maps from positions to units."""
+        return sum(axis.nbytes for axis in self.stage.coupling.axes)
+
+    # --------------------------------------------------------------------------------------------------------- a step
+
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Run `closure` on two drawn networks, and backward on the first; returns its loss.
+
+        The second has no gradient, the same random draws (dropout, augmentation), and leaves running statistics alone.
+        Where both draws are the same network it is left out.
+
+        Raises:
+            TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
+        """
+        self._check_live()
+        other = None
+        if not torch.equal(*self._masks):
+            other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
+            self._checked = True
+        live = self._parts.open(self.stage, self._grids)
+        with self.stage.run(self._grids, live):
+            loss = check_loss(closure(), finite=False)
+            loss.backward()
+        self._parts.receive(self.stage, self._grids, live)
+        if distributed.world_size() > 1:  # ranks draw the same network
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    distributed.mean_(parameter.grad)
+        if other is not None:
+            self._difference = (self._difference or 0.0) + float(loss.detach()) - other
+        return loss
+
+    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
+        """Let each `optimizer.step()` update what took part in the step, and nothing else.
+
+        Args:
+            optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
+            elementwise: None tries it out on a few numbers; True takes your word for it.
+
+        Raises:
+            TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole.
+        """
+        self._check_live()
+        optimizer = inner_optimizer(optimizer)
+        check_holds(optimizer, self.named_parameters())
+        if not elementwise:
+            check_elementwise(optimizer)
+        self._optimizers.append(optimizer)
+        self._handles.append(optimizer.register_step_pre_hook(self._parts.before_update))
+        self._handles.append(optimizer.register_step_post_hook(self._parts.after_update))
+
+    def step(self) -> bool:
+        """Count a finished step; learn from its two losses; draw again. Returns whether another network was drawn."""
+        self._check_live()
+        self._parts.close()
+        if not self._settled:
+            self._learn()
+        self._difference = None
+        self.num_steps += 1
+        before = self._masks[0]
+        self._draw()
+        return not torch.equal(before, self._masks[0])
+
+    def _learn(self) -> None:
+        difference = self._difference
+        if difference is not None:
+            difference = distributed.mean_number(difference, next(self.parameters()).device)
+        if difference is None or not math.isfinite(difference):
+            self.probabilities.tighten(self.num_steps + 1)
+        else:
+            self.probabilities.learn(*self._masks, difference, step=self.num_steps, pace=self._pace())
+
+    def _pace(self) -> float:
+        """The present learning rate as a share of the highest, as far as a scheduler tells."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return max((g["lr"] / g["initial_lr"] for g in groups if g.get("initial_lr")), default=1.0)
+
+    def _draw(self) -> None:
+        """Draw the networks of the coming step."""
+        if self._settled:
+            whole = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
+            self._masks = whole, whole
+        else:
+            self._masks = self.probabilities.draw(self.seed, self.num_steps)
+        self._grids = self.stage.grids(self._masks[0])
+        self._outside.follow(self.stage, None if self._settled else self.num_steps)
+
+    def reselect(self) -> bool:
+        """Nothing to do: every step draws. Returns False."""
+        self._check_live()
+        return False
+
+    # ------------------------------------------------------------------------------------------------- what is dropped
+
+    def end_epoch(self) -> bool:
+        """Count a finished epoch, and drop what will never be drawn again; returns whether anything was.
+
+        Weights, statistics and optimizer state get smaller for good. A group keeps its most probable unit.
+        """
+        self._check_live()
+        self._parts.close()
+        self.num_epochs += 1
+        if self._settled:
+            return False
+        s = self.probabilities.s.detach()
+        alive = s > 0
+        for group in self.stage.coupling.groups:
+            if not bool(alive[group.start : group.stop].any()):
+                alive[group.start + int(s[group.start : group.stop].argmax())] = True
+        if bool(alive.all()):
+            return False
+        self._drop(alive)
+        self._draw()
+        return True
+
+    def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float:
+        """Fix the structure: the best of some drawn networks on held-out training data; from now on train its weights.
+
+        The likeliest network takes part beside the draws. Losses are those of training (batch statistics, the same
+        random draws for each); then running statistics are estimated anew, as means over the same batches.
+
+        Args:
+            batches: held-out *training* data; None takes the `data=` of `attach`.
+            draws: how many networks are drawn.
+
+        Returns:
+            The mean loss of the network that was kept.
+
+        Raises:
+            TitheError: when there is no batch.
+        """
+        self._check_live()
+        self._parts.close()
+        batches = list(self._data if batches is None else batches)
+        candidates = self.probabilities.candidates(self.seed, self.num_steps, draws)
+        loss, best = find_best(self.stage, candidates, self._loss, batches)
+        self._drop(best)
+        self.probabilities.fix()
+        self._settled = True
+        self._draw()
+        estimate_statistics(self.model, self._loss, batches)
+        return loss
+
+    def _drop(self, alive: Tensor) -> None:
+        """Let units go for good: bool (n,) says which stay."""
+        grids = self.stage.grids(alive)
+        self.stage.settle(grids)
+        for name, part in self._parts.items():
+            part.shrink(grids[name], self._optimizers)
+        coupling = self.stage.coupling.shrink(alive)
+        self.probabilities.shrink(coupling, alive)
+        self._alive[self._alive.nonzero().flatten()[~alive]] = False
+        self.stage = Stage(self.model, coupling)
+
+    # ------------------------------------------------------------------------------------------- what goes out and in
+
+    def predict(self, batch: Any) -> ledger.Ledger:
+        """The price of the present step on `batch`, both forward passes and backward: nothing of size is allocated.
+
+        Raises:
+            TitheError: when the model cannot run on shapes alone.
+        """
+        self._check_live()
+        self._parts.close()
+        first, second = self._grids, self.stage.grids(self._masks[1])
+        again = not torch.equal(*self._masks)
+
+        def both(shapes: Any) -> Tensor:
+            if again:
+                with torch.no_grad(), self.stage.run(second, self.stage.live(second), spare=True):
+                    self._loss(self.model, shapes)
+            with self.stage.run(first, self._parts.open(self.stage, first)):
+                return self._loss(self.model, shapes)
+
+        try:
+            found = ledger.predict(self.model, both, batch)
+        finally:
+            for part in self._parts.values():
+                part.forget()
+        whole = dict(self.named_parameters())
+        live = {name: grid for name, grid in first.items() if name in whole}
+        size = sum(parameter.nbytes for parameter in whole.values())
+        absent = sum((1 - grid.size / grid.num_weights) * whole[name].nbytes for name, grid in live.items())
+        copied = sum(grid.size * whole[name].element_size() for name, grid in live.items() if not grid.full)
+        states = max((num_states(optimizer) for optimizer in self._optimizers), default=2)
+        return dataclasses.replace(
+            found, theta=copied, gradients=round(size - absent), optimizer=states * size, index=self.index_bytes
+        )
+
+    def export(self, example: Any = None) -> nn.Module:
+        """The narrow network as a plain module of the same class, a copy without a trace of the library.
+
+        Before `settle` it is the likeliest network that costs no more than is kept.
+
+        Args:
+            example: a batch; the copy gives the same loss on it as the attached model, which is checked. None skips
+                the check.
+
+        Raises:
+            TitheError: when the losses differ.
+        """
+        self._check_live()
+        self._parts.close()
+        self._outside.unhook()
+        try:
+            network = copy.deepcopy(self.model)
+        finally:
+            self._outside.hook()
+        inner = Lean.of(network)
+        if inner is not None:
+            inner.release()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(self._parts[name].trained if name in self._parts else parameter.requires_grad)
+            parameter.grad = None
+        if not self._settled:
+            stage = Stage(network, self.stage.coupling)
+            stage.settle(stage.grids(self.probabilities.likely(self.num_steps)))
+        if example is not None:
+            check_same_loss(self.model, network, self._loss, example)
+        return network
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it.
+
+        Args:
+            path: the file.
+            metadata: free strings for its header, beside the method, seed and steps.
+
+        Raises:
+            TitheError: when the file cannot be written.
+        """
+        network = self.export()
+        told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
+        checkpoint.write_network(path, network, self.stage.numbers(network), metadata=told)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here on a freshly built model: its tensors, probabilities, what is left."""
+        self._check_live()
+        return {
+            "format": FORMAT,
+            "keep": self.method.keep,
+            "cost": self.method.cost,
+            "num_steps": self.num_steps,
+            "num_epochs": self.num_epochs,
+            "seed": self.seed,
+            "settled": self._settled,
+            "alive": self._alive.clone(),
+            "probabilities": self.probabilities.state(),
+            "tensors": {name: t.detach().clone() for name, t in checkpoint.state_tensors(self.model).items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `plan.state_dict()`; load the optimizer's own state after it.
+
+        Raises:
+            TitheError: when the state is of another model, or of a method that keeps or counts otherwise.
+        """
+        self._check_live()
+        check_state(state, self.method, self._alive, set(checkpoint.state_tensors(self.model)))
+        self._parts.close()
+        alive = state["alive"][self._alive]
+        if not bool(alive.all()):
+            self._drop(alive)
+        self.model.load_state_dict(state["tensors"], strict=False)
+        self.probabilities.load(state["probabilities"])
+        self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
+        self._settled, self._difference, self._checked = state["settled"], None, True
+        self._draw()
+
+    def release(self) -> None:
+        """Give the model back, at the widths that are left: trained values stay, no attribute, hook or flag does."""
+        if self._released:
+            return
+        self._outside.unhook()
+        for handle in self._handles:
+            handle.remove()
+        for part in self._parts.values():
+            part.release()
+        for name, required in self._frozen_head.items():
+            self._floats[name].requires_grad_(required)
+        self._released = True

@@ -1,0 +1,163 @@
+"""What every plan offers, whatever the unselected part of the network does meanwhile."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe.errors import TitheError
+from tithe.ledger import Ledger
+from tithe.names import Split
+from tithe.selection import Coordinates, Selection
+
+
+class Plan(ABC):
+    """A model of which a selected part is trained. Made by `attach`, which documents the arguments.
+
+    Args:
+        model: the model.
+        split: its parameters by their part in the plan.
+        seed: of every random draw.
+    """
+
+    def __init__(self, model: nn.Module, split: Split, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self._alias, self._floats, self._head = split.alias, split.floats, split.head
+        self._frozen_head = {name: p.requires_grad for name, p in split.head.items()}
+        self.num_steps = self.num_epochs = 0
+        self._released = False
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of the parameters that are trained whole."""
+        return tuple(self._head)
+
+    @property
+    @abstractmethod
+    def selections(self) -> dict[str, Selection]:
+        """Name → selection of every tensor of which something is selected, the head apart."""
+
+    def selected(self, name: str) -> Tensor:
+        """Sorted flat int64 indices of the selected entries of parameter `name`; empty when it is frozen.
+
+        Raises:
+            TitheError: when the model has no floating-point parameter of that name, or it belongs to the head.
+        """
+        origin = self._alias.get(name, name)
+        if origin not in self._floats or origin in self._head:
+            raise TitheError(
+                name,
+                found="the head" if origin in self._head else "no such parameter",
+                expected="a floating-point parameter outside the head",
+                remedy="use a name of model.named_parameters()",
+            )
+        nothing = Coordinates.nothing(tuple(self._floats[origin].shape))
+        return self.selections.get(origin, nothing).indices
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @abstractmethod
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with names: the model's own parameter names. Tensors chosen later are there, still empty."""
+
+    @property
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Bytes of the tensors that say where the selected values belong."""
+
+    @abstractmethod
+    def predict(self, batch: Any) -> Ledger:
+        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+
+        Raises:
+            TitheError: when the plan has no loss, or the model cannot run on shapes alone.
+        """
+
+    @abstractmethod
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Run `closure` (forward, returning the loss) and backward, as often as the method needs; returns the loss.
+
+        Raises:
+            TitheError: when the loss is not a scalar that a gradient flows through.
+        """
+
+    @abstractmethod
+    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
+        """Commit θ into the weights after each `optimizer.step()`, and carry its state when the choice changes.
+
+        Args:
+            optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
+            elementwise: None tries it out on a few numbers; True takes your word for it.
+
+        Raises:
+            TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole (Adafactor,
+                Muon, LARS, L-BFGS …), which means nothing on a part of a tensor that changes.
+        """
+
+    @abstractmethod
+    def step(self) -> bool:
+        """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
+
+    @abstractmethod
+    def end_epoch(self) -> bool:
+        """Count a finished epoch; choose when it is due. Returns whether the choice changed."""
+
+    @abstractmethod
+    def reselect(self) -> bool:
+        """Choose again now. Returns whether anything changed."""
+
+    def structure_parameters(self) -> list[nn.Parameter]:
+        """The probabilities of what may be absent, one tensor a group; none where everything exists."""
+        return []
+
+    def export(self, example: Any = None) -> nn.Module:
+        """The narrow network as a plain module, where a plan has one.
+
+        Raises:
+            TitheError: when everything exists: the model itself is the network.
+        """
+        raise TitheError(
+            "export",
+            found="a plan under which every channel exists",
+            expected="one under which some are absent",
+            remedy="call plan.release(): the model is then plain, with the trained weights",
+        )
+
+    @abstractmethod
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write what is shipped, atomically; `tithe.apply` puts it onto a freshly loaded base.
+
+        Args:
+            path: the file.
+            metadata: free strings for its header, beside the method, seed and steps.
+
+        Raises:
+            TitheError: when the file cannot be written.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `plan.state_dict()`; load the optimizer's own state after it.
+
+        Raises:
+            TitheError: when the state belongs to another model, head or place; the plan is left as it was.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
+
+    def _check_live(self) -> None:
+        if self._released:
+            raise TitheError("plan", found="a released plan", expected="an attached one", remedy="attach again")
