@@ -165,15 +165,16 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, float, Tensor]:
     return torch.tensor(z, dtype=dtype), share * float(cost.double().sum()), cost
 
 
-def bisected(z: Tensor, total: float, cost: Tensor) -> Tensor:
+def bisected(z: Tensor, total: float, cost: Tensor, *, weighted: bool = False) -> Tensor:
     """The projection in float64, by halving an interval until it is empty."""
-    low, high = 0.0, float(torch.where(cost > 0, z / cost, 0).max().clamp(min=0))
+    toward = (cost > 0).double() if weighted else cost
+    low, high = 0.0, float(torch.where(cost > 0, z / toward, 0).max().clamp(min=0))
     if float((cost * z.clamp(0, 1)).sum()) <= total:
         return z.clamp(0, 1)
     while low < (middle := (low + high) / 2) < high:
-        enough = float((cost * (z - middle * cost).clamp(0, 1)).sum()) <= total
+        enough = float((cost * (z - middle * toward).clamp(0, 1)).sum()) <= total
         low, high = (low, middle) if enough else (middle, high)
-    return (z - high * cost).clamp(0, 1)
+    return (z - high * toward).clamp(0, 1)
 
 
 def assert_close(found: Tensor, expected: Tensor, problem: tuple[Tensor, float, Tensor]) -> None:
@@ -183,12 +184,13 @@ def assert_close(found: Tensor, expected: Tensor, problem: tuple[Tensor, float, 
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=unspent + 2 * torch.finfo(z.dtype).eps)
 
 
-@given(problems())
-def test_projection_equals_bisection(problem: tuple[Tensor, float, Tensor]) -> None:
+@given(problems(), st.booleans())
+def test_projection_equals_bisection(problem: tuple[Tensor, float, Tensor], weighted: bool) -> None:
     z, total, cost = problem
-    found = project(z, total, cost)
+    found = project(z, total, cost, weighted=weighted)
     assert found.dtype == z.dtype
-    assert_close(found, bisected(z.double(), total, cost.double()), problem)
+    assert float((cost.double() * found.double()).sum()) <= max(total, 0.0)
+    assert_close(found, bisected(z.double(), total, cost.double(), weighted=weighted), problem)
 
 
 @given(problems())
@@ -232,6 +234,12 @@ def test_projection_of_many_spends_the_whole_total() -> None:
 def test_what_costs_nothing_is_only_clamped() -> None:
     z, cost = torch.tensor([0.0, 0.4, 1.0, 3.0, -1.0, 2.0]), torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
     torch.testing.assert_close(project(z, 0.25, cost), torch.tensor([0.0, 0.4, 1.0, 1.0, 0.0, 0.25]))
+
+
+def test_weighted_gives_way_the_same_in_every_unit() -> None:
+    z, cost = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1.0, 10.0, 100.0])
+    lowered = z - project(z, 60.0, cost, weighted=True)
+    torch.testing.assert_close(lowered, lowered[0].expand(3), rtol=1e-4, atol=0)
 
 
 def test_a_unit_that_costs_more_is_lowered_more() -> None:

@@ -144,7 +144,7 @@ class Probabilities:
         for _ in range(_ROUNDS):
             # The price of a unit depends on how wide its neighbours are, and they change as well.
             price, left = self._prices(s, limit)
-            s.copy_(policy.project(z, left, price))
+            s.copy_(policy.project(z, left, price, weighted=True))
             if self._cost(s) <= limit * _SLACK:
                 break
 

@@ -91,10 +91,11 @@ def policy_gradient(
 
 
 @torch.no_grad()
-def project(z: Tensor, total: Tensor | float, cost: Tensor | None = None) -> Tensor:
+def project(z: Tensor, total: Tensor | float, cost: Tensor | None = None, *, weighted: bool = False) -> Tensor:
     """The point of {0 ≤ s ≤ 1, Σ cost_i s_i ≤ total} nearest to z.
 
         s = clamp(z - v cost, 0, 1)        one v ≥ 0: zero, or so that Σ cost_i s_i = total
+        s = clamp(z - v, 0, 1)             weighted: nearest in Σ cost_i (s_i - z_i)²
 
     Σ cost_i s_i falls with v in straight pieces between the 2n values of v at which a unit leaves 1 or reaches 0. They
     are sorted, sums over them find the piece, and v is solved for on it. Computed in float64 and rounded towards 0: the
@@ -104,6 +105,8 @@ def project(z: Tensor, total: Tensor | float, cost: Tensor | None = None) -> Ten
         z: (n,), n ≥ 1, finite, float.
         total: what may be spent, in units of the cost; a number or a scalar. Below 0 is as 0.
         cost: of each unit, (n,), finite, not negative; None for 1. A unit that costs nothing is only clamped.
+        weighted: give way in probability, the same for every unit that costs something, and not in proportion to cost,
+            where an attention head would have to go before a hundred hidden units.
 
     Returns:
         (n,) in the dtype of `z`.
@@ -116,24 +119,25 @@ def project(z: Tensor, total: Tensor | float, cost: Tensor | None = None) -> Ten
     """
     exact = z.double()
     price = torch.ones_like(exact) if cost is None else cost.double()
+    toward = (price > 0).to(price) if weighted else price
     over = (price * exact.clamp(0, 1)).sum() > total
-    v = torch.where(over, _multiplier(exact, price, total), 0)
-    s = (exact - v * price).clamp(0, 1)
+    v = torch.where(over, _multiplier(exact, price, toward, total), 0)
+    s = (exact - v * toward).clamp(0, 1)
     rounded = s.to(z.dtype)
     return torch.where(rounded > s, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
-def _multiplier(z: Tensor, cost: Tensor, total: Tensor | float) -> Tensor:
-    """The v with Σ cost_i clamp(z_i - v cost_i, 0, 1) = total, of those above 0: one piece, solved exactly.
+def _multiplier(z: Tensor, cost: Tensor, toward: Tensor, total: Tensor | float) -> Tensor:
+    """The v with Σ cost_i clamp(z_i - v d_i, 0, 1) = total, d = `toward`, of those above 0: one piece, solved exactly.
 
-    As hinges, Σ cost_i [max(z_i - v cost_i, 0) - max(z_i - 1 - v cost_i, 0)]: a sum over the breakpoints above v.
+    As hinges, Σ cost_i [max(z_i - v d_i, 0) - max(z_i - 1 - v d_i, 0)]: a sum over the breakpoints above v.
     """
-    paid = cost > 0
-    dead = torch.where(paid, z / cost, 0)  # the v at which a unit reaches 0
-    full = torch.where(paid, (z - 1) / cost, 0)  # the v at which it leaves 1
+    paid = toward > 0
+    dead = torch.where(paid, z / toward, 0)  # the v at which a unit reaches 0
+    full = torch.where(paid, (z - 1) / toward, 0)  # the v at which it leaves 1
     at, order = torch.cat([dead, full]).sort(stable=True)
     level = torch.cat([cost * z, cost * (1 - z)])[order]
-    slope = torch.cat([cost * cost, -cost * cost])[order]
+    slope = torch.cat([cost * toward, -cost * toward])[order]
     target = (total - _SLACK * (cost * z.clamp(min=0)).sum()).clamp(min=0)
     # Summed from the last: an expensive unit is dead early, and leaves no rounding error to the sums of cheap ones.
     spent = level.flip(0).cumsum(0).flip(0) - at * slope.flip(0).cumsum(0).flip(0)
@@ -143,7 +147,7 @@ def _multiplier(z: Tensor, cost: Tensor, total: Tensor | float) -> Tensor:
     # On the piece itself the sums are taken afresh: the running ones carry the rounding of all that came before.
     ones, between = full > low, (dead > low) & (full <= low)
     excess = (cost * torch.where(between, z, ones.to(z.dtype))).sum() - target
-    v = excess / (cost * cost * between).sum().clamp(min=torch.finfo(z.dtype).tiny)
+    v = excess / (cost * toward * between).sum().clamp(min=torch.finfo(z.dtype).tiny)
     # A few units in the last place more, so that the last unit to reach 0 does reach it.
     return v.clamp(low, high) * (1 + 2.0**-44)
 
