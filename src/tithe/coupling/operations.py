@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+from tithe.coupling import extents, moves, products
 from tithe.coupling.call import Call
 from tithe.coupling.labels import Labels
-from tithe.coupling import extents, moves, products
 
 Handler = Callable[[Call], list[Labels]]
 
