@@ -13,13 +13,13 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError, TitheWarning
-from tithe.rules import Carrier, Catch, Leanness
+from tithe.rules import Catch, Leanness
 from tithe.rules.own_norm import OwnNorm, recognise
 
 
@@ -92,13 +92,14 @@ class _Watch:
     def holds(self, norm: _NormBase) -> bool:
         """Whether a norm is frozen, and evaluated whatever `model.train()` says.
 
-        A plan holds its own frozen norms. One without parameters is frozen where a part of the model is.
+        A plan, under which modules read other tensors than their parameters, holds its own frozen norms. One without
+        parameters is frozen where a part of the model is.
         """
-        if not norm.track_running_stats or any(isinstance(value, Carrier) for value in norm.__dict__.values()):
+        if not norm.track_running_stats or _planned(norm):
             return False
         if norm.affine:
             return not any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
-        if any(isinstance(value, Carrier) for module in self.model.modules() for value in module.__dict__.values()):
+        if any(map(_planned, self.model.modules())):
             return False
         return not all(parameter.requires_grad for parameter in self.model.parameters())
 
@@ -118,6 +119,11 @@ class _Watch:
             TitheWarning,
             stacklevel=2,
         )
+
+
+def _planned(module: nn.Module) -> bool:
+    """Whether a module reads another tensor in place of one of its parameters."""
+    return any(isinstance(module.__dict__.get(key), Tensor) for key in module._parameters)
 
 
 class Lean:

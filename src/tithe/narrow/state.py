@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from tithe.errors import TitheError
 from tithe.narrow.probabilities import Structure
+from tithe.narrow.stage import Stage
 
 FORMAT = 1
 
 
-def check_state(state: Mapping[str, Any], method: Structure, alive: Tensor, names: Collection[str]) -> None:
+def check_state(
+    state: Mapping[str, Any], method: Structure, alive: Tensor, stage: Stage, tensors: Mapping[str, Tensor]
+) -> None:
     """Compare a saved state with the plan that is to go on from it.
 
     Args:
         state: what `plan.state_dict()` returned.
         method: of the plan.
         alive: bool (n,), the units that the plan still has.
-        names: of the model's tensors.
+        stage: of the model.
+        tensors: the model's, by every name.
 
     Raises:
         TitheError: naming the first difference.
@@ -42,11 +46,11 @@ def check_state(state: Mapping[str, Any], method: Structure, alive: Tensor, name
                 remedy="attach with the settings of the saved run",
             )
     saved: Tensor = state["alive"]
-    if saved.shape != alive.shape or set(state["tensors"]) != set(names):
+    if saved.shape != alive.shape or set(state["tensors"]) != set(tensors):
         raise TitheError(
             "plan state",
             found=f"{saved.numel()} units and {len(state['tensors'])} tensors",
-            expected=f"{alive.numel()} units and {len(names)} tensors",
+            expected=f"{alive.numel()} units and {len(tensors)} tensors",
             remedy="attach to the model of the saved run, with its where= and head=",
         )
     if bool((saved & ~alive).any()):
@@ -56,3 +60,15 @@ def check_state(state: Mapping[str, Any], method: Structure, alive: Tensor, name
             expected="a freshly built model, or an earlier state of this plan",
             remedy="build the model again, attach, and load the state then",
         )
+    grids = stage.grids(saved[alive])
+    narrow = {tensor.data_ptr(): grids[name] for name, tensor in stage.tensors.items()}  # tied ones have more names
+    for name, tensor in tensors.items():
+        grid, found = narrow.get(tensor.data_ptr()), tuple(state["tensors"][name].shape)
+        expected = tuple(tensor.shape) if grid is None else grid.theta_shape
+        if found != expected:
+            raise TitheError(
+                name,
+                found=f"shape {list(found)} in the saved state",
+                expected=f"{list(expected)}",
+                remedy="build the model with the configuration of the saved run",
+            )

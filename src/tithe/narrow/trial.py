@@ -29,14 +29,14 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
         twice: run it again, to see that the loss is the same.
 
     Raises:
-        TitheError: when it is not.
+        TitheError: when it is not, or is no scalar.
     """
     grids, found = stage.grids(mask), list[float]()
     chance = Chance()
     with torch.no_grad():
         for _ in range(1 + twice):
             with stage.run(grids, stage.live(grids), spare=True):
-                found.append(float(closure()))
+                found.append(_number(closure()))
             chance.again()
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
@@ -46,6 +46,17 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
             remedy="draw the batch and its augmentation before the closure, and keep no state between forwards",
         )
     return found[0]
+
+
+def _number(loss: Any) -> float:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TitheError(
+            "loss",
+            found=f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}",
+            expected="a scalar tensor",
+            remedy="return the mean loss itself: no .item(), no reduction='none'",
+        )
+    return float(loss)
 
 
 def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> tuple[float, Tensor]:

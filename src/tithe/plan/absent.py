@@ -9,6 +9,7 @@ epoch's end: what has probability 0 is dropped for good, weights and optimizer s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -251,7 +252,9 @@ class AbsentPlan(Plan):
         self.probabilities.fix()
         self._settled = True
         self._draw()
-        estimate_statistics(self.model, self._loss, batches)
+        with self.stage.run(self._grids, self._parts.open(self.stage, self._grids)):  # norms see that they are trained
+            estimate_statistics(self.model, self._loss, batches)
+        self._parts.close()
         return loss
 
     def _drop(self, alive: Tensor) -> None:
@@ -275,18 +278,21 @@ class AbsentPlan(Plan):
         """
         self._check_live()
         self._parts.close()
-        first, second = self._grids, self.stage.grids(self._masks[1])
+        first = {name: copy.copy(grid) for name, grid in self._grids.items()}  # with the rows known so far, no more
         again = not torch.equal(*self._masks)
+        inside = contextlib.ExitStack()  # backward runs in the narrow network too
 
         def both(shapes: Any) -> Tensor:
             if again:
+                second = self.stage.grids(self._masks[1])
                 with torch.no_grad(), self.stage.run(second, self.stage.live(second), spare=True):
                     self._loss(self.model, shapes)
-            with self.stage.run(first, self._parts.open(self.stage, first)):
-                return self._loss(self.model, shapes)
+                del second
+            inside.enter_context(self.stage.run(first, self._parts.open(self.stage, first)))
+            return self._loss(self.model, shapes)
 
         try:
-            found = ledger.predict(self.model, both, batch)
+            found = ledger.predict(self.model, both, batch, inside=inside)
         finally:
             for part in self._parts.values():
                 part.forget()
@@ -313,7 +319,6 @@ class AbsentPlan(Plan):
             TitheError: when the losses differ.
         """
         self._check_live()
-        self._parts.close()
         self._outside.unhook()
         try:
             network = copy.deepcopy(self.model)
@@ -369,7 +374,7 @@ class AbsentPlan(Plan):
             TitheError: when the state is of another model, or of a method that keeps or counts otherwise.
         """
         self._check_live()
-        check_state(state, self.method, self._alive, set(checkpoint.state_tensors(self.model)))
+        check_state(state, self.method, self._alive, self.stage, checkpoint.state_tensors(self.model))
         self._parts.close()
         alive = state["alive"][self._alive]
         if not bool(alive.all()):

@@ -21,6 +21,7 @@ from tithe.errors import TitheError
 from tithe.narrow import Outside, Structure
 from tithe.plan.absent import AbsentPlan
 from tithe.plan.frozen import FrozenPlan
+from tithe.rules import Carrier
 from tithe.scoring import Loss
 
 
@@ -110,14 +111,15 @@ def attach(
 
 
 def _check_free(model: nn.Module) -> None:
-    """Check that no plan whose other part is absent is attached; mounting finds the others.
+    """Check that no plan is attached.
 
     Raises:
         TitheError: naming the module that belongs to one.
     """
     for path, module in model.named_modules():
         hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        if any(isinstance(owner, Outside) for owner in hooks):
+        carried = any(isinstance(value, Carrier) for value in vars(module).values())
+        if carried or any(isinstance(owner, Outside) for owner in hooks):
             raise TitheError(
                 path or "model",
                 found="a plan already attached",

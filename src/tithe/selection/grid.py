@@ -100,8 +100,7 @@ class Grid(Selection):
             rows = beside(self._rows, weight)
             weight.view(-1, self._depth).index_copy_(0, rows, values.reshape(-1, self._depth))
         else:
-            at = torch.unravel_index(beside(self.indices, weight), self.shape)
-            weight.index_put_(at, values.reshape(-1))
+            _put_(weight, values.view(self.theta_shape), list(self.axes.items()))
 
     def by_item(self, values: Tensor) -> Tensor:
         """A column."""
@@ -137,3 +136,14 @@ class Grid(Selection):
             every = self.axes[axis] if axis in self.axes else torch.arange(length)
             rows = every if rows is None else (rows.to(every.device)[:, None] * length + every).reshape(-1)
         return torch.zeros(1, dtype=torch.int64) if rows is None else rows
+
+
+def _put_(weight: Tensor, values: Tensor, axes: list[tuple[int, Tensor]]) -> None:
+    """Write `values` at the positions of several axes of a weight of any memory layout, axis by axis."""
+    (axis, positions), *rest = axes
+    positions = beside(positions, weight)
+    if rest:
+        part = weight.index_select(axis, positions)
+        _put_(part, values, rest)
+        values = part
+    weight.index_copy_(axis, positions, values)
