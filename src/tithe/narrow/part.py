@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe.narrow.stage import Stage
+from tithe.narrow.stage import Fit, Stage
 from tithe.selection import Grid
 
 
@@ -34,31 +34,35 @@ class Part:
         self.theta = nn.Parameter(weight.detach(), requires_grad=self.trained)
         self.leaf: Tensor | None = None
         self._grid: Grid | None = None
+        self._fit: Fit | None = None
         self._received = False
         self._whole: dict[tuple[int, str], Tensor] = {}
         weight.requires_grad_(False)
         weight.grad = None
 
-    def open(self, grid: Grid) -> Tensor:
-        """The live part as what modules read and autograd differentiates: the weight itself where all of it is live."""
-        self._grid = grid
-        value = self.weight.detach() if grid.full else grid.gather(self.weight.detach())
-        self.leaf = nn.Parameter(value, requires_grad=self.trained)
-        return self.leaf
+    def open(self, fit: Fit) -> Tensor:
+        """The live part as what modules read and autograd differentiates: the weight itself where all of it is live.
 
-    def resume(self) -> None:
-        """Before a further backward pass of the same step: the gradient goes on from what the optimizer's user left."""
-        if self.leaf is not None:
-            self.leaf.grad = self.theta.grad
+        A further micro-batch of the same step goes on with the same part, and with the gradient that θ has now.
+        """
+        if self.leaf is None:
+            self._fit, self._grid = fit, fit.grids[self.name]
+            weight = self.weight.detach()
+            self.leaf = nn.Parameter(weight if self._grid.full else fit.take(self.name, weight), self.trained)
+        grad = self.theta.grad
+        self.leaf.grad = None if grad is None else fit.pad(self.name, grad)
+        return self.leaf
 
     def receive(self) -> None:
         """After a backward pass: θ is the live part, with its gradient."""
         assert self.leaf is not None
-        if self.theta.grad is not self.leaf.grad:
+        assert self._fit is not None
+        grad = self.leaf.grad
+        if not self._received:
             self.theta.grad = None
-        self.theta.data = self.leaf.data
-        self.theta.grad = self.leaf.grad
-        self._received = True
+            self.theta.data = self._fit.strip(self.name, self.leaf.data)
+            self._received = True
+        self.theta.grad = None if grad is None else self._fit.strip(self.name, grad)
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the optimizer the live part of what it remembers of this weight."""
@@ -91,7 +95,7 @@ class Part:
 
     def forget(self) -> None:
         """θ is the whole again, whatever became of the live part."""
-        self.leaf = self._grid = None
+        self.leaf = self._grid = self._fit = None
         self._received = False
         self.theta.grad = None
         self.theta.data = self.weight.data
@@ -122,26 +126,23 @@ class Parts(dict[str, Part]):
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__({name: Part(name, weight) for name, weight in weights.items()})
 
-    def open(self, stage: Stage, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
         """The live tensors of a step, θ among them; a further micro-batch of the same step goes on with the same θ."""
         live: dict[str, Tensor] = {}
         for name, tensor in stage.tensors.items():
-            part = self.get(name)
-            if part is None:
-                live[name] = tensor if grids[name].full else grids[name].gather(tensor)
+            if name in self:
+                live[name] = self[name].open(fit)
             else:
-                live[name] = part.leaf if part.leaf is not None else part.open(grids[name])
-                part.resume()
+                live[name] = tensor if fit.grids[name].full else fit.take(name, tensor)
         return live
 
-    def receive(self, stage: Stage, grids: Mapping[str, Grid], live: Mapping[str, Tensor]) -> None:
+    def receive(self, stage: Stage, fit: Fit, live: Mapping[str, Tensor]) -> None:
         """After backward: every θ has its gradient, and statistics go back into the whole."""
         for name, tensor in stage.tensors.items():
-            part = self.get(name)
-            if part is not None:
-                part.receive()
+            if name in self:
+                self[name].receive()
             elif live[name] is not tensor:
-                grids[name].scatter_(tensor, live[name])
+                fit.grids[name].scatter_(tensor, fit.strip(name, live[name]))
 
     def close(self) -> None:
         """End the step: live parts are written back."""

@@ -31,11 +31,11 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     Raises:
         TitheError: when it is not, or is no scalar.
     """
-    grids, found = stage.grids(mask), list[float]()
+    fit, found = stage.fit(mask), list[float]()
     chance = Chance()
     with torch.no_grad():
         for _ in range(1 + twice):
-            with stage.run(grids, stage.live(grids), spare=True):
+            with stage.run(fit.read, stage.filled(fit), spare=True):
                 found.append(_number(closure()))
             chance.again()
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):

@@ -94,7 +94,7 @@ class AbsentPlan(Plan):
         found: dict[str, Selection] = {}
         for name, parameter in self.named_parameters():
             if name not in self._head:
-                found[name] = self._grids.get(name, Grid(tuple(parameter.shape), {}))
+                found[name] = self._fit.grids.get(name, Grid(tuple(parameter.shape), {}))
         return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,11 +131,11 @@ class AbsentPlan(Plan):
         if not torch.equal(*self._masks):
             other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
             self._checked = True
-        live = self._parts.open(self.stage, self._grids)
-        with self.stage.run(self._grids, live):
+        live = self._parts.open(self.stage, self._fit)
+        with self.stage.run(self._fit.read, live):
             loss = check_loss(closure(), finite=False)
             loss.backward()
-        self._parts.receive(self.stage, self._grids, live)
+        self._parts.receive(self.stage, self._fit, live)
         if distributed.world_size() > 1:  # ranks draw the same network
             for parameter in self.parameters():
                 if parameter.grad is not None:
@@ -196,7 +196,7 @@ class AbsentPlan(Plan):
             self._masks = whole, whole
         else:
             self._masks = self.probabilities.draw(self.seed, self.num_steps)
-        self._grids = self.stage.grids(self._masks[0])
+        self._fit = self.stage.fit(self._masks[0])
         self._outside.follow(self.stage, None if self._settled else self.num_steps)
 
     def reselect(self) -> bool:
@@ -252,7 +252,7 @@ class AbsentPlan(Plan):
         self.probabilities.fix()
         self._settled = True
         self._draw()
-        with self.stage.run(self._grids, self._parts.open(self.stage, self._grids)):  # norms see that they are trained
+        with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):  # norms see that they are trained
             estimate_statistics(self.model, self._loss, batches)
         self._parts.close()
         return loss
@@ -278,17 +278,17 @@ class AbsentPlan(Plan):
         """
         self._check_live()
         self._parts.close()
-        first = {name: copy.copy(grid) for name, grid in self._grids.items()}  # with the rows known so far, no more
+        first = self._fit.fresh()
         again = not torch.equal(*self._masks)
         inside = contextlib.ExitStack()  # backward runs in the narrow network too
 
         def both(shapes: Any) -> Tensor:
             if again:
-                second = self.stage.grids(self._masks[1])
-                with torch.no_grad(), self.stage.run(second, self.stage.live(second), spare=True):
+                second = self.stage.fit(self._masks[1])
+                with torch.no_grad(), self.stage.run(second.read, self.stage.filled(second), spare=True):
                     self._loss(self.model, shapes)
                 del second
-            inside.enter_context(self.stage.run(first, self._parts.open(self.stage, first)))
+            inside.enter_context(self.stage.run(first.read, self._parts.open(self.stage, first)))
             return self._loss(self.model, shapes)
 
         try:
@@ -297,7 +297,7 @@ class AbsentPlan(Plan):
             for part in self._parts.values():
                 part.forget()
         whole = dict(self.named_parameters())
-        live = {name: grid for name, grid in first.items() if name in whole}
+        live = {name: grid for name, grid in first.grids.items() if name in whole}
         size = sum(parameter.nbytes for parameter in whole.values())
         absent = sum((1 - grid.size / grid.num_weights) * whole[name].nbytes for name, grid in live.items())
         copied = sum(grid.size * whole[name].element_size() for name, grid in live.items() if not grid.full)
