@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from tithe.rules.codes import (
     pack,
     pack_words,
     same_layout,
+    truncate,
     unpack,
     unpack_words,
 )
@@ -71,6 +74,20 @@ def test_chunks_cover_everything_in_whole_blocks() -> None:
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == 200_000
     assert all((part.stop - part.start) % 24 == 0 for part in parts[:-1])
+
+
+def test_truncation_drops_the_fraction() -> None:
+    whole = torch.arange(256.0)
+    for fraction in (0.0, 0.5, 0.999):
+        out = torch.empty(256, dtype=torch.uint8)
+        truncate(whole + fraction, out)
+        assert torch.equal(out, whole.to(torch.uint8))
+
+
+def test_truncation_of_what_is_not_a_number_is_silent() -> None:
+    out = torch.empty(2, dtype=torch.uint8)
+    truncate(torch.tensor([math.nan, 7.5]), out)
+    assert out[1] == 7
 
 
 @given(shape=shapes, block=st.sampled_from([1, 3, 8, 64]), dtype=st.sampled_from([torch.float32, torch.bfloat16]))

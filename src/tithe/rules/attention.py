@@ -19,7 +19,7 @@ Shapes: B samples, H heads, T queries, S keys, E entries; q (B, H, T, E), k and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -238,32 +238,49 @@ def gradients(
     q, k, v = kept
     gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip(kept, needs, strict=True))
     bias = attention.bias(q, k, mask)
-    one, two = attention.factors(q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         for part in parts(q, k):
             b, h, g = part
-            query, key = attention.scaled(q[b, h], k[b, g])
-            p = probabilities(query, key, _of(bias, part))
-            gy_part, value = gy[b, h].to(p.dtype), _spread(v[b, g].to(p.dtype), p.shape[1])
-            gp = torch.matmul(gy_part, value.transpose(-2, -1)) if needs[0] or needs[1] else None
-            dropped = p
-            if bits is not None:
-                start = (b.start * q.shape[1] + h.start) * p.shape[2] * p.shape[3]
-                factor = unpack_mask(bits, start, start + p.numel()).view(p.shape).to(p.dtype)
-                factor = factor.div_(1 - attention.dropout)
-                gp = None if gp is None else gp.mul_(factor)
-                dropped = factor.mul_(p)
-            if gv is not None:
-                gv[b, g] = _gathered(torch.matmul(dropped.transpose(-2, -1), gy_part), v[b, g].shape[1])
-            if gp is None:
-                continue
-            gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
-            if gq is not None:
-                gq[b, h] = torch.matmul(gs, key).mul_(one)
-            if gk is not None:
-                found = torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1)
-                gk[b, g] = _gathered(found, k[b, g].shape[1])
+            start = (b.start * q.shape[1] + h.start) * q.shape[2] * k.shape[2]
+            out = [None if t is None else t[b, heads] for t, heads in ((gq, h), (gk, g), (gv, g))]
+            _part(attention, (q[b, h], k[b, g], v[b, g]), _of(bias, part), bits, start, gy[b, h], out)
     return gq, gk, gv
+
+
+def _part(
+    attention: Attention,
+    kept: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    bits: Tensor | None,
+    start: int,
+    gy: Tensor,
+    out: Sequence[Tensor | None],
+) -> None:
+    """Fill in the gradients of one part; when it returns, the next finds its memory, and that in the cache."""
+    q, k, v = kept
+    gq, gk, gv = out
+    one, two = attention.factors(q.shape[-1])
+    query, key = attention.scaled(q, k)
+    p = probabilities(query, key, bias)
+    gy, value = gy.to(p.dtype), _spread(v.to(p.dtype), p.shape[1])
+    gp = None if gq is None and gk is None else torch.matmul(gy, value.transpose(-2, -1))
+    dropped = p
+    if bits is not None:
+        factor = unpack_mask(bits, start, start + p.numel()).view(p.shape).to(p.dtype)
+        factor = factor.div_(1 - attention.dropout)
+        gp = None if gp is None else gp.mul_(factor)
+        dropped = factor.mul_(p)
+    if gv is not None:
+        gv.copy_(_gathered(torch.matmul(dropped.transpose(-2, -1), gy), v.shape[1]))
+    if gp is None:
+        return
+    gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
+    if gq is not None:
+        gq.copy_(torch.matmul(gs, key).mul_(one))
+    if gk is not None and attention.fused:
+        gk.copy_(_gathered(torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1), k.shape[1]))
+    elif gk is not None:  # the same but for rounding, and in the order of k's memory
+        gk.copy_(_gathered(torch.matmul(gs.transpose(-2, -1), query).mul_(two), k.shape[1]))
 
 
 def _keep(ctx: Any, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Tensor) -> None:

