@@ -131,6 +131,17 @@ class Mask:
         return Method(self.name, start, self.prepare)
 
 
+def leaned(method: Method, bits: int | None = None) -> Method:
+    """The same way to fine-tune, of a model that is lean once the method is prepared."""
+
+    def prepare(model: nn.Module, batches: Sequence[Batch], seed: int, warmup: int) -> Prepared:
+        prepared = method.prepare(model, batches, seed, warmup)
+        tithe.lean(prepared.model, bits)
+        return prepared
+
+    return Method(f"{method.name}, lean" + ("" if bits is None else f", {bits} bits"), method.start, prepare)
+
+
 PEERS = {
     m.name: m
     for m in (

@@ -27,7 +27,7 @@ from benchmarks.records import Store, parse
 from benchmarks.text import Batch
 from benchmarks.timing import Contestant, costs, cpu_seconds, packed_batch
 
-ROUNDS = 3
+ROUNDS = 11
 RANK = 4
 SAMPLES, TOKENS, WIDTH, LAYERS, HEADS = 16, 128, 384, 6, 12
 SHAPE: dict[str, Any] = dict(hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)

@@ -1,10 +1,12 @@
-"""The page on what lean layers save."""
+"""The page on what lean layers save, and what they cost in accuracy."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
-from benchmarks.markdown import megabytes, origin, table
+from benchmarks.lean_accuracy import METHODS, WITHOUT
+from benchmarks.markdown import megabytes, origin, table, with_spread
 from benchmarks.records import Record, lines
 
 PEER = "LoRA"
@@ -26,7 +28,12 @@ def saved(results: Path, docs: Path) -> str:
             rows = {r["method"]: r for r in reversed(records) if r["network"] == network and r["dropout"] == dropout}
             if "full" in rows:
                 parts += [f"## {network}, dropout {dropout:g}", _table(rows, rows[PEER])]
-    return "\n\n".join([*parts, origin(records)]) if parts else ""
+    if parts:
+        parts.append(origin(records))
+    trained = list(lines(results / "lean_accuracy.jsonl"))
+    if trained:
+        parts += ["## Accuracy of FISH with and without lean layers, SST-2", _accuracy(trained), origin(trained)]
+    return "\n\n".join(parts)
 
 
 def _table(rows: dict[str, Record], peer: Record) -> str:
@@ -47,3 +54,27 @@ def _table(rows: dict[str, Record], peer: Record) -> str:
         for name, r in rows.items()
     ]
     return table(header, cells)
+
+
+def _accuracy(records: list[Record]) -> str:
+    """Test accuracy seed by seed, and the mean difference to the same seed without lean layers."""
+    runs = {(r["method"], r["seed"]): r for r in records}
+    seeds = sorted({seed for _, seed in runs})
+    rows = []
+    for method in METHODS:
+        own = {seed: runs[method.name, seed] for seed in seeds if (method.name, seed) in runs}
+        if not own:
+            continue
+        gaps = [r["test"] - runs[WITHOUT.name, seed]["test"] for seed, r in own.items()]
+        rows.append(
+            [
+                method.name.replace(WITHOUT.name, "FISH"),
+                *(f"{own[seed]['test']:.1f}" if seed in own else "—" for seed in seeds),
+                with_spread([r["test"] for r in own.values()]),
+                with_spread(gaps),
+                with_spread([r["validation"] for r in own.values()]),
+                f"{statistics.fmean(r['validation_loss'] for r in own.values()):.4f}",
+            ]
+        )
+    seed_names = [f"test, seed {seed}" for seed in seeds]
+    return table(["", *seed_names, "mean", "against FISH", "validation", "validation loss"], rows)
