@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltas import Tied, net, pick, train
-from tithe.checkpoint import apply, diff, merge, write_delta
+from tithe.checkpoint import apply, diff, merge, write_delta, write_network
 from tithe.errors import TitheError
 
 
@@ -160,6 +160,13 @@ def test_refused(tmp_path, delta):
     refused(tmp_path, tmp_path / "nowhere", delta, "no such file")
     delta.write_bytes(delta.read_bytes()[:-1])
     refused(tmp_path, base, delta, "a complete safetensors file")
+
+
+def test_a_narrow_network_is_no_delta(tmp_path, delta):
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    write_network(tmp_path / "narrow.safetensors", net(), {"0": {"out_features": 3}}, metadata={})
+    for paths in ([tmp_path / "narrow.safetensors"], [delta, tmp_path / "narrow.safetensors"]):
+        refused(tmp_path, tmp_path / "base.safetensors", paths, "narrow.safetensors", "a narrow network", "tithe.apply")
 
 
 def test_refused_bases(tmp_path, delta):

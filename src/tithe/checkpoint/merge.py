@@ -61,8 +61,9 @@ def merge(
         `output`.
 
     Raises:
-        TitheError: when a file is damaged or no delta; the base is another, a pickle, or stores other names, shapes or
-            dtypes; two deltas write the same entry; or the output exists. Nothing is written then.
+        TitheError: when a file is damaged, no delta, or a narrow network; the base is another, a pickle, or stores
+            other names, shapes or dtypes; two deltas write the same entry; or the output exists. Nothing is written
+            then.
     """
     origin, final = Path(base), Path(output)
     shards = find_shards(origin)
@@ -90,6 +91,13 @@ def merge(
 def _locate(file: TensorFile, where: Mapping[str, TensorFile], origin: Path) -> _Delta:
     """Find each tensor of a delta in the base, under its own or a tied name, in the same shape and dtype."""
     header = decode(file)
+    if header.widths is not None:
+        raise TitheError(
+            str(file.path),
+            found="a narrow network, whole",
+            expected="a delta, which changes weights of the base and leaves their shapes",
+            remedy="build the network at full width, tithe.apply(model, path), and save its state_dict()",
+        )
     places: dict[str, tuple[str, ...]] = {}
     for lead, entry in header.entries.items():
         places[lead] = tuple(name for name in (lead, *entry.aliases) if name in where)

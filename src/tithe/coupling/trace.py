@@ -254,8 +254,9 @@ class _Trace(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:
-    """A weight is known by its memory: tied ones are one, and so are views of the same."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    """A weight is known by its storage, which it has without data too: tied ones are one, and so are views of it."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _tensors(tree: Any) -> list[Tensor]:

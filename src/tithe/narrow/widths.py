@@ -93,8 +93,8 @@ def _own(module: nn.Module) -> Mapping[str, tuple[str, int]]:
 def _of_submodules(module: nn.Module, coupling: Coupling, names: Mapping[int, str]) -> Iterator[Count]:
     """Counts of heads and hidden units, kept by the module around the layers that make them.
 
-    Which axis such a number speaks of follows from its value: it is the axis's length, its number of heads, or one of
-    its three equal parts (query, key and value from one product).
+    Which axis such a number speaks of follows from its value: it is the axis's length or its number of heads, or those
+    of one of its three equal parts (query, key and value from one product).
     """
     own = {name: vars(module)[name] for name in _OUTSIDE if type(vars(module).get(name)) is int}
     if not own:
@@ -103,7 +103,7 @@ def _of_submodules(module: nn.Module, coupling: Coupling, names: Mapping[int, st
     for attribute, value in own.items():
         for at in _made_inside(module, coupling, names):
             length = len(coupling.axes[at])
-            if length in {value, 3 * value, *(value * size for size in sizes)}:
+            if length in {value * part * size for part in (1, 3) for size in (1, *sizes)}:
                 yield Count(module, attribute, value, at, length)
                 break
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -197,13 +197,21 @@ class _Stall:
             with _answering(subject.name, own=self.offer.foreign is None):
                 return subject.loss(setup.model, shapes)
 
-        ledger = predict(setup.model, closure, batch, inside=counter)
-        setup.link()
-        gradients = sum(_size(parameter) for parameter in needed)
+        if setup.predict is None:
+            ledger = predict(setup.model, closure, batch, inside=counter)
+            setup.link()
+            gradients, earlier, copies = sum(_size(parameter) for parameter in needed), 0, 0
+        else:
+            with counter or nullcontext():
+                ledger = setup.predict(batch)
+            # Copies of what the optimizer updates, and of its state, are made for its step.
+            gradients, copies = ledger.gradients, ledger.theta * (1 + self.optimizer.states)
+            earlier = gradients if accumulate else 0
         states = self.optimizer.states * sum(map(_size, setup.trained))
         theta = _bytes(setup.model) - self.weights
         standing = self.weights + _leaf_bytes(batch) + theta + setup.index + states
-        at_peak, moment = _moment(ledger, gradients, self.optimizer.temporaries * max(map(_size, setup.trained)))
+        temporaries = copies + self.optimizer.temporaries * max(map(_size, setup.trained))
+        at_peak, moment = _moment(ledger, gradients, temporaries, earlier)
         return Quote(
             method=self.offer.name,
             trained=sum(parameter.numel() for parameter in setup.trained),
@@ -255,12 +263,19 @@ def _answering(name: str, *, own: bool) -> Generator[None]:
         ) from error
 
 
-def _moment(ledger: Ledger, gradients: int, temporaries: int) -> tuple[dict[str, int], str]:
-    """What lives at the highest moment besides what always does, and when that is."""
-    if gradients + temporaries > ledger.peak:
+def _moment(ledger: Ledger, gradients: int, temporaries: int, earlier: int) -> tuple[dict[str, int], str]:
+    """What lives at the highest moment besides what always does, and when that is.
+
+    Args:
+        ledger: of forward and backward.
+        gradients: as they stand when backward ends.
+        temporaries: of the optimizer's step.
+        earlier: gradients of earlier micro-batches, where the ledger does not know of them; at most as much more.
+    """
+    if gradients + temporaries > ledger.peak + earlier:
         return {"gradients": gradients, "saved": 0, "transient": temporaries}, "optimizer step"
     kinds = ledger.by_kind
-    parts = {"gradients": kinds["gradients"], "saved": kinds["saved"], "transient": kinds["other"]}
+    parts = {"gradients": kinds["gradients"] + earlier, "saved": kinds["saved"], "transient": kinds["other"]}
     return parts, "forward and backward"
 
 

@@ -1,4 +1,4 @@
-"""The size of a delta, from names, shapes and counts."""
+"""The sizes of files, from names, shapes and counts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole:
     """
     entries: dict[str, Entry] = {}
     parts: list[tuple[str, torch.dtype, Sequence[int]]] = []
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in state.items():
-        groups.setdefault((tensor.untyped_storage()._cdata, int(tensor.storage_offset())), []).append(name)
-    for names in groups.values():
+    for names in _tied(state):
         lead = next((name for name in names if name in selected or name in whole), names[0])
         tensor, count = state[lead], selected.get(lead, 0)
         stored_as = index_dtype(tensor.numel())
@@ -43,6 +40,35 @@ def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole:
             parts += [(f"{lead}#indices", stored_as, (count,)), (f"{lead}#values", tensor.dtype, (count,))]
     told = {"method": "FISH(" + 120 * " " + ")", "seed": "0", "steps": "1000"}
     return file_bytes(parts, encode(Header(entries, told)))
+
+
+def network_bytes(
+    state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], widths: Mapping[str, Mapping[str, int]]
+) -> int:
+    """Bytes of the file of a narrow network, to the last few of its free metadata.
+
+    Args:
+        state: the `state_dict` of the whole network; tied names share one storage.
+        shapes: name → shape of every tensor that is narrower.
+        widths: module path → attribute → number, as the file says them.
+    """
+    entries: dict[str, Entry] = {}
+    for names in _tied(state):
+        lead = next((name for name in names if name in shapes), names[0])
+        shape = tuple(shapes.get(lead, state[lead].shape))
+        aliases = tuple(name for name in names if name != lead)
+        entries[lead] = Entry(state[lead].dtype, shape, "dense", "", _DIGEST, aliases)
+    told = {"method": "VRPGE(" + 80 * " " + ")", "seed": "0", "steps": "1000"}
+    parts = [(f"{lead}#dense", entry.dtype, entry.shape) for lead, entry in entries.items()]
+    return file_bytes(parts, encode(Header(entries, told, widths=widths)))
+
+
+def _tied(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault((tensor.untyped_storage()._cdata, int(tensor.storage_offset())), []).append(name)
+    return list(groups.values())
 
 
 def file_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> int:

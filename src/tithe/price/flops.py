@@ -88,7 +88,8 @@ class FlopCounter(TorchDispatchMode):
                 for tensor in made:
                     self._from.add(tensor, {product})
         else:
-            if given and all(map(self._of_weights.of, given)):
+            sources = given[:1] if packet is _aten.index_select else given  # positions say which part of a weight it is
+            if sources and all(map(self._of_weights.of, sources)):
                 for tensor in made:
                     self._of_weights.add(tensor, {0})
             if in_backward:

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 
 import tithe
 from tithe.errors import TitheError
-from tithe.ledger import Blank
+from tithe.ledger import Blank, Ledger
 from tithe.price.draw import Drawn
-from tithe.price.files import delta_bytes, file_bytes
+from tithe.price.files import delta_bytes, file_bytes, network_bytes
 from tithe.price.subject import Subject
 
 
@@ -114,6 +114,7 @@ class Setup:
         file: bytes of what is saved.
         index: bytes of indices.
         link: called when gradients were put in place by hand.
+        predict: what a step on a batch takes, of a method that does more in it than the loss's forward and backward.
         undo: gives the model back.
     """
 
@@ -122,6 +123,7 @@ class Setup:
     file: int
     index: int = 0
     link: Callable[[], object] = lambda: None
+    predict: Callable[[Any], Ledger] | None = None
     undo: Callable[[], None] = lambda: None
 
 
@@ -290,6 +292,37 @@ def _trady(site: Site) -> Setup:
     return _plan(site, tithe.TraDy(site.terms.budget, layers="all", lean=True), lean=False)
 
 
+def _vrpge(site: Site) -> Setup:
+    """The networks of a first step, drawn where every unit is as likely as any other."""
+    subject, model, keep = site.subject, site.model, site.terms.budget.fraction
+    if keep is None:
+        raise TitheError(
+            "budget",
+            found="an amount",
+            expected="a fraction: what is kept of the operations of a forward pass",
+            remedy="--budget 40%",
+        )
+    state: dict[str, Tensor] = model.state_dict()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        found = subject.loss(model, batch)
+        # What has no gradient is compared: that two networks give one loss. Without data all losses are alike.
+        return found if torch.is_grad_enabled() else torch.zeros(())
+
+    batch = subject.draw(site.blank, site.num_samples)
+    plan = tithe.attach(model, tithe.VRPGE(keep, cost="flops"), loss=loss, data=[batch], head=subject.head)
+    drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
+    shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
+    return Setup(
+        model=model,
+        trained=list(plan.parameters()),
+        file=network_bytes(state, shapes, plan.stage.numbers(model)),
+        index=plan.index_bytes,
+        predict=plan.predict,
+        undo=plan.release,
+    )
+
+
 OFFERS: Mapping[str, Offer] = {
     "full": Offer(name="full", prepare=_full),
     "head": Offer(name="head only", prepare=_head),
@@ -297,4 +330,5 @@ OFFERS: Mapping[str, Offer] = {
     "fish": Offer(name="FISH", prepare=lambda site: _fish(site, lean=False), budgeted=True),
     "fish+lean": Offer(name="FISH + lean", prepare=lambda site: _fish(site, lean=True), budgeted=True),
     "trady": Offer(name="TraDy + lean", prepare=_trady, budgeted=True, per_batch=True),
+    "vrpge": Offer(name="VR-PGE", prepare=_vrpge, budgeted=True),
 }

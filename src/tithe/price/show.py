@@ -144,6 +144,11 @@ def _notes(quotes: Quotes) -> list[str]:
             "FISH is priced with a random mask of its size, which touches every column: the most it can keep. "
             "Fisher masks gather in few columns and keep less."
         )
+    if any(row.method == "VR-PGE" for row in quotes.rows):
+        notes.append(
+            "VR-PGE keeps the budget's share of a forward pass's operations. Priced is its first step, of two drawn "
+            "networks; its weights and optimizer state are whole then, and shrink as channels are dropped."
+        )
     if quotes.memory:
         notes.append(
             "Micro-batches: gradients add up over them, and stay in memory meanwhile. The sum is that of the whole "
