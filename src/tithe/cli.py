@@ -90,6 +90,7 @@ def train(
     Example:
       tithe train examples/sst2_minilm.toml
       tithe train examples/digits_trady.toml
+      tithe train examples/digits_vrpge.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
 
     \b
@@ -102,7 +103,7 @@ def train(
       test = "test.tsv"
       text = "sentence"
       [method]
-      name = "fish"                     # or trady, full, head
+      name = "fish"                     # or trady, vrpge, full, head
       density = 0.005
       [optimizer]
       lr = 1e-3
@@ -179,7 +180,8 @@ def price(
     MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
-    Methods: full, head, lora, fish, fish+lean, trady.
+    Methods: full, head, lora, fish, fish+lean, trady,
+    vrpge.
 
     \b
     Example:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import tithe
 from tithe.train import read_recipe, train
 from workplace import sentences, write_tsv
 
@@ -35,9 +36,9 @@ def test_a_recipe_is_valid(recipe: Path) -> None:
     assert read_recipe(recipe).run.output.startswith("../runs/")
 
 
-def test_the_digits_recipe_runs_on_what_its_script_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_digits_recipes_run_on_what_their_script_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "examples").mkdir()
-    for name in ("digits.py", "digits_trady.toml"):
+    for name in ("digits.py", "digits_trady.toml", "digits_vrpge.toml"):
         shutil.copy(EXAMPLES / name, tmp_path / "examples" / name)
     script = runpy.run_path(str(tmp_path / "examples" / "digits.py"))
     script["main"].__globals__["STEPS"] = 60  # fewer than it takes, to be quick
@@ -48,6 +49,15 @@ def test_the_digits_recipe_runs_on_what_its_script_makes(tmp_path: Path, capsys:
     assert result["rows"] == {"train": 336, "validation": 144, "test": 416}
     assert [0.8 * 512_000 < draw["spent"] <= draw["limit"] == 512_000 for draw in result["draws"]] == [True] * 3
     assert result["bytes"]["optimizer"] == 0
+
+    recipe = read_recipe(tmp_path / "examples" / "digits_vrpge.toml", ["run.epochs=4", "method.gradual=[0.0, 0.5]"])
+    result = train(recipe, console=Console(file=io.StringIO()))
+    assert result["rows"] == {"train": 302, "held_out": 34, "validation": 144, "test": 416}
+    assert result["widths"][-2]["spent"] <= 0.4 + 1e-6
+    assert result["trainable"]["fraction"] < 0.6
+    fresh = script["make"](5)
+    tithe.apply(fresh, result["files"]["delta"])
+    assert sum(parameter.numel() for parameter in fresh.parameters()) == result["trainable"]["total"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,29 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[...
     assert out == ""
 
 
+def without_dropout(workplace: Path, tiny: Path) -> Path:
+    """A copy of the tiny encoder whose forward pass draws nothing: ranks draw on their own."""
+    plain = workplace / "plain"
+    plain.mkdir()
+    for file in tiny.iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (plain / "config.json").write_text(json.dumps(config))
+    return plain
+
+
+def on_two_ranks(path: Path) -> dict[str, Any]:
+    """Run a recipe on two processes, with its output in `two`."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe.cli"]
+    command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["processes"] == 2
+    return result
+
+
 FISH = 'name = "fish"\ndensity = 0.2\nsamples = 32'
 CHOSEN_AGAIN = {
     "fish": FISH + "\nwarmup = 1\nreselect = {every = 4, unit = 'steps'}",
@@ -51,27 +75,16 @@ def test_two_ranks_equal_one_with_the_doubled_batch(
     method: str, edit: Callable[..., Path], workplace: Path, tiny: Path
 ) -> None:
     """Uneven parts, accumulation, a choice after a warm-up, and one made again that changes sizes."""
-    plain = workplace / "plain"
-    plain.mkdir()
-    for file in tiny.iterdir():
-        (plain / file.name).write_bytes(file.read_bytes())
-    config = json.loads((plain / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (plain / "config.json").write_text(json.dumps(config))
+    plain = without_dropout(workplace, tiny)
     path = edit(
-        ('"tiny"', '"plain"'),
+        ('"tiny"', f'"{plain.name}"'),
         (FISH, CHOSEN_AGAIN[method]),
         ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
         ("epochs = 2", "steps = 7"),
         # Not Adam: its first step is the gradient's sign, which rounding decides where the gradient is next to nothing.
         ("lr = 0.01", 'name = "sgd"\nlr = 0.1\nmomentum = 0.9'),
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe.cli"]
-    command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
-    assert two["processes"] == 2
+    two = on_two_ranks(path)
 
     from tithe.train import read_recipe, train
 
@@ -86,3 +99,28 @@ def test_two_ranks_equal_one_with_the_doubled_batch(
             assert torch.equal(value, states[1]["selected"][name][key])
     for name, values in states[0]["values"].items():
         torch.testing.assert_close(values, states[1]["values"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_draw_the_same_networks_and_equal_one(edit: Callable[..., Path], workplace: Path, tiny: Path) -> None:
+    """Uneven parts, accumulation, channels that are dropped, and widths that are fixed."""
+    plain = without_dropout(workplace, tiny)
+    path = edit(
+        ('"tiny"', f'"{plain.name}"'),
+        (FISH, 'name = "vrpge"\nkeep = 0.5\nstructure_lr = 0.1\nwhere = ["*encoder*"]'),
+        ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
+        ("epochs = 2", "steps = 11"),
+        ("lr = 0.01", 'name = "sgd"\nlr = 0.05\nmomentum = 0.9'),
+    )
+    two = on_two_ranks(path)
+
+    from tithe.train import read_recipe, train
+
+    one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
+    assert one["metrics"] == two["metrics"]
+    for first, second in zip(one["widths"], two["widths"], strict=True):
+        assert (first["step"], first["units"], first["weights"]) == (second["step"], second["units"], second["weights"])
+    assert one["trainable"] == two["trainable"]
+    states = [Checkpoints(workplace / name / "checkpoints").load(11)["trainee"] for name in ("one", "two")]
+    assert torch.equal(states[0]["alive"], states[1]["alive"])
+    for name, values in states[0]["tensors"].items():
+        torch.testing.assert_close(values, states[1]["tensors"][name], rtol=1e-4, atol=1e-5)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+import tithe
 from tithe import TitheError
 from tithe.train import parse_recipe, read_recipe
 from tithe.train.locate import locate
-from tithe.train.method import TradyMethod
+from tithe.train.method import TradyMethod, VrpgeMethod
 
 Edit = Callable[..., Path]
 
 FISH = 'name = "fish"\ndensity = 0.2\nsamples = 32'
+TRAINED = f"{FISH}\n\n[optimizer]\nlr = 0.01\nclip = 1.0\n\n[run]"
 
 WRONG = {
     "unknown key": (
@@ -30,7 +32,7 @@ WRONG = {
     "wrong method": (
         ('"fish"', '"fisch"'),
         "line 11: [method] name",
-        ["'fisch'", "'fish', 'trady', 'full', 'head'"],
+        ["'fisch'", "'fish', 'trady', 'vrpge', 'full', 'head'"],
     ),
     "key of another method": (
         ('name = "fish"\ndensity = 0.2', 'name = "full"\ndensity = 0.2'),
@@ -86,6 +88,34 @@ WRONG = {
         ["8"],
     ),
     "a key of FISH": ((FISH, 'name = "trady"\nbudget = "2MB"\ndensity = 0.2'), "line 13: [method] density", ["budget"]),
+    "no share to keep": ((FISH, 'name = "vrpge"'), "line 10: [method]", ["no keep", "add [method] keep"]),
+    "a share of nothing": ((FISH, 'name = "vrpge"\nkeep = 0'), "line 12: [method] keep", ["greater than 0"]),
+    "steps for parts of the run": (
+        (FISH, 'name = "vrpge"\nkeep = 0.2\ngradual = [16, 60]'),
+        "line 13: [method] gradual",
+        ["[16.0, 60.0]", "from 0 to 1", "gradual = [0.16, 0.6]"],
+    ),
+    "a cost that nobody counts": (
+        (FISH, 'name = "vrpge"\nkeep = 0.2\ncost = "watts"'),
+        "line 13: [method] cost",
+        ["'watts'", "'channels', 'flops' or 'params'"],
+    ),
+    "losses that are scaled": (
+        (
+            FISH + "\n\n[optimizer]\nlr = 0.01\nclip = 1.0\n\n[run]",
+            'name = "vrpge"\nkeep = 0.2\n[run]\nprecision = "fp16"',
+        ),
+        "line 14: [run] precision",
+        ["fp16", "differences", 'precision = "bf16"'],
+    ),
+    "a warm-up that lasts until the widths are fixed": (
+        (
+            FISH + "\n\n[optimizer]\nlr",
+            'name = "vrpge"\nkeep = 0.2\nfinetune = 0.5\n[optimizer]\nwarmup_epochs = 1\nlr',
+        ),
+        "line 15: [optimizer] warmup_epochs",
+        ["1 epochs in a run of 2"],
+    ),
     "momentum without SGD": (
         ("lr = 0.01", "lr = 0.01\nmomentum = 0.9"),
         "line 17: [optimizer] momentum",
@@ -130,6 +160,19 @@ def test_trady_is_trained_as_in_its_paper_unless_told_otherwise(
     assert (told.optimizer.name, told.optimizer.schedule) == ("adamw", "linear")
     assert (told.optimizer.warmup_steps, told.optimizer.warmup_epochs) == (1, None)
     assert (read_recipe(edit()).optimizer.name, read_recipe(edit()).optimizer.schedule) == ("adamw", "linear")
+
+
+def test_vrpge_is_trained_as_in_its_paper_unless_told_otherwise(edit: Edit) -> None:
+    method = 'name = "vrpge"\nkeep = 0.2\ngradual = [0.1, 0.5]'
+    paper = read_recipe(edit((TRAINED, f"{method}\n\n[run]")))
+    optimizer = paper.optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.1, 0.9, 5e-4)
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.warmup_epochs) == ("cosine", None, None)
+    assert isinstance(paper.method, VrpgeMethod)
+    assert paper.method.make(40) == tithe.VRPGE(keep=0.2, structure_lr=12e-3, alpha=0.5, gradual=(4, 20))
+    assert paper.method.make(2).gradual == (0, 1)
+    told = read_recipe(edit((FISH, method)), ["optimizer.name=adamw", "optimizer.schedule=linear"]).optimizer
+    assert (told.name, told.lr, told.momentum, told.weight_decay, told.schedule) == ("adamw", 0.01, 0, 0, "linear")
 
 
 @pytest.mark.parametrize(

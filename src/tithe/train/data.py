@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tithe.errors import TitheError
 from tithe.train.images import Images, read_folder, read_hub_images, read_npz
+from tithe.train.method import VrpgeMethod
 from tithe.train.recipe import Recipe
 from tithe.train.tables import Table, read_hub_table, read_table
 
@@ -76,11 +77,15 @@ def read_examples(recipe: Recipe) -> Examples:
     """
     splits = _read_splits(recipe)
     if "validation" not in splits:
-        splits = _carve(recipe, splits)
-    if recipe.data.task == "text-regression":
+        splits = _carve(recipe, splits, "validation", ("data", "validation_fraction"), recipe.data.validation_fraction)
+    labels: tuple[str, ...] = ()
+    if recipe.data.task != "text-regression":
+        labels = recipe.data.labels or _order(splits["train"].label)
+        _check_count(recipe, splits["train"], labels)
+    if isinstance(recipe.method, VrpgeMethod):
+        splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.held_out)
+    if not labels:
         return Examples(splits, {name: _values(rows) for name, rows in splits.items()}, ())
-    labels = recipe.data.labels or _order(splits["train"].label)
-    _check_count(recipe, splits["train"], labels)
     return Examples(splits, {name: _classes(recipe, rows, labels) for name, rows in splits.items()}, labels)
 
 
@@ -106,18 +111,21 @@ def _read_splits(recipe: Recipe) -> dict[str, Table | Images]:
     return {split: read(recipe, split, path) for split, path in paths.items()}
 
 
-def _carve(recipe: Recipe, splits: dict[str, Table | Images]) -> dict[str, Table | Images]:
+def _carve(
+    recipe: Recipe, splits: dict[str, Table | Images], name: str, key: tuple[str, str], fraction: float
+) -> dict[str, Table | Images]:
+    """Take a part of the training rows away, as a split of its own; `key` of the recipe says how large it is."""
     train = splits["train"]
-    num, held = len(train.label), round(recipe.data.validation_fraction * len(train.label))
+    num, held = len(train.label), round(fraction * len(train.label))
     if held == 0 or held == num:
         raise TitheError(
-            recipe.place("data", "validation_fraction"),
-            found=f"{held} of {num} training examples for validation",
+            recipe.place(*key),
+            found=f"{held} of {num} training examples for {name}",
             expected="at least one in both",
-            remedy="change validation_fraction, or give a validation split",
+            remedy=f"change {key[1]}" + (", or give a validation split" if name == "validation" else ""),
         )
     rows = torch.randperm(num, generator=torch.Generator().manual_seed(recipe.data.split_seed)).tolist()
-    carved = {"train": train.take(sorted(rows[held:])), "validation": train.take(sorted(rows[:held]))}
+    carved = {"train": train.take(sorted(rows[held:])), name: train.take(sorted(rows[:held]))}
     return {**carved, **{name: split for name, split in splits.items() if name != "train"}}
 
 

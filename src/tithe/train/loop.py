@@ -7,7 +7,6 @@ import gc
 import math
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 import tithe
 from tithe.errors import TitheError
 from tithe.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.train.data import Batch, ChoosingBatches, Samples, chunks, epoch_order, read_examples, to_device
-from tithe.train.method import FishMethod, TradyMethod
+from tithe.train.course import Course
+from tithe.train.data import Batch, ChoosingBatches, Samples, chunks, read_examples, to_device
+from tithe.train.method import FishMethod, TradyMethod, VrpgeMethod
 from tithe.train.metrics import chosen_metrics, score
 from tithe.train.models import build, classification_loss, find_model, logits, regression_loss
+from tithe.train.narrowing import narrowing, settling_batches
 from tithe.train.progress import Reporter
 from tithe.train.recipe import Recipe
 from tithe.train.setup import StopSignals, load_state, make_accelerator
@@ -34,9 +35,7 @@ from tithe.train.trainee import (
     load_optimizer_state,
     make_optimizer,
     optimizer_state,
-    rate,
     train_mode,
-    warmup_steps,
 )
 
 
@@ -61,6 +60,7 @@ class Position:
     ledger: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     draws: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    widths: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 class Run:
@@ -116,47 +116,35 @@ class Run:
             name: Samples(rows, self.examples.targets[name], self.network.encoder)
             for name, rows in self.examples.splits.items()
         }
+        share = (accelerator.process_index, accelerator.num_processes)
+        self.course = Course(recipe, len(self.samples["train"]), share)
+        self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         self._choosing = ChoosingBatches(
             samples=self.samples["train"],
             batch_size=recipe.run.batch_size,
             seed=recipe.run.seed,
-            share=(accelerator.process_index, accelerator.num_processes),
+            share=share,
             device=accelerator.device,
             priced=isinstance(recipe.method, TradyMethod),
         )
         chosen = None if state is None else state["trainee"]
-        self.trainee = attach(recipe, self.network, self.loss, self._choosing, chosen)
+        self.trainee = attach(
+            recipe, self.network, self.loss, self._choosing, chosen, structure_steps=self.course.fixed_from
+        )
         self.wrapped: nn.Module = self.model
         train_mode(self.model, self.trainee)
 
     def _wrap(self, *, waits: bool) -> None:
-        """On several processes, let DistributedDataParallel see what is trained now."""
+        """On several processes, let DistributedDataParallel see what is trained now.
+
+        A network that is another in every step has no fixed gradients to see: its plan averages them itself.
+        """
         self.wrapped = self.model
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not isinstance(self.trainee, tithe.AbsentPlan):
             # The wrapper before has hooks on the same parameters, and it is part of a cycle.
             gc.collect()
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=waits)
-
-    # ------------------------------------------------------------------------------------------------------ sizes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split; the last may be smaller."""
-        num, size = len(self.samples["train"]), self._step_size
-        whole, rest = divmod(num, size)
-        # A rest smaller than the number of processes would leave one of them without a sample.
-        return max(1, whole + (rest >= self.accelerator.num_processes))
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.recipe.run.steps or (self.recipe.run.epochs or 1) * self.steps_per_epoch
-
-    @property
-    def _step_size(self) -> int:
-        run = self.recipe.run
-        return run.batch_size * run.accumulate * self.accelerator.num_processes
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -170,7 +158,7 @@ class Run:
         at, run = self.position, self.recipe.run
         reporter = Reporter(
             self.recipe.output,
-            total=self.total_steps,
+            total=self.course.total_steps,
             done=at.step,
             every=run.log_every,
             device=self.accelerator.device,
@@ -178,7 +166,9 @@ class Run:
         )
         with reporter, self._signals.caught():
             self._show_draw(reporter, new=at.step == 0)
-            while at.step < self.total_steps:
+            if at.step == 0:
+                self._narrow(reporter, ended=True)
+            while at.step < self.course.total_steps:
                 self._epoch(reporter)
             if at.best_step is not None and at.best_step != at.step:
                 self._go_back(at.best_step)
@@ -191,45 +181,33 @@ class Run:
 
     def _epoch(self, reporter: Reporter) -> None:
         at, started = self.position, time.monotonic()
-        parts = self._parts(at.epoch)[at.step_in_epoch :]
+        parts = self.course.parts(at.epoch)[at.step_in_epoch :]
         batches = self.samples["train"].batches([rows for part in parts for rows, _ in part], self.recipe.run.workers)
         for part in parts:
             weighted = [(to_device(next(batches), self.accelerator.device), weight) for _, weight in part]
             values = self._measured_step(weighted)
             at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
             self._changed(self.trainee.step())
-            ended = at.step_in_epoch == self.steps_per_epoch
+            ended = at.step_in_epoch == self.course.steps_per_epoch
             if ended:
                 at.epoch, at.step_in_epoch = at.epoch + 1, 0
                 changed = self.trainee.end_epoch()
                 self._changed(changed)
-                if changed and at.step < self.total_steps:
+                if changed and at.step < self.course.total_steps:
                     self._show_draw(reporter, new=True)
+            self._narrow(reporter, ended=ended)
             at.seconds += time.monotonic() - started
             reporter.step(at.step, values)
             self._pause(reporter, ended)
             started = time.monotonic()
-            if at.step == self.total_steps:
+            if at.step == self.course.total_steps:
                 return
-
-    def _parts(self, epoch: int) -> list[list[tuple[Sequence[int], float]]]:
-        """For each step of an epoch, this process's micro-batches: their rows and what each one's mean counts for.
-
-        The weights make the step's loss the mean over all its samples, on all processes, however uneven the parts are.
-        """
-        order = epoch_order(len(self.samples["train"]), seed=self.recipe.run.seed, epoch=epoch)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        steps = chunks(order, self._step_size)[: self.steps_per_epoch]
-        return [
-            [(part, len(part) * world / len(rows)) for part in chunks(rows[rank::world], self.recipe.run.batch_size)]
-            for rows in steps
-        ]
 
     def _measured_step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
         """A step; the first one that trains all it will train is measured."""
         at, method = self.position, self.recipe.method
         first = method.warmup + 1 if isinstance(method, FishMethod) else 1
-        if at.ledger is not None or at.step + 1 < min(first, self.total_steps):
+        if at.ledger is not None or at.step + 1 < min(first, self.course.total_steps):
             return self._step(batches)
         values: list[dict[str, float]] = []
         ledger = tithe.measure(lambda: values.append(self._step(batches)), model=self.model)
@@ -237,8 +215,7 @@ class Run:
         return values[0]
 
     def _step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
-        section = self.recipe.optimizer
-        lr = rate(section, self.position.step, self.total_steps, warmup_steps(section, self.steps_per_epoch))
+        lr = self.course.rate(self.position.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mean = torch.zeros((), device=self.accelerator.device)
@@ -312,8 +289,23 @@ class Run:
             return
         if new:
             self.position.draws.append({"step": self.position.step, **spent.as_dict()})
-            reporter.log_draw(self.position.step, spent.as_dict())
-        reporter.say(f"step {self.position.step}/{self.total_steps}  draw: {spent}")
+            reporter.log("draw", self.position.step, spent.as_dict())
+        reporter.say(f"step {self.position.step}/{self.course.total_steps}  draw: {spent}")
+
+    def _narrow(self, reporter: Reporter, *, ended: bool) -> None:
+        """Fix the widths of a network that gets narrower when it is time, and say how narrow it is."""
+        at, plan, method, last = self.position, self.trainee, self.recipe.method, self.course.fixed_from
+        if not isinstance(plan, tithe.AbsentPlan) or not isinstance(method, VrpgeMethod) or at.step > last:
+            return
+        if at.step == last:
+            samples, size = self.samples["held_out"], self.recipe.run.batch_size
+            plan.settle(settling_batches(samples, size, self.accelerator.device), draws=method.draws)
+        if ended or at.step == last:
+            found = narrowing(plan)
+            at.widths.append({"step": at.step, **found.as_dict()})
+            reporter.log("widths", at.step, found.as_dict())
+            state = "fixed" if at.step == last else "network"
+            reporter.say(f"step {at.step}/{self.course.total_steps}  {state}: {found}")
 
     def _changed(self, changed: bool) -> None:
         """Wrap the model again where a choice has changed how many values a tensor trains."""
@@ -342,13 +334,13 @@ class Run:
 
     def _pause(self, reporter: Reporter, ended: bool) -> None:
         """After a step: evaluate and save where it is due, and stop where that was asked for."""
-        at, run, last = self.position, self.recipe.run, self.position.step == self.total_steps
+        at, run, last = self.position, self.recipe.run, self.position.step == self.course.total_steps
         improved = False
         if last or (ended if run.evaluate_every is None else at.step % run.evaluate_every == 0):
             values = self.evaluate("validation")
             reporter.evaluation(at.step, "validation", values)
             at.evaluations.append({"step": at.step, **values})
-            improved = next(iter(values.values())) > at.best_value
+            improved = at.step >= self.course.fixed_from and next(iter(values.values())) > at.best_value
             if improved:
                 at.best_step, at.best_value = at.step, next(iter(values.values()))
         stop = self._asked_to_stop()
@@ -356,7 +348,7 @@ class Run:
         if last or improved or due or stop is not None:
             self.save()
         if stop is not None and not last:
-            raise Interrupted(f"{stop.name} at step {at.step} of {self.total_steps}: saved")
+            raise Interrupted(f"{stop.name} at step {at.step} of {self.course.total_steps}: saved")
 
     def save(self) -> None:
         """Write a checkpoint of the compact state: what is trained, the optimizer, the generators, the position."""

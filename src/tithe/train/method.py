@@ -154,17 +154,60 @@ class TradyMethod(_Method):
         )
 
 
+class VrpgeMethod(_Method):
+    """`[method] name = "vrpge"`: the arguments of `tithe.VRPGE`, `where` of `tithe.attach`, and how the run ends.
+
+    `gradual` counts in parts of the steps before the widths are fixed. They are fixed on `held_out`, a part of the
+    training rows that is used for nothing else; `finetune` is the part of the run's steps that follow, at
+    `finetune_lr`, which is a hundredth of lr unless given.
+    """
+
+    name: Literal["vrpge"]
+    keep: Annotated[float, Field(gt=0, le=1)]
+    structure_lr: Annotated[float, Field(ge=0)] = 12e-3
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    gradual: tuple[float, float] | None = None
+    cost: Literal["channels", "flops", "params"] = "channels"
+    draws: Annotated[int, Field(ge=0)] = 10
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    finetune: Annotated[float, Field(ge=0, lt=1)] = 0.12
+    finetune_lr: Annotated[float, Field(gt=0)] | None = None
+    where: tuple[str, ...] = ("*",)
+
+    @model_validator(mode="after")
+    def _gradual_in_parts(self) -> VrpgeMethod:
+        if self.gradual is not None and not 0 <= self.gradual[0] < self.gradual[1] <= 1:
+            raise refuse(
+                "gradual",
+                found=f"{list(self.gradual)}",
+                expected="two parts of the steps, from 0 to 1, the first smaller",
+                remedy="the paper's: gradual = [0.16, 0.6]",
+            )
+        return self
+
+    def make(self, steps: int) -> tithe.VRPGE:
+        """The method; `steps` are those before the widths are fixed."""
+        gradual = None
+        if self.gradual is not None:
+            start, stop = (round(part * steps) for part in self.gradual)
+            gradual = (start, max(start + 1, stop))
+        return tithe.VRPGE(
+            keep=self.keep, structure_lr=self.structure_lr, alpha=self.alpha, gradual=gradual, cost=self.cost
+        )
+
+
 class DenseMethod(_Method):
     """`[method] name = "full"` or `"head"`: the ordinary fine-tuning that a method is compared with."""
 
     name: Literal["full", "head"]
 
 
-AnyMethod = FishMethod | TradyMethod | DenseMethod
+AnyMethod = FishMethod | TradyMethod | VrpgeMethod | DenseMethod
 
 METHODS: dict[str, type[AnyMethod]] = {
     "fish": FishMethod,
     "trady": TradyMethod,
+    "vrpge": VrpgeMethod,
     "full": DenseMethod,
     "head": DenseMethod,
 }

@@ -97,20 +97,21 @@ class Reporter:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.say(f"step {step}/{self._total}  {split}: {shown}")
 
-    def log_draw(self, step: int, values: dict[str, Any]) -> None:
-        """Log what was drawn under a budget, after `step` steps."""
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Log what a method did after `step` steps: "draw" under a budget, "widths" of a network that gets narrower."""
         if self._console is not None:
-            self._write("draw", step, {name: value for name, value in values.items() if not isinstance(value, str)})
+            self._write(kind, step, {name: value for name, value in values.items() if not isinstance(value, str)})
 
     def _status(self) -> str:
         memory = f"{live_memory(self._device) / 1e6:,.0f} MB"
         return "  ".join(part for part in (f"loss {self._loss:.4f}", self._metric, memory) if part)
 
-    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{split}/{name}", value, step)
 
 
 def read_log(folder: Path, split: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from tithe.errors import TitheError
 from tithe.train.locate import Lines, locate
-from tithe.train.method import METHODS, AnyMethod, BudgetTable, Reselect
+from tithe.train.method import METHODS, AnyMethod, BudgetTable, Reselect, VrpgeMethod
 from tithe.train.section import REFUSED, Section, exactly_one, refuse
 
 Task = Literal["text-classification", "text-regression", "image-classification"]
@@ -147,7 +147,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, settings: Any) -> Any:
-        """TraDy is trained as in its paper unless told otherwise: SGD without momentum, a warm-up, then a cosine."""
+        """Two methods are trained as in their papers unless told otherwise.
+
+        TraDy: SGD without momentum, a warm-up, then a cosine. VR-PGE: SGD with momentum and weight decay, a cosine.
+        """
         match settings:
             case {"method": {"name": "trady"}, "optimizer": dict() as given}:
                 own = cast(dict[str, Any], given)
@@ -155,20 +158,41 @@ class Recipe(Section):
                 if not {"warmup_steps", "warmup_epochs"} & set(own):
                     usual |= _warmup(cast(dict[str, Any], settings).get("run"))
                 return {**settings, "optimizer": {**usual, **own}}
+            case {"method": {"name": "vrpge"}}:
+                told = cast(dict[str, Any], settings).get("optimizer", {})
+                if not isinstance(told, dict):
+                    return settings
+                own = cast(dict[str, Any], told)
+                usual = {"schedule": "cosine"}
+                if own.get("name", "sgd") == "sgd":
+                    usual |= {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+                return {**settings, "optimizer": {**usual, **own}}
             case _:
                 return settings
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Recipe:
+        tuned = self.method.finetune if isinstance(self.method, VrpgeMethod) else 0.0
         for unit in ("steps", "epochs"):
             warmup, length = getattr(self.optimizer, f"warmup_{unit}"), getattr(self.run, unit)
-            if warmup is not None and length is not None and warmup >= length:
+            if warmup is not None and length is not None and warmup >= length * (1 - tuned):
                 raise refuse(
                     f"optimizer.warmup_{unit}",
                     found=f"a warm-up of {warmup:g} {unit} in a run of {length}",
                     expected="a warm-up that ends before the run, so that lr is reached",
                     remedy=f"lower warmup_{unit}, or train for more {unit}",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_of_one_scale(self) -> Recipe:
+        if isinstance(self.method, VrpgeMethod) and self.run.precision == "fp16":
+            raise refuse(
+                "run.precision",
+                found="fp16, whose losses are scaled by a number that changes",
+                expected="losses as they are: vrpge learns from their differences",
+                remedy='set precision = "bf16"',
+            )
         return self
 
     @property

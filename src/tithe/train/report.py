@@ -31,7 +31,7 @@ def finish(run: Run) -> dict[str, Any]:
     """
     folder = run.recipe.output
     scores = {split: run.evaluate(split) for split in ("validation", "test") if split in run.samples}
-    delta = folder / "delta.safetensors"
+    delta = folder / ("network.safetensors" if run.position.widths else "delta.safetensors")
     if run.accelerator.is_main_process:
         task, labels = run.recipe.data.task, run.examples.labels
         num_labels = run.recipe.model.num_labels or max(1, len(labels))
@@ -49,7 +49,6 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
     at = run.position
     head = set(run.network.head)
     trained = {name: parameter.numel() for name, parameter in run.trainee.named_parameters()}
-    weights = {id(p): p.numel() for name, p in run.model.named_parameters() if "@" not in name}
     state = [value for values in run.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
     return {
         "metrics": scores,
@@ -62,8 +61,8 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "trainable": {
             "total": sum(trained.values()),
             "head": sum(count for name, count in trained.items() if name in head),
-            "model": sum(weights.values()),
-            "fraction": sum(trained.values()) / sum(weights.values()),
+            "model": run.num_weights,
+            "fraction": sum(trained.values()) / run.num_weights,
         },
         "bytes": {
             "peak": None if at.ledger is None else at.ledger["peak"],
@@ -73,6 +72,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         },
         "ledger": at.ledger,
         "draws": at.draws,
+        "widths": at.widths,
         "seconds": {"training": at.seconds, "per_step": at.seconds / max(1, at.step)},
         "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
         "device": str(run.accelerator.device),
@@ -101,7 +101,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         if sizes["peak"] is None
         else f"{sizes['peak'] / 1e6:,.1f} MB beyond the model",
         "optimizer": f"{sizes['optimizer'] / 1e6:,.2f} MB",
-        "delta": f"{sizes['delta'] / 1e6:,.2f} MB",
+        "network" if result["widths"] else "delta": f"{sizes['delta'] / 1e6:,.2f} MB",
         "time": f"{seconds['training']:.1f} s, {seconds['per_step'] * 1e3:.0f} ms a step",
     }
     method = result["recipe"]["method"]
@@ -109,7 +109,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         kept = ["8 bits"] if method["lean_bits"] else []
         kept += ["exact"] if method["lean_exact"] else []
         rows["other layers"] = ", ".join(["lean", *kept])
-    rows = {**rows, **_budget_rows(result["draws"]), "written": result["files"]["delta"]}
+    rows = {**rows, **_budget_rows(result["draws"]), **_width_rows(result["widths"])}
+    rows["written"] = result["files"]["delta"]
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
@@ -126,6 +127,14 @@ def _budget_rows(draws: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "last draw": last.drawn,
         "predicted": f"{max(spending.peak for spending in read) / 1e6:,.1f} MB peak of a step, θ and state included",
     }
+
+
+def _width_rows(widths: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is left of a network that got narrower."""
+    if not widths:
+        return {}
+    first, last = widths[0], widths[-1]
+    return {"cost": f"{last['spent']:.3f} of the {last['cost']}", "units": f"{last['units']:,} of {first['units']:,}"}
 
 
 def _draw(folder: Path) -> None:

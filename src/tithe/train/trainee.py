@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import tithe
 from tithe.errors import TitheError
 from tithe.train.data import Batch
-from tithe.train.method import DenseMethod, TradyMethod
+from tithe.train.method import DenseMethod, TradyMethod, VrpgeMethod
 from tithe.train.models import Network
 from tithe.train.recipe import OptimizerSection, Recipe
 
@@ -142,7 +141,13 @@ def find_method(recipe: Recipe) -> None:
 
 
 def attach(
-    recipe: Recipe, network: Network, loss: Loss, data: Iterable[Batch], state: Mapping[str, Any] | None
+    recipe: Recipe,
+    network: Network,
+    loss: Loss,
+    data: Iterable[Batch],
+    state: Mapping[str, Any] | None,
+    *,
+    structure_steps: int,
 ) -> Trainee:
     """Make the recipe's method ready to train.
 
@@ -152,6 +157,7 @@ def attach(
         loss: mean loss of a batch.
         data: batches to choose by.
         state: a `state_dict` of the same run; its choice is taken and nothing is scored.
+        structure_steps: in which the network's widths are still being learned.
     """
     method = recipe.method
     if method.lean:
@@ -166,7 +172,7 @@ def attach(
     try:
         plan = tithe.attach(
             network.model,
-            method.make(recipe.folder),
+            method.make(structure_steps) if isinstance(method, VrpgeMethod) else method.make(recipe.folder),
             loss=loss,
             data=data,
             where=method.where,
@@ -182,7 +188,7 @@ def attach(
 
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The recipe's optimizer over these parameters."""
-    trained = list(parameters)
+    trained = [{"params": list(parameters), "initial_lr": section.lr}]  # as torch's own schedulers note it
     if section.name == "sgd":
         return torch.optim.SGD(trained, section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
     kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
@@ -206,39 +212,6 @@ def load_optimizer_state(
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     numbered = {number: dict(state[name]) for number, name in enumerate(order) if name in state}
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def warmup_steps(section: OptimizerSection, steps_per_epoch: int) -> int:
-    """The steps in which the learning rate rises.
-
-    Example:
-        >>> warmup_steps(OptimizerSection(lr=1.0, warmup_epochs=0.5), 9)
-        4
-    """
-    if section.warmup_epochs is not None:
-        return round(section.warmup_epochs * steps_per_epoch)
-    return section.warmup_steps or 0
-
-
-def rate(section: OptimizerSection, step: int, total: int, warmup: int) -> float:
-    """The learning rate of the step after `step` finished ones: a pure function, so a resumed run needs no state.
-
-    Args:
-        section: lr and its schedule.
-        step: finished steps.
-        total: of the run.
-        warmup: of `warmup_steps`.
-
-    Example:
-        >>> [rate(OptimizerSection(lr=1.0), step, 6, 2) for step in range(6)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-    """
-    if step < warmup:
-        return section.lr * (step + 1) / warmup
-    if section.schedule == "constant":
-        return section.lr
-    done = (step - warmup) / max(1, total - warmup)
-    return section.lr * (1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 def train_mode(model: nn.Module, trainee: Trainee) -> None:
