@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import tithe
 from tithe.demo import digits, run
 from tithe.demo.contestants import BUDGET, CONTESTANTS, DENSITY, optimizer_bytes, trained_weights
-from tithe.demo.network import Digits
+from tithe.demo.network import WIDTH, Digits
 from tithe.demo.pace import Pace
 from tithe.errors import TitheError
 
@@ -145,6 +145,24 @@ def test_numbers_are_measured_and_agree_with_arithmetic(shown: tuple[Path, dict[
     assert trady["peak_bytes"] < lean["peak_bytes"]
     # A value that is drawn is paid for four times: θ, its gradient and two moments.
     assert 0 < 16 * trady["trainable_weights"] < tithe.Budget(BUDGET).of(0)
+    # Every weight may still be drawn; what a step holds is the drawn network's.
+    assert (rows["VR-PGE"]["trainable_weights"], rows["VR-PGE"]["optimizer_bytes"]) == (
+        weights,
+        8 * weights + 4 * tensors,
+    )
+    assert rows["VR-PGE"]["peak_bytes"] < 0.8 * full["peak_bytes"]
+
+
+def test_a_shipped_narrow_network_is_as_narrow_as_it_says(shown: tuple[Path, dict[str, Any], str]) -> None:
+    folder, outcome, _ = shown
+    model = Digits()
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    tithe.apply(model, folder / "vrpge.safetensors")
+    left = sum(parameter.numel() for parameter in model.parameters())
+    assert left < 0.7 * whole
+    row = next(row for row in outcome["rows"] if row["name"] == "VR-PGE")
+    assert 4 * left < row["file_bytes"] < 4 * left + 10_000
+    assert any(block.up.out_features < 4 * WIDTH for block in model.blocks)
 
 
 def test_a_shipped_delta_moves_the_selected_weights_of_the_base_only(shown: tuple[Path, dict[str, Any], str]) -> None:
@@ -163,7 +181,7 @@ def test_a_contestant_trains_saves_and_leaves_an_ordinary_model(contestant: Any,
     _, task = digits.tasks()
     base = Digits()
     keys = list(base.state_dict())
-    trainee = contestant.start(copy.deepcopy(base), task, 0)
+    trainee = contestant.start(copy.deepcopy(base), task, 0, 2)
     batch = next(task.epochs(64, 0))[0]
     trainee.step(batch)
     state = [value for entry in trainee.optimizer.state.values() for value in entry.values()]

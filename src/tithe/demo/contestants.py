@@ -21,6 +21,9 @@ DENSITY = 0.02
 BUDGET = "512 kB"
 """What the channels that TraDy draws may cost: θ, gradients, AdamW's state, indices, kept inputs, the head's share."""
 
+KEEP, FIXED = 0.4, 0.8
+"""Share of a forward pass's operations that VR-PGE keeps; part of the steps after which its widths are fixed."""
+
 BATCH_SIZE = 64
 
 HEAD = ("head.*",)
@@ -61,13 +64,14 @@ class Contestant:
     Args:
         name: of the row, at most 16 characters.
         slug: name of the file it writes, without the suffix.
-        start: prepares a copy of the base network for training on a task, with a seed.
+        start: prepares a copy of the base network for training on a task, with a seed and for a number of steps, 0
+            where no end is in sight.
         restore: puts a file that the trainee saved onto a fresh copy of the base network.
     """
 
     name: str
     slug: str
-    start: Callable[[nn.Module, Task, int], Trainee]
+    start: Callable[[nn.Module, Task, int, int], Trainee]
     restore: Callable[[nn.Module, Path], object]
 
 
@@ -119,12 +123,20 @@ class Attached:
         task: its training images also choose the weights.
         seed: of the choice.
         lean: whether all layers are made lean first; a method may ask for that itself.
+        fixed_from: the step after which a network that gets narrower is fixed; 0 for never.
     """
 
     def __init__(
-        self, model: nn.Module, method: tithe.FISH | tithe.TraDy, task: Task, seed: int, *, lean: bool = False
+        self,
+        model: nn.Module,
+        method: tithe.FISH | tithe.TraDy | tithe.VRPGE,
+        task: Task,
+        seed: int,
+        *,
+        lean: bool = False,
+        fixed_from: int = 0,
     ) -> None:
-        self.model = model
+        self.model, self._fixed_from = model, fixed_from
         self._lean = tithe.lean(model) if lean else None
         batches = list(zip(*(part.split(BATCH_SIZE) for part in task.train), strict=True))
         self.plan = tithe.attach(model, method, loss=classification_loss, data=batches, head=HEAD, seed=seed)
@@ -137,6 +149,8 @@ class Attached:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.plan.step()
+        if isinstance(self.plan, tithe.AbsentPlan) and self.plan.num_steps == self._fixed_from:
+            self.plan.settle()  # on all training images, as in the paper
 
     def end_epoch(self) -> None:
         """Tell the plan, which may choose again."""
@@ -144,11 +158,13 @@ class Attached:
 
     def attached_bytes(self, batch: Batch) -> int:
         """Bytes of θ (the head's tensors are the model's own) and of the indices."""
+        if isinstance(self.plan, tithe.AbsentPlan):  # between steps θ is the weights' own memory
+            return self.plan.index_bytes + sum(s.nbytes for s in self.plan.structure_parameters())
         predicted, named = self.plan.predict(batch), dict(self.plan.named_parameters())
         return predicted.theta - sum(named[name].nbytes for name in self.plan.head) + predicted.index
 
     def save(self, path: Path) -> None:
-        """Write the delta."""
+        """Write the delta, or the narrow network."""
         self.plan.save(path)
 
     def release(self) -> None:
@@ -177,23 +193,30 @@ def _load(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path), strict=False)
 
 
-def _fish(score: Literal["fisher", "random"], *, lean: bool = False) -> Callable[[nn.Module, Task, int], Trainee]:
-    def start(model: nn.Module, task: Task, seed: int) -> Trainee:
+def _fish(score: Literal["fisher", "random"], *, lean: bool = False) -> Callable[[nn.Module, Task, int, int], Trainee]:
+    def start(model: nn.Module, task: Task, seed: int, _steps: int) -> Trainee:
         method = tithe.FISH(density=DENSITY, score=score, samples=len(task.train[0]))
         return Attached(model, method, task, seed, lean=lean)
 
     return start
 
 
-def _trady(model: nn.Module, task: Task, seed: int) -> Trainee:
+def _trady(model: nn.Module, task: Task, seed: int, _steps: int) -> Trainee:
     return Attached(model, tithe.TraDy(tithe.Budget(BUDGET), samples=len(task.train[0])), task, seed)
 
 
+def _vrpge(model: nn.Module, task: Task, seed: int, steps: int) -> Trainee:
+    # The probabilities have 80 steps to get somewhere, where the paper's have a hundred thousand.
+    method = tithe.VRPGE(keep=KEEP, cost="flops", structure_lr=0.05)
+    return Attached(model, method, task, seed, fixed_from=round(FIXED * steps))
+
+
 CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant("full fine-tuning", "full", lambda model, _task, _seed: Plain(model), _load),
+    Contestant("full fine-tuning", "full", lambda model, _task, _seed, _steps: Plain(model), _load),
     Contestant("FISH", "fish", _fish("fisher"), tithe.apply),
     Contestant("FISH + lean", "fish-lean", _fish("fisher", lean=True), tithe.apply),
     Contestant("TraDy", "trady", _trady, tithe.apply),
+    Contestant("VR-PGE", "vrpge", _vrpge, tithe.apply),
     Contestant("random mask", "random", _fish("random"), tithe.apply),
-    Contestant("head only", "head", lambda model, _task, _seed: Plain(model, "head."), _load),
+    Contestant("head only", "head", lambda model, _task, _seed, _steps: Plain(model, "head."), _load),
 )

@@ -28,9 +28,9 @@ class Block(nn.Module):
 
     def forward(self, x_NTC: Tensor) -> Tensor:
         """Tokens of shape (images, tokens, channels) to tokens of the same shape."""
-        n, t, c = x_NTC.shape
-        query, key, value = self.qkv(self.norm1(x_NTC)).view(n, t, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, t, c)
+        n, t, _ = x_NTC.shape
+        qkv = self.qkv(self.norm1(x_NTC)).view(n, t, 3, -1, WIDTH // HEADS)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2)
         x_NTC = x_NTC + self.proj(mixed)
         return x_NTC + self.down(F.gelu(self.up(self.norm2(x_NTC))))
 

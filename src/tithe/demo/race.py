@@ -169,7 +169,7 @@ def _tune(
     best: tuple[float, float] | None = None
     rate, outputs = length.rates[0], torch.empty(0)
     for candidate in length.rates:
-        trainee = contestant.start(copy.deepcopy(base), task, seed)
+        trainee = contestant.start(copy.deepcopy(base), task, seed, length.tuning)
         _fit(trainee, task, candidate, length.tuning, seed, pace)
         logits = _logits(trainee.model, task.validation)
         accuracy = logits.argmax(1).eq(task.validation[1]).double().mean().item()
@@ -200,6 +200,7 @@ def _fit(trainee: Trainee, task: Task, rate: float, num_steps: int, seed: int, p
             if done == num_steps:
                 return
             for group in trainee.optimizer.param_groups:
+                group["initial_lr"] = rate  # what a method's own rate follows, as under torch's schedulers
                 group["lr"] = rate * min(1.0, (done + 1) / WARM_UP_STEPS) * (1.0 - done / num_steps)
             trainee.step(batch)
             done += 1
@@ -210,7 +211,7 @@ def _fit(trainee: Trainee, task: Task, rate: float, num_steps: int, seed: int, p
 def _start(contestant: Contestant, model: nn.Module, task: Task, seed: int) -> tuple[Trainee, int]:
     """Start a contestant, and the bytes beyond the weights that its start had alive at the highest moment."""
     trainees: list[Trainee] = []
-    ledger = tithe.measure(lambda: trainees.append(contestant.start(model, task, seed)), model=model)
+    ledger = tithe.measure(lambda: trainees.append(contestant.start(model, task, seed, 0)), model=model)
     return trainees[0], ledger.peak
 
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tithe.demo.contestants import BATCH_SIZE, BUDGET, DENSITY
+from tithe.demo.contestants import BATCH_SIZE, BUDGET, DENSITY, FIXED, KEEP
 from tithe.demo.race import Length, Result
 
 _INKS = ("#1b4965", "#5fa8d3", "#e09f3e")
@@ -83,6 +83,7 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
         "batch_size": BATCH_SIZE,
         "density": DENSITY,
         "budget": BUDGET,
+        "keep": KEEP,
         "pretraining_steps": length.pretraining,
         "tuning_steps": length.tuning,
         "rates": list(length.rates),
@@ -138,6 +139,9 @@ def _sentences(results: Sequence[Result], length: Length) -> list[str]:
         f"weights, the head among them. TraDy draws input channels anew each epoch, for at most {BUDGET} of a step, "
         "AdamW's state included; its file holds all that any epoch drew. TraDy and FISH + lean let the other layers "
         "keep for backward only what it needs.",
+        "VR-PGE trains another narrow network in each step, of all weights in turn, and learns which hidden units, "
+        f"heads and channels are worth {KEEP:.0%} of a forward pass's operations; after {FIXED:.0%} of the steps the "
+        "widths are fixed, by the loss on the training images. Its file is the narrow network, whole.",
         _rates(results, length),
         f"One of the {num_tests} test images is {1 / num_tests:.2%}, and this is one seed. {_duels(results)}",
         _peaks(results),
