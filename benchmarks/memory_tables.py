@@ -97,7 +97,7 @@ def step_table(steps: Mapping[str, Record]) -> str:
 
 
 def reach_table(steps: Mapping[str, Record]) -> str:
-    """The figures of the issue, each with the floor under it."""
+    """The figures to reach, each with the floor under it."""
     full = steps["full"]
     weights = full["standing_bytes"]
     layer = f"{full['floor_layer']}'s input and output {megabytes(full['floor_bytes'])} MB"

@@ -21,12 +21,12 @@ RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def parse(description: str, *, tasks: bool = False, scores: bool = False) -> argparse.Namespace:
+def parse(description: str, *, tasks: bool = False, scores: bool = False, threads: int = 1) -> argparse.Namespace:
     """The options every benchmark has: where the data lie, where the results go, how many threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder that holds text/sst2_sentences, text/mrpc …")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=threads, help="threads of torch")
     if tasks:
         parser.add_argument("--tasks", nargs="*", help="only these of sst2, mrpc, cola (to share them among processes)")
     if scores:

@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import accuracy_tables, cost_tables, memory_tables, saved_tables, transfer_tables
+from benchmarks import (
+    accuracy_tables,
+    cost_tables,
+    estimator_tables,
+    memory_tables,
+    saved_tables,
+    sparse_tables,
+    speed_tables,
+    transfer_tables,
+)
 from benchmarks.records import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -20,6 +29,9 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "transfer": transfer_tables.transfer,
     "memory": memory_tables.memory,
     "saved": saved_tables.saved,
+    "estimator": estimator_tables.estimator,
+    "speed": speed_tables.speed,
+    "sparse": sparse_tables.sparse,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 
