@@ -1,9 +1,9 @@
 """A plan under which the unselected part does not exist: every step trains another narrow network.
 
 step k ──> draw m_0, m_1 ~ s ──> loss of m_1, no gradient ──┐
-│                                           ├─ (L_0 − L_1) ──> s ──> projected onto what is kept
-└──> loss of m_0 and its gradient ──────────┘
-└──> θ.grad, of the live part ──> any torch.optim ──> the live part of the weights
+                   │                                        ├─ (L_0 − L_1) ──> s ──> projected onto what is kept
+                   └──> loss of m_0 and its gradient ───────┘
+                             └──> θ.grad, of the live part ──> any torch.optim ──> the live part of the weights
 epoch's end: what has probability 0 is dropped for good, weights and optimizer state with it
 """
 
