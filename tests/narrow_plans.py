@@ -20,7 +20,9 @@ from tithe.select import policy
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
-def _images(name: str) -> Case:
+def images(name: str) -> Case:
+    """A network of `narrow_networks` on small images."""
+
     def draw(n: int, g: torch.Generator) -> Batch:
         return {"x": torch.randn(n, 3, 8, 8, generator=g), "y": torch.randint(3, (n,), generator=g)}
 
@@ -32,7 +34,7 @@ def _images(name: str) -> Case:
     )
 
 
-def _decoder(name: str, **settings: object) -> Case:
+def decoder(name: str, **settings: object) -> Case:
     """Two keys for four queries, in the shapes of the zoo's llama."""
 
     def make() -> nn.Module:
@@ -51,10 +53,10 @@ _ZOO = (
     *("mlp", "depthwise", "signal", "volume", "encoder", "convnext", "swin"),
 )
 FAMILIES: dict[str, Case] = {
-    **{name: _images(name) for name in NETWORKS},
+    **{name: images(name) for name in NETWORKS},
     **{name: CASES[name] for name in _ZOO},
-    "grouped_query": _decoder("Llama"),
-    "grouped_query_tied": _decoder("Qwen3", tie_word_embeddings=True),
+    "grouped_query": decoder("Llama"),
+    "grouped_query_tied": decoder("Qwen3", tie_word_embeddings=True),
 }
 """Every way in which channels are joined, by name."""
 

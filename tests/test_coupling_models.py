@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import CASES, Batch, Case
+from models import CASES, Case
 from narrow_networks import NETWORKS
+from narrow_plans import decoder, images
 from slicing import draw, settle_counts, sliced, zeroed
 from tithe.coupling import Coupling, Group, couple
 
@@ -24,39 +25,11 @@ _ZOO = (
 )
 
 
-def _images(name: str) -> Case:
-    def draw(n: int, g: torch.Generator) -> Batch:
-        return {"x": torch.randn(n, 3, 8, 8, generator=g), "y": torch.randint(3, (n,), generator=g)}
-
-    def logits(model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch["x"])
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(logits(model, batch), batch["y"])
-
-    return Case(name, NETWORKS[name], draw, loss, logits)
-
-
-def _grouped_query(name: str, **settings: object) -> Case:
-    """A decoder with two keys for four queries, in the shapes of the zoo's llama."""
-
-    def make() -> nn.Module:
-        import transformers
-
-        widths = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=30, pad_token_id=0)
-        heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=16)
-        config = getattr(transformers, f"{name}Config")(**widths, **heads, bos_token_id=1, eos_token_id=1, **settings)
-        return getattr(transformers, f"{name}ForCausalLM")(config)
-
-    llama = CASES["llama"]
-    return Case(name, make, llama.draw, llama.loss)
-
-
 MODELS: dict[str, Case] = {
-    **{name: _images(name) for name in NETWORKS},
+    **{name: images(name) for name in NETWORKS},
     **{name: CASES[name] for name in _ZOO},
-    "grouped_query": _grouped_query("Llama"),
-    "grouped_query_tied": _grouped_query("Qwen3", tie_word_embeddings=True),
+    "grouped_query": decoder("Llama"),
+    "grouped_query_tied": decoder("Qwen3", tie_word_embeddings=True),
 }
 
 

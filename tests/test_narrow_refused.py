@@ -247,3 +247,12 @@ def test_names_that_are_none() -> None:
     for name in ("12.weight", "1.running_mean", "nothing"):
         with pytest.raises(TitheError, match=r"no such parameter|the head"):
             plan.selected(name)
+
+
+def test_a_step_of_an_optimizer_that_was_never_bound() -> None:
+    plan = attach(VGG)
+    optimizer = torch.optim.Adam(plan.parameters())
+    plan.backward(lambda: VGG.loss(plan.model, VGG.batch()))
+    optimizer.step()
+    with pytest.raises(TitheError, match=r"not bound.*plan.bind\(optimizer\)"):
+        plan.step()

@@ -36,6 +36,7 @@ class Part:
         self._grid: Grid | None = None
         self._fit: Fit | None = None
         self._received = False
+        self._version = 0
         self._whole: dict[tuple[int, str], Tensor] = {}
         weight.requires_grad_(False)
         weight.grad = None
@@ -61,8 +62,13 @@ class Part:
         if not self._received:
             self.theta.grad = None
             self.theta.data = self._fit.strip(self.name, self.leaf.data)
-            self._received = True
+            self._received, self._version = True, self.theta._version
         self.theta.grad = None if grad is None else self._fit.strip(self.name, grad)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the live part was changed since backward."""
+        return self._received and self.theta._version != self._version
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the optimizer the live part of what it remembers of this weight."""
@@ -143,6 +149,11 @@ class Parts(dict[str, Part]):
                 self[name].receive()
             elif live[name] is not tensor:
                 fit.grids[name].scatter_(tensor, fit.strip(name, live[name]))
+
+    @property
+    def moved(self) -> bool:
+        """Whether any live part was changed since backward and is not written back."""
+        return any(part.moved for part in self.values())
 
     def close(self) -> None:
         """End the step: live parts are written back."""

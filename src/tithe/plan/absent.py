@@ -145,15 +145,7 @@ class AbsentPlan(Plan):
         return loss
 
     def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Let each `optimizer.step()` update what took part in the step, and nothing else.
-
-        Args:
-            optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
-            elementwise: None tries it out on a few numbers; True takes your word for it.
-
-        Raises:
-            TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole.
-        """
+        """Let each `optimizer.step()` update what took part in the step, and nothing else; see `Plan.bind`."""
         self._check_live()
         optimizer = inner_optimizer(optimizer)
         check_holds(optimizer, self.named_parameters())
@@ -166,6 +158,13 @@ class AbsentPlan(Plan):
     def step(self) -> bool:
         """Count a finished step; learn from its two losses; draw again. Returns whether another network was drawn."""
         self._check_live()
+        if not self._optimizers and self._parts.moved:
+            raise TitheError(
+                "plan",
+                found="a step of an optimizer that is not bound",
+                expected="one that knows which part of its state is live",
+                remedy="call plan.bind(optimizer) once, before training",
+            )
         self._parts.close()
         if not self._settled:
             self._learn()
@@ -338,15 +337,7 @@ class AbsentPlan(Plan):
         return network
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it.
-
-        Args:
-            path: the file.
-            metadata: free strings for its header, beside the method, seed and steps.
-
-        Raises:
-            TitheError: when the file cannot be written.
-        """
+        """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it."""
         network = self.export()
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
         checkpoint.write_network(path, network, self.stage.numbers(network), metadata=told)
