@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
+
+from tithe.train import read_recipe, train
 
 GOOD, BAD = ("good", "fine", "bright", "warm"), ("bad", "poor", "dull", "cold")
 FILLERS = ("the", "a", "film", "story", "and", "was", "very", '"', "it", "'s")
@@ -119,3 +123,34 @@ def assert_equal(one: Any, two: Any) -> None:
             assert_equal(a, b)
     else:
         assert one == two
+
+
+def editor(recipe: str, images: Path, folder: Path) -> Callable[..., Path]:
+    """A function that writes a recipe about a file of images, some of its text replaced, and returns its path."""
+
+    def write(*changes: tuple[str, str]) -> Path:
+        text = recipe.replace("{images}", str(images))
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        path = folder / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def quiet() -> Console:
+    """A console that keeps what is shown."""
+    return Console(file=io.StringIO(), width=80)
+
+
+def shown(console: Console) -> str:
+    """What a quiet console was shown."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run(path: Path, *settings: str, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Train as a recipe says."""
+    return train(read_recipe(path, settings), resume=resume, console=console or quiet())

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 from safetensors.torch import load_file
 
 import tithe
 from tithe import TitheError
-from tithe.train import read_recipe, train
+from tithe.train import read_recipe
 from tithe.train.checkpoints import Checkpoints
 from tithe.train.loop import Interrupted, Run
 from tithe.train.progress import read_log
 from tithe.train.report import show
-from workplace import assert_equal, write_tsv
+from workplace import assert_equal, editor, quiet, run, shown, write_tsv
 
 Edit = Callable[..., Path]
 
@@ -63,35 +60,12 @@ METHOD = 'name = "trady"\nbudget = "40kB"\nsamples = 16'
 def write(images: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write the recipe with some of its text replaced; return its path."""
     (tmp_path / "budget_net.py").write_text(NET, encoding="utf-8")
-
-    def recipe(*changes: tuple[str, str]) -> Path:
-        text = RECIPE.replace("{images}", str(images))
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return recipe
-
-
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=80)
-
-
-def _run(path: Path, *settings: str, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    return train(read_recipe(path, settings), resume=resume, console=console or _console())
-
-
-def _text(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return editor(RECIPE, images, tmp_path)
 
 
 def test_a_run_under_a_budget_learns_and_says_what_it_drew_and_spent(write: Edit, tmp_path: Path) -> None:
-    console = _console()
-    result = _run(write(), "run.epochs=12", console=console)
+    console = quiet()
+    result = run(write(), "run.epochs=12", console=console)
     assert result["metrics"]["test"]["accuracy"] > 0.6
     assert result["recipe"]["optimizer"]["name"] == "sgd"
     assert result["bytes"]["optimizer"] == 0
@@ -104,19 +78,19 @@ def test_a_run_under_a_budget_learns_and_says_what_it_drew_and_spent(write: Edit
         assert 1 <= draw["layers"] <= draw["of_layers"] == 3
     logged = read_log(tmp_path / "out", "draw")
     assert [entry["spent"] for entry in logged] == [draw["spent"] for draw in draws]
-    progress = _text(console)
+    progress = shown(console)
     assert progress.count("draw: ") == 12
     assert "step 6/72  draw: " in progress
     assert f"of 40.00 kB  {draws[0]['channels']} of 83 channels" in progress
-    table = _console()
+    table = quiet()
     show(result, table)
     for word in ("budget", "of 40.00 kB at most, 12 draws", "last draw", "predicted", "other layers"):
-        assert word in _text(table)
-    assert max(map(len, _text(table).replace(str(tmp_path), "").splitlines())) <= 80
+        assert word in shown(table)
+    assert max(map(len, shown(table).replace(str(tmp_path), "").splitlines())) <= 80
 
 
 def test_the_predicted_peak_of_a_draw_is_what_the_step_measures(write: Edit) -> None:
-    result = _run(write(), "run.steps=1", "run.epochs=", *()) if False else _run(write(("epochs = 6", "steps = 1")))
+    result = run(write(), "run.steps=1", "run.epochs=", *()) if False else run(write(("epochs = 6", "steps = 1")))
     (draw,), ledger = result["draws"], result["ledger"]
     standing = draw["peak"] - ledger["peak"]
     assert 0 < standing < draw["spent"]
@@ -135,8 +109,8 @@ def test_resuming_equals_never_stopping_with_draws_before_and_after(
     optimizer: str, method: str, write: Edit, tmp_path: Path
 ) -> None:
     path = write(("lr = 0.1", optimizer), (METHOD, method), ("epochs = 6", "epochs = 3"))
-    whole = _run(path, "run.output=whole")
-    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=_console())
+    whole = run(path, "run.output=whole")
+    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=quiet())
     inner = made.trainee.step
 
     def step() -> bool:
@@ -148,7 +122,7 @@ def test_resuming_equals_never_stopping_with_draws_before_and_after(
     made.trainee.step = step  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(Interrupted, match="step 8 of 18"):
         made.fit()
-    parts = _run(path, "run.output=parts", resume=True)
+    parts = run(path, "run.output=parts", resume=True)
     first, second = (Checkpoints(tmp_path / name / "checkpoints").load(18) for name in ("whole", "parts"))
     for key in ("trainee", "optimizer", "random"):
         assert_equal(first[key], second[key])
@@ -167,9 +141,9 @@ def test_sentences_of_any_length_stay_within_the_prices_of_the_longest(edit: Edi
     write_tsv(workplace / "train.tsv", rows)
     fish = 'name = "fish"\ndensity = 0.2\nsamples = 32'
     path = edit((fish, 'name = "trady"\nbudget = "30kB"\nsamples = 8'))
-    result = _run(path)
+    result = run(path)
     assert len(result["draws"]) == 2
-    made = Run(read_recipe(path, ["run.output=other"]), resume=False, console=_console())
+    made = Run(read_recipe(path, ["run.output=other"]), resume=False, console=quiet())
     first = next(iter(made._choosing))
     assert next(iter(first["inputs"].values())).shape == (8, 23)
 
@@ -178,7 +152,7 @@ def test_a_ranking_is_read_from_the_recipes_folder(write: Edit, tmp_path: Path) 
     layers = {"0.weight": (16, 3, 3, 3), "3.weight": (16, 16, 3, 3), "7.weight": (32, 64)}
     tithe.Ranking({name: float(name == "7.weight") for name in layers}, layers).save(tmp_path / "net.json")
     path = write((METHOD, METHOD + '\nranking = "net.json"'))
-    made = Run(read_recipe(path), resume=False, console=_console())
+    made = Run(read_recipe(path), resume=False, console=quiet())
     assert isinstance(made.trainee, tithe.Plan)
     assert list(made.trainee.selections) == ["7.weight"]
 
@@ -189,9 +163,9 @@ def test_a_ranking_is_read_from_the_recipes_folder(write: Edit, tmp_path: Path) 
 def test_any_method_may_be_lean_and_keeps_less_for_backward(name: str, lean: str, write: Edit) -> None:
     method = f'name = "{name}"' + ("\ndensity = 0.3\nsamples = 16" if name == "fish" else "")
     path = write((METHOD, method), ("epochs = 6", "epochs = 2"), ("lr = 0.1", "lr = 0.01"))
-    stock = _run(path, "run.output=stock")
+    stock = run(path, "run.output=stock")
     path = write((METHOD, f"{method}\nlean = true\n{lean}"), ("epochs = 6", "epochs = 2"), ("lr = 0.1", "lr = 0.01"))
-    found = _run(path, "run.output=lean")
+    found = run(path, "run.output=lean")
     assert found["trainable"] == stock["trainable"]
     if name == "head":  # nothing below the head is asked for a gradient
         assert found["bytes"]["saved_for_backward"] <= stock["bytes"]["saved_for_backward"]
@@ -213,7 +187,7 @@ WRONG = {
 def test_what_cannot_be_is_refused_before_training(name: str, write: Edit, tmp_path: Path) -> None:
     change, place, word = WRONG[name]
     with pytest.raises(TitheError) as error:
-        _run(write(change))
+        run(write(change))
     assert place in error.value.place
     assert word in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -222,4 +196,4 @@ def test_what_cannot_be_is_refused_before_training(name: str, write: Edit, tmp_p
 def test_a_ranking_of_another_network_is_refused(write: Edit, tmp_path: Path) -> None:
     tithe.Ranking({"0.weight": 1.0}, {"0.weight": (4, 4)}).save(tmp_path / "other.json")
     with pytest.raises(TitheError, match=r"0\.weight.*ranked"):
-        _run(write((METHOD, METHOD + '\nranking = "other.json"')))
+        run(write((METHOD, METHOD + '\nranking = "other.json"')))

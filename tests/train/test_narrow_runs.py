@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 import tithe
 from tithe import TitheError
-from tithe.train import read_recipe, train
+from tithe.train import read_recipe
 from tithe.train.checkpoints import Checkpoints
 from tithe.train.course import Course
 from tithe.train.data import read_examples
@@ -23,7 +21,7 @@ from tithe.train.loop import Interrupted, Run
 from tithe.train.models import build
 from tithe.train.progress import read_log
 from tithe.train.report import show
-from workplace import assert_equal
+from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]
 
@@ -67,36 +65,13 @@ device = "cpu"
 def write(images: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write the recipe with some of its text replaced; return its path."""
     (tmp_path / "narrow_net.py").write_text(NET, encoding="utf-8")
-
-    def recipe(*changes: tuple[str, str]) -> Path:
-        text = RECIPE.replace("{images}", str(images))
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return recipe
-
-
-def _console() -> Console:
-    return Console(file=io.StringIO(), width=80)
-
-
-def _run(path: Path, *settings: str, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    return train(read_recipe(path, settings), resume=resume, console=console or _console())
-
-
-def _text(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return editor(RECIPE, images, tmp_path)
 
 
 def test_a_run_learns_gets_narrower_and_says_so(write: Edit, tmp_path: Path) -> None:
-    console = _console()
+    console = quiet()
     adamw = ("lr = 0.05", 'lr = 0.01\nname = "adamw"')
-    result = _run(write(adamw), "run.epochs=12", "method.gradual=[0.1, 0.6]", console=console)
+    result = run(write(adamw), "run.epochs=12", "method.gradual=[0.1, 0.6]", console=console)
     assert result["metrics"]["test"]["accuracy"] > 0.8
     widths = result["widths"]
     assert [entry["step"] for entry in widths] == [*range(0, 48, 5), 48]
@@ -106,25 +81,25 @@ def test_a_run_learns_gets_narrower_and_says_so(write: Edit, tmp_path: Path) -> 
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == result["trainable"]["total"] < 0.7 * result["trainable"]["model"] == 0.7 * sizes[0]
     assert [e["spent"] for e in read_log(tmp_path / "out", "widths")] == [entry["spent"] for entry in widths]
-    progress = _text(console)
+    progress = shown(console)
     assert "step 5/60  network: 1.000 of the channels  56 units" in progress
     assert f"step 48/60  fixed: {widths[-1]['spent']:.3f} of the channels" in progress
-    table = _console()
+    table = quiet()
     show(result, table)
     for word in ("network.safetensors", f"{widths[-1]['units']} of 56", "of the channels"):
-        assert word in _text(table).replace("\n", "")
-    assert max(map(len, _text(table).replace(str(tmp_path), "").splitlines())) <= 80
+        assert word in shown(table).replace("\n", "")
+    assert max(map(len, shown(table).replace(str(tmp_path), "").splitlines())) <= 80
 
 
 def test_what_is_saved_makes_a_freshly_built_model_the_network(write: Edit, tmp_path: Path) -> None:
     path = write()
-    result = _run(path)
+    result = run(path)
     recipe = read_recipe(path, ["run.output=other"])
     torch.manual_seed(7)
     fresh = build(recipe, read_examples(recipe)).model
     tithe.apply(fresh, result["files"]["delta"])
     assert sum(p.numel() for p in fresh.parameters()) == result["trainable"]["total"]
-    made = Run(recipe, resume=False, console=_console())
+    made = Run(recipe, resume=False, console=quiet())
     made.trainee.release()
     made.model = fresh
     assert made.evaluate("test") == result["metrics"]["test"]
@@ -148,8 +123,8 @@ def test_what_is_saved_makes_a_freshly_built_model_the_network(write: Edit, tmp_
 def test_resuming_equals_never_stopping(changes: Any, stop: int, write: Edit, tmp_path: Path) -> None:
     """Within an epoch, where channels were dropped, before the widths are fixed at step 20, there, and after."""
     path = write(*changes)
-    whole = _run(path, "run.output=whole")
-    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=_console())
+    whole = run(path, "run.output=whole")
+    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=quiet())
     inner = made.trainee.step
 
     def step() -> bool:
@@ -161,7 +136,7 @@ def test_resuming_equals_never_stopping(changes: Any, stop: int, write: Edit, tm
     made.trainee.step = step  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(Interrupted, match=f"step {stop} of 25"):
         made.fit()
-    parts = _run(path, "run.output=parts", resume=True)
+    parts = run(path, "run.output=parts", resume=True)
     first, second = (Checkpoints(tmp_path / name / "checkpoints").load(25) for name in ("whole", "parts"))
     for key in ("trainee", "optimizer", "random"):
         assert_equal(first[key], second[key])
@@ -175,7 +150,7 @@ def test_resuming_equals_never_stopping(changes: Any, stop: int, write: Edit, tm
 
 
 def test_the_best_checkpoint_is_one_of_fixed_widths(write: Edit) -> None:
-    made = Run(read_recipe(write()), resume=False, console=_console())
+    made = Run(read_recipe(write()), resume=False, console=quiet())
     scores = iter([0.9, 0.8, 0.7, 0.5, 0.6, 0.1, 0.2])
     made.evaluate = lambda split: {"accuracy": next(scores)}  # pyright: ignore[reportAttributeAccessIssue]
     made.fit()
@@ -195,7 +170,7 @@ def test_the_rows_that_fix_the_widths_are_used_for_nothing_else(write: Edit) -> 
     assert count["train"] + count["held_out"] == len(together.splits["train"].label)
     for name in ("validation", "test"):
         assert_equal(apart.targets[name], together.targets[name])
-    made = Run(recipe, resume=False, console=_console())
+    made = Run(recipe, resume=False, console=quiet())
     assert len(made.samples["train"]) == count["train"]
     assert sum(len(rows) for step in made.course.parts(0) for rows, _ in step) == count["train"]
 
@@ -214,7 +189,7 @@ def test_the_learning_rate_falls_once_while_widths_are_learned_and_once_after(wr
 
 
 def test_a_run_may_end_where_the_widths_are_fixed(write: Edit) -> None:
-    result = _run(write(), "method.finetune=0.0", "run.epochs=2")
+    result = run(write(), "method.finetune=0.0", "run.epochs=2")
     assert result["best_step"] == result["widths"][-1]["step"] == 10
 
 
@@ -225,7 +200,7 @@ def test_heads_and_hidden_units_of_an_encoder_are_learned(edit: Edit) -> None:
         ("lr = 0.01", 'lr = 0.003\nname = "adamw"'),
         ("epochs = 2", "epochs = 3"),
     )
-    result = _run(path)
+    result = run(path)
     assert result["recipe"]["optimizer"]["momentum"] == 0
     assert result["trainable"]["total"] < result["trainable"]["model"]
     assert result["widths"][-1]["cost"] == "params"
@@ -243,7 +218,7 @@ WRONG = {
 def test_what_cannot_be_is_refused_before_training(name: str, write: Edit, tmp_path: Path) -> None:
     change, place, word = WRONG[name]
     with pytest.raises(TitheError) as error:
-        _run(write(change))
+        run(write(change))
     assert place in error.value.place
     assert word in str(error.value)
     assert not (tmp_path / "out").exists()
