@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
-PARTS |= {"carry", "checkpoint", "history", "ranking"}
+PARTS |= {"carry", "chance", "checkpoint", "history", "ranking", "statistics"}
 ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
 CORE = VALUES | PARTS | ATTACHED | {"plan", "lean"}
 
@@ -35,7 +35,9 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
     "coupling": {"errors"},
-    "narrow": {"errors", "batch", "selection", "select", "coupling"},
+    "chance": set(),
+    "statistics": {"errors", "chance"},
+    "narrow": {"errors", "batch", "selection", "select", "coupling", "chance", "statistics"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "carry": {"errors", "batch", "selection", "budget", "rules"},
     "checkpoint": {"errors", "batch", "selection", "budget", "rules"},
@@ -64,20 +66,22 @@ ROOMS: dict[str, set[str]] = {
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
-    "train": {"tithe", "errors", "select"},
+    "train": {"tithe", "errors", "select", "checkpoint", "history"},
     "integrations": {"tithe", "errors", "select"},
     "demo": {"tithe", "errors", "select", "train"},
-    "price": {"tithe", "errors", "select", "train", "ledger", "checkpoint", "choosing"},
-    "cli": {"tithe", "errors", "select", "train", "demo", "price"},
+    "price": {"tithe", "errors", "select", "train", "ledger", "checkpoint", "choosing"}
+    | {"history", "mount", "names", "plan", "rules"},  # what a plan holds, set up on shapes alone
+    "averaging": {"tithe", "errors", "select", "train", "history", "statistics"},
+    "cli": {"tithe", "errors", "select", "train", "demo", "price", "averaging"},
     "__main__": {"cli"},
 }
 
 # Rooms that an extra pays for. Everything else is the core and imports CORE_PACKAGES alone.
-WITH_EXTRAS = {"train", "integrations", "demo", "price", "cli", "__main__"}
+WITH_EXTRAS = {"train", "integrations", "demo", "price", "averaging", "cli", "__main__"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
-KNOW_METHODS = {"methods", "train", "demo", "price", "cli", "__init__"}
+KNOW_METHODS = {"methods", "train", "demo", "price", "averaging", "cli", "__init__"}
 METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
 
 
@@ -199,7 +203,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         (
             "plan.py",
             "def attach_fish(): ...",
-            ":1: names attach_fish: only __init__, cli, demo, methods, price, train know",
+            ":1: names attach_fish: only __init__, averaging, cli, demo, methods, price, train know",
         ),
         ("plan.py", "if name == 'trady': ...", ":1: names trady"),
         ("colour.py", "", "colour.py:1: room `colour`: a new room says what it may import"),

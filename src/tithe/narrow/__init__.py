@@ -11,7 +11,7 @@ from tithe.narrow.outside import Outside
 from tithe.narrow.part import Part, Parts
 from tithe.narrow.probabilities import Cost, Probabilities, Structure
 from tithe.narrow.stage import Stage
-from tithe.narrow.trial import check_same_loss, estimate_statistics, find_best, loss_without_gradient
+from tithe.narrow.trial import check_same_loss, find_best, loss_without_gradient
 
 __all__ = [
     "Cost",
@@ -22,7 +22,6 @@ __all__ = [
     "Stage",
     "Structure",
     "check_same_loss",
-    "estimate_statistics",
     "find_best",
     "loss_without_gradient",
     "make_stage",

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tithe.batch import num_samples, slice_batch
+from tithe.chance import Chance
 from tithe.coupling import couple
 from tithe.errors import TitheError
-from tithe.narrow.chance import Chance
 from tithe.narrow.stage import Stage
 
 _SAMPLES = 2

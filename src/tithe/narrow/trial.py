@@ -1,20 +1,19 @@
-"""Narrow networks tried out on data: what they lose, and the running statistics that they should have."""
+"""Narrow networks tried out on data: what they lose."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from tithe.batch import num_samples
+from tithe.chance import Chance
 from tithe.errors import TitheError
-from tithe.narrow.chance import Chance
 from tithe.narrow.stage import Stage
+from tithe.statistics import training
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -82,34 +81,11 @@ def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequen
 
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
     grids, chance, total = stage.grids(mask), Chance(), 0.0
-    with torch.no_grad(), _training(stage.model), stage.run(grids, stage.live(grids), spare=True):
+    with torch.no_grad(), training(stage.model), stage.run(grids, stage.live(grids), spare=True):
         for batch in batches:
             total += float(loss(stage.model, batch)) * num_samples(batch)
     chance.again()
     return total / sum(map(num_samples, batches))
-
-
-def estimate_statistics(model: nn.Module, loss: Loss, batches: Sequence[Any]) -> None:
-    """Set every norm's running statistics to their mean over batches of training data.
-
-    Norms that run in evaluation mode while the model trains keep theirs.
-    """
-    with torch.no_grad(), _training(model):
-        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
-        if not norms:
-            return
-        momenta = [norm.momentum for norm in norms]
-        chance = Chance()
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all batches
-            for batch in batches:
-                loss(model, batch)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-            chance.again()
 
 
 def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) -> None:
@@ -124,8 +100,8 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
         model.eval()
         with torch.no_grad():
             found.append(float(loss(model, example)))
-        for module, training in flags:
-            module.training = training
+        for module, was in flags:
+            module.training = was
     if not math.isclose(*found, rel_tol=1e-3, abs_tol=1e-5):
         raise TitheError(
             "export",
@@ -133,16 +109,3 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
             expected=f"{found[0]:g}, as of the attached model",
             remedy='leave the layers that count widths themselves whole with where="!name.*", and attach again',
         )
-
-
-@contextmanager
-def _training(model: nn.Module) -> Generator[None]:
-    """Inside, the model is in training mode; one that is already stays as it is, frozen norms included."""
-    flags = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -32,7 +32,6 @@ from tithe.narrow import (
     Stage,
     Structure,
     check_same_loss,
-    estimate_statistics,
     find_best,
     loss_without_gradient,
     make_stage,
@@ -41,6 +40,7 @@ from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Grid, Selection
+from tithe.statistics import estimate_statistics
 
 
 class AbsentPlan(Plan):
