@@ -4,16 +4,18 @@ from tithe import rules, select
 from tithe.budget import Budget
 from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
+from tithe.history import History
 from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
-from tithe.methods import FISH, VRPGE, SparseUpdate, TraDy
-from tithe.plan import AbsentPlan, FrozenPlan, Plan, attach
+from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
+from tithe.plan import AbsentPlan, FrozenPlan, Plan, SpannedPlan, attach
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, each_step, every, once
-from tithe.selection import Channels, Coordinates, Grid, Selection
+from tithe.selection import Channels, Coordinates, Grid, Selection, Span
 
 __all__ = [
     "FISH",
+    "TWA",
     "VRPGE",
     "AbsentPlan",
     "Budget",
@@ -22,12 +24,15 @@ __all__ = [
     "DeltaInfo",
     "FrozenPlan",
     "Grid",
+    "History",
     "Lean",
     "Ledger",
     "Plan",
     "Ranking",
     "Schedule",
     "Selection",
+    "Span",
+    "SpannedPlan",
     "SparseUpdate",
     "TitheError",
     "TitheWarning",

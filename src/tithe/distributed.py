@@ -14,6 +14,32 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's place among the ranks; 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def first(tensor: Tensor) -> Tensor:
+    """What rank 0 has, on every rank: for results that rounding may make differ from processor to processor."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def scatter_mean(flat: Tensor) -> Tensor:
+    """This rank's equal part of the mean over ranks of a 1-D tensor, whose length is a multiple of their number."""
+    out = flat.new_empty(flat.numel() // world_size())
+    dist.reduce_scatter(out, list(flat.chunk(world_size())))  # the form that has one name in every release of torch
+    return out.div_(world_size())
+
+
+def gather(part: Tensor) -> Tensor:
+    """Every rank's part of a 1-D tensor, one after the other."""
+    out = part.new_empty(part.numel() * world_size())
+    dist.all_gather(list(out.chunk(world_size())), part)
+    return out
+
+
 def _device() -> torch.device:
     """Where the process group can reduce: NCCL only reduces on the GPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

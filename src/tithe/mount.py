@@ -126,10 +126,14 @@ class Mount:
     def pool(self, bindings: Sequence[Binding], size: int) -> Pool:
         """Put all θ into one flat parameter, registered on the model itself."""
         pool = Pool(bindings, size)
-        self.model.register_parameter(theta_key(""), pool.flat)
+        self.show_root(pool.flat)
+        return pool
+
+    def show_root(self, parameter: nn.Parameter) -> None:
+        """Register a θ that weights have in common on the model itself."""
+        self.model.register_parameter(theta_key(""), parameter)
         self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
         self._handles.append(self.model.register_load_state_dict_pre_hook(_provide))
-        return pool
 
     def show(self, binding: Binding) -> None:
         """Register θ on its module while it holds values, so that `parameters()`, DDP and trainers find it."""

@@ -18,9 +18,11 @@ from torch import nn
 
 from tithe.choosing import Method
 from tithe.errors import TitheError
+from tithe.history import Spanning
 from tithe.narrow import Outside, Structure
 from tithe.plan.absent import AbsentPlan
 from tithe.plan.frozen import FrozenPlan
+from tithe.plan.spanned import SpannedPlan
 from tithe.rules import Carrier
 from tithe.scoring import Loss
 
@@ -53,9 +55,23 @@ def attach(
 ) -> AbsentPlan: ...
 
 
+@overload
 def attach(
     model: nn.Module,
-    method: Method | Structure,
+    method: Spanning,
+    *,
+    loss: Loss | None = ...,
+    data: Iterable[Any] | None = ...,
+    where: str | Sequence[str] = ...,
+    head: str | Sequence[str] = ...,
+    seed: int = ...,
+    state: Mapping[str, Any] | None = ...,
+) -> SpannedPlan: ...
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Structure | Spanning,
     *,
     loss: Loss | None = None,
     data: Iterable[Any] | None = None,
@@ -63,7 +79,7 @@ def attach(
     head: str | Sequence[str] = (),
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
-) -> FrozenPlan | AbsentPlan:
+) -> FrozenPlan | AbsentPlan | SpannedPlan:
     """Choose what to train in `model`, and train nothing else from now on.
 
     The model is not wrapped, its class and its `state_dict` keys stay as they are, and `plan.release()` gives it back.
@@ -95,7 +111,9 @@ def attach(
         >>> plan.release()
     """
     _check_free(model)
-    if isinstance(method, Structure):
+    if isinstance(method, Spanning):
+        plan = SpannedPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+    elif isinstance(method, Structure):
         plan = AbsentPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     else:
         plan = FrozenPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)

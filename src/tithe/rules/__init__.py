@@ -20,6 +20,7 @@ from tithe.rules.catch import Catch, Leanness, catch
 from tithe.rules.pool import Pool
 from tithe.rules.probe import Probe, SquareProbe, SumProbe
 from tithe.rules.ruled import Cost, Rule
+from tithe.rules.shared import Shared
 
 __all__ = [
     "Binding",
@@ -30,6 +31,7 @@ __all__ = [
     "Pool",
     "Probe",
     "Rule",
+    "Shared",
     "SquareProbe",
     "SumProbe",
     "activation",

@@ -14,6 +14,7 @@ from tithe.selection import Channels, Coordinates, Selection
 if TYPE_CHECKING:
     from tithe.rules.pool import Pool
     from tithe.rules.probe import Probe
+    from tithe.rules.shared import Shared
 
 _SUFFIX = "@theta"
 
@@ -40,7 +41,7 @@ class Binding:
         self.room: int | None = None
         self.counted = False
         self.probe: Probe | None = None
-        self.pool: Pool | None = None
+        self.pool: Pool | Shared | None = None
         self.touch: Touch | None = None
         self.committed = self.theta._version
 
@@ -135,7 +136,9 @@ class Binding:
                 self.counted = True
 
     def refresh(self) -> None:
-        """θ ← Sᵀ w, after the weight itself was loaded or changed."""
+        """θ ← Sᵀ w, after the weight itself was loaded or changed; a θ that weights share follows none of them."""
+        if not self.theta.numel():
+            return
         with torch.no_grad():
             self.theta.copy_(self.selection.gather(self.weight))
         self.committed = self.theta._version

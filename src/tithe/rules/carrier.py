@@ -204,15 +204,15 @@ def apply_rule(rule: Rule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def needs_no_rule(weight: Any, bias: Any) -> bool:
-    """Whether graft does as well: everything is selected, so that nothing can be left out, or the weight is ordinary.
+    """Whether graft does as well: every entry of the gradient is needed, or the weight is ordinary.
 
-    Then the stock operation runs, and training is stock training bit for bit.
+    Then the stock operation runs; where everything is selected, training is stock training bit for bit.
     """
     if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
         return True
-    if weight.binding.probe is not None or not weight.binding.selection.full:
+    if weight.binding.probe is not None or not weight.binding.selection.whole:
         return False
-    return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.full)
+    return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.whole)
 
 
 def autocast(x: Tensor, *, to_float32: bool = False) -> Tensor:

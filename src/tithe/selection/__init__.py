@@ -9,5 +9,6 @@ from tithe.selection.base import Coordinates, Selection
 from tithe.selection.channels import Channels
 from tithe.selection.grid import Grid
 from tithe.selection.restore import restore
+from tithe.selection.span import Columns, Span, without_values
 
-__all__ = ["Channels", "Coordinates", "Grid", "Selection", "restore"]
+__all__ = ["Channels", "Columns", "Coordinates", "Grid", "Selection", "Span", "restore", "without_values"]

@@ -76,6 +76,11 @@ class Selection(ABC):
         """Whether every entry is selected."""
         return self.size == self.num_weights
 
+    @property
+    def whole(self) -> bool:
+        """Whether Sᵀ∇w needs every entry of ∇w, so that a rule has nothing to leave out."""
+        return self.full
+
     def to(self, device: torch.device) -> Selection:
         """The same selection with its ids on `device`; a device without memory ("meta") leaves them where they are."""
         return self if device.type == "meta" or self.items.device == device else self.take(self.items.to(device))

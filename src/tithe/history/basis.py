@@ -1,0 +1,284 @@
+"""The basis that checkpoints span: centred differences, coded, in a file of its own, read a block at a time.
+
+    d_i = w_i − w̄        G = D Dᵀ, (n, n), summed in float64        columns in blocks of 256: codes (blocks, n, …)
+
+Nothing of the length of a weight vector is ever made orthogonal: the n × n matrix G says all that there is to know
+about lengths and angles, duplicates and near-duplicates included.
+
+Kept exact, the checkpoints themselves are in the file: their differences need not be numbers of the same dtype.
+Products are taken in float64 then, and centred as n numbers: D g = C W g with C = 1 − 11ᵀ / n.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tithe.history.history import History, spans
+from tithe.history.packing import BLOCK, code_bytes, combine, encode, products, project
+from tithe.history.packing import gram as products_of_rows
+from tithe.selection import Columns
+
+CPU = torch.device("cpu")
+_PAGE = mmap.PAGESIZE
+_ALIGNED = 64
+"""Bytes at whose multiples tensors begin: a line of a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The columns of one tensor: where its blocks lie among all.
+
+    Args:
+        name: in the history.
+        numel: entries.
+        first: its first block.
+    """
+
+    name: str
+    numel: int
+    first: int
+
+    @property
+    def stop(self) -> int:
+        """The block after its last."""
+        return self.first + -(-self.numel // BLOCK)
+
+
+def strips(history: History, names: Sequence[str]) -> list[Strip]:
+    """The columns of some tensors, one after the other; each begins a block of its own."""
+    out: list[Strip] = []
+    first = 0
+    for name in names:
+        out.append(Strip(name, history.rows.forms[name].numel, first))
+        first = out[-1].stop
+    return out
+
+
+class Storage:
+    """Bytes in a file without a name, mapped: what was looked at can be given back to the system.
+
+    Args:
+        nbytes: how many.
+        folder: where the file lies; a folder that cannot be written is replaced by the system's temporary one.
+    """
+
+    def __init__(self, nbytes: int, folder: Path) -> None:
+        place = folder if os.access(folder, os.W_OK) else None
+        with tempfile.TemporaryFile(dir=place, prefix=".basis-") as file:
+            file.truncate(max(nbytes, 1))
+            self._map = mmap.mmap(file.fileno(), max(nbytes, 1))
+        self.bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+
+    def take(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor over a range of the bytes."""
+        count = int(np.prod(shape)) * dtype.itemsize
+        return self.bytes[start : start + count].view(dtype).view(shape)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Let the system have the memory behind a tensor; the bytes stay in the file."""
+        first = tensor.data_ptr() - self.bytes.data_ptr()
+        start = -(-first // _PAGE) * _PAGE
+        length = (first + tensor.numel() * tensor.element_size()) // _PAGE * _PAGE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+class Basis:
+    """Centred differences of checkpoints, and the start that they are added to.
+
+    Args:
+        history: the checkpoints.
+        columns: of the tensors that move.
+        bits: of the codes; None keeps the differences as they are.
+        start: weights (n,) of the checkpoints in the start: one nth each for the mean.
+        blocks: [first, stop): the blocks that are held here; others are on other ranks.
+        device: where products are taken; another than the CPU holds the codes.
+
+    Attributes:
+        gram: D Dᵀ of what is held here, (n, n) float64.
+        squares: of each tensor the squared lengths of its d_i, (tensors, n) float64.
+        offsets: D w̄ of what is held here, (n,) float64.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        columns: Sequence[Strip],
+        *,
+        bits: int | None,
+        start: Sequence[float],
+        blocks: tuple[int, int] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.columns, self.bits, self.device = columns, bits, device
+        self.num_vectors = n = len(history)
+        self.blocks = blocks or (0, columns[-1].stop)
+        wide = any(history.rows.forms[strip.name].dtype == torch.float64 for strip in columns)
+        self.dtype = torch.float64 if wide and bits is None else torch.float32
+        held = self.num_blocks
+        width = BLOCK * self.dtype.itemsize if bits is None else code_bytes(bits)
+        sizes = (held * n * width, held * n * 2 * (bits is not None), held * BLOCK * self.dtype.itemsize)
+        ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes])
+        self._storage = Storage(int(ends[-1]), history.folder)
+        shape, dtype = ((held, n, BLOCK), self.dtype) if bits is None else ((held, n, width), torch.uint8)
+        self._codes = self._storage.take(0, shape, dtype)
+        self._scales = None if bits is None else self._storage.take(int(ends[0]), (held, n), torch.bfloat16)
+        self._start = self._storage.take(int(ends[1]), (held, BLOCK), self.dtype)
+        self.gram = torch.zeros(n, n, dtype=torch.float64)
+        self.squares = torch.zeros(len(columns), n, dtype=torch.float64)
+        self.offsets = torch.zeros(n, dtype=torch.float64)
+        weights = torch.tensor(start, dtype=torch.float64)
+        for index, strip in enumerate(columns):
+            self._fill(history, index, strip, weights)
+        if device.type != "cpu":
+            self._codes = self._codes.to(device)
+            self._scales = None if self._scales is None else self._scales.to(device)
+            self._start = self._start.to(device)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Basis:
+        return self  # nothing of it ever changes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales that are held here."""
+        return self._codes.numel() * self._codes.element_size() + (
+            0 if self._scales is None else self._scales.numel() * self._scales.element_size()
+        )
+
+    def held(self, strip: Strip) -> tuple[int, int]:
+        """The blocks of a tensor that are held here, counted among all."""
+        first, stop = max(strip.first, self.blocks[0]), min(strip.stop, self.blocks[1])
+        return first, max(first, stop)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are held here."""
+        return self.blocks[1] - self.blocks[0]
+
+    def project(self, first: int, gradient: Tensor) -> Tensor:
+        """d_i · g over blocks that are held here: (n,) float64.
+
+        Args:
+            first: the block where the gradient begins.
+            gradient: (blocks, 256).
+        """
+        part = self._part(first, gradient.shape[0])
+        out = project(*part, self.bits, gradient)
+        self._forget(part)
+        return out - out.mean() if self.bits is None else out
+
+    def products(self, first: int, gradient: Tensor) -> Tensor:
+        """The same, block by block: (blocks, n) float64."""
+        part = self._part(first, gradient.shape[0])
+        out = products(*part, self.bits, gradient)
+        self._forget(part)
+        return out - out.mean(1, keepdim=True) if self.bits is None else out
+
+    def compose(self, first: int, stop: int, weights: Tensor) -> Tensor:
+        """w̄ + Σ weights_i d_i over blocks that are held here: (blocks, 256).
+
+        Args:
+            first: the first block.
+            stop: the block after the last.
+            weights: (n,) float64, or (blocks, n) where blocks have their own.
+        """
+        part = self._part(first, stop - first)
+        at = slice(first - self.blocks[0], stop - self.blocks[0])
+        weights = weights.to(self.device)
+        if self.bits is None:
+            weights = weights - weights.mean(-1, keepdim=True)
+        out = combine(*part, self.bits, weights).add_(self._start[at])
+        self._forget(part)
+        if self.device.type == "cpu":
+            self._storage.forget(self._start[at])
+        return out
+
+    def _part(self, first: int, count: int) -> tuple[Tensor, Tensor | None]:
+        at = slice(first - self.blocks[0], first - self.blocks[0] + count)
+        return self._codes[at], None if self._scales is None else self._scales[at]
+
+    def _forget(self, part: tuple[Tensor, Tensor | None]) -> None:
+        if self.device.type == "cpu":
+            for tensor in part:
+                if tensor is not None:
+                    self._storage.forget(tensor)
+
+    def _fill(self, history: History, index: int, strip: Strip, weights: Tensor) -> None:
+        """Code the differences of one tensor, as far as they are held here, and add up their products."""
+        first, last = self.held(strip)
+        begin, end = (first - strip.first) * BLOCK, min((last - strip.first) * BLOCK, strip.numel)
+        for start, stop in spans(max(end - begin, 0), self.num_vectors):
+            block = history.columns(strip.name, begin + start, begin + stop).to(self.dtype)
+            mean = block.mean(0, dtype=torch.float64)
+            at = slice(first + start // BLOCK - self.blocks[0], first + -(-stop // BLOCK) - self.blocks[0])
+            self._start[at] = blocked(_weighted(block, weights, mean)[None].to(self.dtype))[:, 0]
+            if self._scales is None:
+                self._codes[at] = blocked(block)
+                part, scales = blocked(block.double() - mean), None
+            else:
+                part, scales = encode(blocked(block.sub_(mean.to(self.dtype))), self.bits)
+                self._codes[at] = part
+                if scales is not None:
+                    self._scales[at] = scales
+            gram = products_of_rows(part, scales, self.bits)
+            self.gram += gram
+            self.squares[index] += gram.diagonal()
+            self.offsets += project(part, scales, self.bits, self._start[at])
+            self._forget(self._part(at.start + self.blocks[0], at.stop - at.start))
+
+
+def _weighted(block: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
+    """Σ weights_i of the rows, (c,) float64; the mean is at hand."""
+    if bool((weights == weights[0]).all()):
+        return mean
+    used = weights.nonzero().flatten()
+    return weights[used] @ block[used].double()
+
+
+class TensorColumns(Columns):
+    """The columns of one tensor, all of them held here."""
+
+    def __init__(self, basis: Basis, strip: Strip) -> None:
+        self.basis, self.strip, self.num_vectors = basis, strip, basis.num_vectors
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """d_i · g."""
+        return self.basis.project(self.strip.first, blocked(gradient[None])[:, 0])
+
+    def compose(self, weights: Tensor) -> Tensor:
+        """w̄ + Σ weights_i d_i."""
+        return self.basis.compose(self.strip.first, self.strip.stop, weights).view(-1)[: self.strip.numel]
+
+
+def blocked(rows: Tensor) -> Tensor:
+    """Rows (n, c) in blocks, (⌈c / 256⌉, n, 256), the last filled up with zeros."""
+    missing = -rows.shape[1] % BLOCK
+    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    return padded.reshape(rows.shape[0], -1, BLOCK).transpose(0, 1).contiguous()
+
+
+def orthonormal(gram: Tensor, tolerance: float = 1e-10) -> Tensor:
+    """M with Mᵀ G M = 1 on the directions that there are, and zero columns for those that there are not.
+
+    G = U Λ Uᵀ;  M = U Λ^{−½} where λ > tolerance · λ_max.
+
+    Args:
+        gram: (n, n) float64.
+        tolerance: of squared lengths; what is shorter is rounding.
+
+    Returns:
+        (n, n) float64; the strongest direction first.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0), vectors.flip(1)
+    there = values > tolerance * values[0].clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(there, vectors * values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)

@@ -1,0 +1,347 @@
+"""A run's checkpoints on disk: recorded while it trains, or opened over what is there already."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from tithe.errors import TitheError, TitheWarning
+from tithe.history.entries import FileEntry
+from tithe.history.flat import FlatFile, Form
+from tithe.history.opened import none_left, open_found
+from tithe.history.packing import BLOCK
+from tithe.history.recorded import Note, Recorder, begun, read_recorded, recorded, weights_of
+from tithe.history.rows import CodedRows, DeltaRows, PlainRows, Rows
+
+COLUMNS: Final = 1 << 22
+"""Entries, over all rows, that are in memory at a time: 16 MB of float32."""
+
+_SUMMED: Final = 1 << 18
+"""Entries of the mean that are summed at a time: float64 that stays in a processor's cache."""
+
+
+class History:
+    """Checkpoints w_1 … w_n of one model, each on disk, streamed by columns: n models never are in memory.
+
+    A path that does not exist, an empty folder, or a folder that a history recorded: `record` appends to it. Anything
+    else is read only: a folder of checkpoints, one checkpoint, or a list of them, in this order. A checkpoint is a
+    safetensors file, a Hugging Face folder with one or several, a `.pt` or `.ckpt` file whose tensors can be read
+    without running code, or a delta by `plan.save`. Of a tensor that deltas change in places, every method gives the
+    values at those places, 1-D; `tithe.attach` puts them onto the model.
+
+    What is recorded: the floating-point parameters, tied ones once, and the buffers, of which those that are saved.
+    With bits, a weight is coded as its step from the checkpoint before, computed in float32 (float64 of float64); what
+    did not change takes no room, and what is shorter than its codes is kept whole. Buffers are always kept whole.
+
+    Args:
+        path: a folder or file, or several.
+        bits: how a recorded history stores its checkpoints after the first: None whole, 8, 4 or 1 bits a weight and 16
+            more for each 256.
+        skip_damaged: leave out checkpoints that cannot be read, with a warning that names them; of a coded history,
+            also those after the first of them. Nothing is recorded then.
+
+    Attributes:
+        folder: the folder, or that of the first checkpoint.
+        bits: of the codes that checkpoints are stored in; None when they are whole.
+
+    Raises:
+        TitheError: naming the checkpoint that is missing, damaged, a pickle with code in it, or of other tensors,
+            shapes or dtypes than the first; or when `bits` is not what the history was recorded with.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     history = History(folder)
+        ...     for step, value in enumerate((1.0, 2.0)):
+        ...         _ = nn.init.constant_(model.weight, value)
+        ...         _ = history.record(model, step)
+        ...     len(history), history.mean()["weight"]
+        (2, tensor([[1.5000, 1.5000]]))
+    """
+
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], bits: int | None = None, *, skip_damaged: bool = False
+    ) -> None:
+        if bits not in (None, 8, 4, 1):
+            raise TitheError("History", found=f"bits={bits}", expected="None, 8, 4 or 1", remedy="change bits")
+        paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
+        if not paths:
+            raise TitheError("History", found="no path", expected="at least one", remedy="pass the checkpoints")
+        self.folder = paths[0].parent if paths[0].is_file() else paths[0]
+        self.bits = bits
+        self._files: list[FlatFile] = []
+        self._notes: list[Note] = []
+        self._rows: Rows | None = None
+        self._recorder: Recorder | None = None
+        self._full = False
+        self._read_only = "checkpoints that something else wrote"
+        left_out: list[str] = []
+        files = recorded(paths[0]) if len(paths) == 1 else []
+        if len(paths) == 1 and (begun(files, skip_damaged) or _empty(paths[0])):
+            self._open_recorded(files, left_out if skip_damaged else None)
+            self._read_only = "damaged checkpoints that were left out" if left_out else ""
+        else:
+            if bits is not None:
+                raise TitheError(
+                    str(paths[0]),
+                    found=f"bits={bits} for checkpoints that are written already",
+                    expected="bits for a history that is recorded",
+                    remedy="leave out bits= here; tithe.TWA(history, bits=…) codes the basis",
+                )
+            self._rows, self._notes = open_found(paths, left_out if skip_damaged else None)
+        for message in left_out:
+            warnings.warn(f"left out: {message}", TitheWarning, stacklevel=2)
+
+    @property
+    def rows(self) -> Rows:
+        """The checkpoints side by side.
+
+        Raises:
+            TitheError: when there are none.
+        """
+        if self._rows is None:
+            if not self._files:
+                raise TitheError(
+                    str(self.folder),
+                    found="no checkpoint",
+                    expected="at least one",
+                    remedy="check the path, or record some first",
+                )
+            self._rows = (
+                PlainRows([FileEntry(file.path, [file]) for file in self._files])
+                if self.bits is None
+                else CodedRows(self._files, self.bits)
+            )
+        return self._rows
+
+    @property
+    def partial(self) -> bool:
+        """Whether checkpoints are deltas, which hold some of a model's tensors and leave the others as they are."""
+        return isinstance(self._rows, DeltaRows)
+
+    def on(self, base: Mapping[str, Tensor]) -> History:
+        """The same checkpoints; of deltas, what they leave alone is the base's.
+
+        Args:
+            base: name → tensor of the model that the deltas were made on, or were applied to; read when columns are.
+
+        Raises:
+            TitheError: naming the delta that was made on another base.
+        """
+        rows = self.rows
+        if not isinstance(rows, DeltaRows):
+            return self
+        based = copy.copy(self)
+        based._rows = rows.on(base)
+        return based
+
+    @property
+    def steps(self) -> list[int]:
+        """The step of each checkpoint, as told to `record`; its place in the list where none was."""
+        return [note.step for note in self._notes] or list(range(len(self)))
+
+    @property
+    def scores(self) -> list[float | None]:
+        """How good each checkpoint was, as told to `record`."""
+        return [note.score for note in self._notes] or [None] * len(self)
+
+    def __len__(self) -> int:
+        return len(self._files) or (0 if self._rows is None else len(self._rows))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.rows.states() if len(self) else iter(())
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self.rows
+        place = range(len(rows))[index]
+        return {name: rows.tensor(place, name) for name in rows.forms}
+
+    def record(self, model: nn.Module, step: int, *, score: float | None = None) -> bool:
+        """Append the model's weights and buffers; returns whether they were written.
+
+        A full disk warns and leaves the history as it was: training goes on.
+
+        Args:
+            model: with or without a plan; its weights are recorded under their own names.
+            step: later than the last one recorded.
+            score: how good it is on data held out, higher is better; TWA can start from the best.
+
+        Raises:
+            TitheError: when the history is read only, the model is another, a weight is not finite, the step is not
+                later, another run wrote a checkpoint meanwhile, or the folder cannot be written.
+        """
+        if self._read_only:
+            raise TitheError(
+                str(self.folder),
+                found=self._read_only,
+                expected="a new folder, or one that a history recorded",
+                remedy="record into a folder of its own",
+            )
+        weights, rest = weights_of(model)
+        if self._files:
+            self._check_model({name: Form.of(tensor) for name, tensor in (weights | rest).items()})
+        if self._recorder is None:
+            coded = self.rows if self._files else None
+            self._recorder = Recorder(
+                self.folder, self.bits, self._notes, coded if isinstance(coded, CodedRows) else None
+            )
+        written = self._recorder.record(weights, rest, step, score)
+        if written is None:
+            if not self._full:
+                warnings.warn(
+                    f"{self.folder}: no room for the checkpoint of step {step}; the {len(self)} before it are readable."
+                    " Make room, and recording goes on with the next.",
+                    TitheWarning,
+                    stacklevel=2,
+                )
+            self._full = True
+            return False
+        self._full = False
+        self._files.append(FlatFile.open(written))
+        self._notes, self._rows = list(self._recorder.notes), None
+        return True
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of every floating-point tensor, summed in float64; of others, what the last checkpoint has.
+
+        Raises:
+            TitheError: when there is no checkpoint, or one has values that are not finite.
+        """
+        return self.average([1 / len(self.rows)] * len(self))
+
+    def average(self, weights: Sequence[float]) -> dict[str, Tensor]:
+        """Σ weights_i w_i of every floating-point tensor, in its own dtype; of others, what the last checkpoint has.
+
+        Args:
+            weights: one for each checkpoint.
+
+        Raises:
+            TitheError: when the number of weights is another, or a checkpoint has values that are not finite.
+        """
+        return {name: self.average_tensor(name, weights) for name in self.rows.forms}
+
+    def average_tensor(self, name: str, weights: Sequence[float]) -> Tensor:
+        """The same for one tensor; an entry that is infinite in every checkpoint, as in masks, stays so.
+
+        Args:
+            name: of the tensor.
+            weights: one for each checkpoint.
+
+        Raises:
+            TitheError: when the number of weights is another, or a checkpoint has values that are not finite.
+        """
+        rows, form = self.rows, self.rows.forms[name]
+        if len(weights) != len(rows):
+            raise TitheError(
+                "average", found=f"{len(weights)} weights", expected=f"{len(rows)}", remedy="pass one a checkpoint"
+            )
+        if not form.dtype.is_floating_point:
+            return rows.tensor(len(rows) - 1, name)
+        out = torch.empty(form.numel, dtype=form.dtype)
+        for start in range(0, form.numel, _SUMMED):
+            stop = min(start + _SUMMED, form.numel)
+            total = torch.zeros(stop - start, dtype=torch.float64)
+            wide = torch.empty_like(total)
+            for weight, values in zip(weights, rows.ranges(name, start, stop), strict=True):
+                total.add_(wide.copy_(values), alpha=weight)
+            if not bool(total.sum().isfinite()):
+                for first, last in spans(stop - start, len(rows)):
+                    total[first:last] = self._kept(name, start + first, start + last, total[first:last])
+            out[start:stop] = total
+        return out.view(form.shape)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries [start, stop) of a tensor in every checkpoint, (n, stop − start), float32 or float64.
+
+        Args:
+            name: of a floating-point tensor.
+            start: the first entry, in row-major order.
+            stop: the entry after the last.
+
+        Raises:
+            TitheError: naming the checkpoint and the tensor, when a value is not finite.
+        """
+        block = self.rows.columns(name, start, stop)
+        check_finite(block, name, self.rows.paths)
+        return block
+
+    def _kept(self, name: str, start: int, stop: int, total: Tensor) -> Tensor:
+        """A sum, with the value itself where that is the same infinity in every checkpoint."""
+        block = self.rows.columns(name, start, stop)
+        same = (block == block[0]).all(0) & block[0].isinf()
+        check_finite(block.masked_fill(same, 0), name, self.rows.paths)
+        return torch.where(same, block[0].double(), total)
+
+    def _check_model(self, found: Mapping[str, Form]) -> None:
+        forms = self._files[0].forms
+        odd = sorted(name for name in {**found, **forms} if found.get(name) != forms.get(name))
+        if odd:
+            raise TitheError(
+                odd[0],
+                found=f"{found.get(odd[0], 'no such tensor')} in the model",
+                expected=f"{forms.get(odd[0], 'none')}, as in {self._files[0].path}",
+                remedy="record another model into a folder of its own",
+            )
+
+    def _open_recorded(self, paths: Sequence[Path], left_out: list[str] | None) -> None:
+        """Read the files of a run; `left_out` takes the messages of those that are damaged, unless it is None."""
+        self._files, self._notes = read_recorded(paths, left_out)
+        if paths and not self._files:
+            raise none_left(self.folder, left_out)
+        if self._notes:
+            asked, self.bits = self.bits, self._notes[0].bits
+            if asked is not None and self.bits != asked:
+                raise TitheError(
+                    str(self.folder),
+                    found="whole checkpoints" if self.bits is None else f"checkpoints of {self.bits} bits",
+                    expected=f"bits={asked}",
+                    remedy="leave out bits=, or record into a new folder",
+                )
+            self._rows = self.rows
+
+
+def spans(numel: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of columns that together are a few blocks of memory, whatever their number; whole blocks of codes each.
+
+    Args:
+        numel: columns.
+        num_rows: rows that are in memory together.
+    """
+    size = max(COLUMNS // num_rows // BLOCK, 1) * BLOCK
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
+
+
+def check_finite(block: Tensor, name: str, paths: Sequence[Path]) -> None:
+    """Check that every value is a number.
+
+    Args:
+        block: (n, c), floating-point.
+        name: of the tensor, for the message.
+        paths: of the n checkpoints.
+
+    Raises:
+        TitheError: naming the checkpoint and the tensor.
+    """
+    if bool(block.sum().isfinite()):
+        return
+    fine = block.isfinite().all(1)
+    if not bool(fine.all()):
+        raise TitheError(
+            str(paths[int((~fine).nonzero()[0, 0])]),
+            found=f"values of {name} that are not finite",
+            expected="finite weights",
+            remedy="leave this checkpoint out",
+        )
+
+
+def _empty(path: Path) -> bool:
+    """Whether there is nothing yet; a run that was killed in its first checkpoint leaves a hidden file."""
+    return not path.exists() or (path.is_dir() and all(one.name.startswith(".") for one in path.iterdir()))

@@ -1,0 +1,123 @@
+"""Weights whose gradients are kept side by side until backward is done, and then projected together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tithe import distributed
+from tithe.errors import TitheError
+from tithe.history import BLOCK, Basis, Strip
+from tithe.selection import Columns
+
+
+class Kept:
+    """Small weights of one process: a call for each would cost more than its products.
+
+    Args:
+        basis: what the weights move in.
+        strips: theirs, one after the other.
+        device: of the weights.
+    """
+
+    def __init__(self, basis: Basis, strips: Sequence[Strip], device: torch.device) -> None:
+        self.basis, self.strips = basis, list(strips)
+        self.first, self.stop = strips[0].first, strips[-1].stop
+        self.waiting = torch.zeros(self._num_blocks * BLOCK, dtype=basis.dtype, device=device)
+        """The gradient so far, in whole blocks."""
+        self.is_waiting = False
+
+    @property
+    def _num_blocks(self) -> int:
+        return self.stop - self.first
+
+    def columns(self, strip: Strip) -> Columns:
+        """Columns that put gradients aside."""
+        start = (strip.first - self.first) * BLOCK
+        return _Aside(self, start, start + strip.numel)
+
+    def forget(self) -> None:
+        """Drop what a backward pass that failed has left."""
+        if self.is_waiting:
+            self.waiting.zero_()
+            self.is_waiting = False
+
+    def products(self) -> Tensor:
+        """d_i · g of each weight, (weights, n) float64 on the CPU, of what was kept; from now on nothing is."""
+        by_block = self.basis.products(self.first, self.waiting.view(-1, BLOCK)).cpu()
+        self.forget()
+        return self._by_weight(by_block, self.first)
+
+    def entries(self, weights: Tensor) -> Tensor:
+        """w̄ + Σ weights_i d_i of all of them, in whole blocks.
+
+        Args:
+            weights: (weights, n) float64, or (n,) for all alike.
+        """
+        each = weights if weights.dim() == 1 else weights[self._owners(self.first, self.stop)]
+        return self.basis.compose(self.first, self.stop, each).view(-1)
+
+    def _owners(self, first: int, stop: int) -> Tensor:
+        """Of each block the weight that it belongs to."""
+        starts = torch.tensor([strip.first for strip in self.strips])
+        return torch.searchsorted(starts, torch.arange(first, stop), right=True) - 1
+
+    def _by_weight(self, by_block: Tensor, first: int) -> Tensor:
+        out = by_block.new_zeros(len(self.strips), by_block.shape[1])
+        return out.index_add_(0, self._owners(first, first + by_block.shape[0]), by_block)
+
+
+class SharedOut(Kept):
+    """All weights, on several ranks: each rank holds an equal part of the columns.
+
+    A step is one reduce-scatter of the gradient, one sum of n numbers (a weight), one all-gather of the weights.
+    """
+
+    @property
+    def _num_blocks(self) -> int:
+        first, stop = self.basis.blocks
+        return (stop - first) * distributed.world_size()
+
+    def products(self) -> Tensor:
+        """Those of the mean gradient over ranks."""
+        part = distributed.scatter_mean(self.waiting).view(-1, BLOCK)
+        self.forget()
+        first, stop = self.basis.blocks
+        by_weight = self._by_weight(self.basis.products(first, part[: stop - first]).cpu(), first)
+        return distributed.sum_(by_weight.to(self.waiting.device)).cpu()
+
+    def entries(self, weights: Tensor) -> Tensor:
+        """The same on every rank."""
+        first, stop = self.basis.blocks
+        each = weights if weights.dim() == 1 else weights[self._owners(first, stop)]
+        part = self.basis.compose(first, stop, each)
+        return distributed.gather(part.view(-1).to(self.waiting.device))
+
+
+class _Aside(Columns):
+    """The columns of a weight whose gradient waits for the others."""
+
+    def __init__(self, kept: Kept, start: int, stop: int) -> None:
+        self.num_vectors = kept.basis.num_vectors
+        self._kept, self._start, self._stop = kept, start, stop
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """Zeros for now."""
+        self._kept.waiting[self._start : self._stop] += gradient
+        self._kept.is_waiting = True
+        return torch.zeros(self.num_vectors, dtype=torch.float64)
+
+    def compose(self, weights: Tensor) -> Tensor:
+        """Not alone.
+
+        Raises:
+            TitheError: always.
+        """
+        raise TitheError(
+            "Span",
+            found="one of several weights that are written together",
+            expected="all of them, on every rank",
+            remedy="call plan.step(), or plan.bind(optimizer) once",
+        )

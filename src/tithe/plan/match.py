@@ -1,0 +1,110 @@
+"""Which tensors of a history are which of a model's, and what each of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from tithe import checkpoint
+from tithe.checkpoint.source import prefix_hint
+from tithe.errors import TitheError
+from tithe.history import History
+from tithe.names import Split
+
+
+@dataclass(frozen=True)
+class Places:
+    """The tensors of a model that a history has.
+
+    Args:
+        rows: the history; of deltas, on the model as their base.
+        moving: name of a parameter that moves in the span → its name in the history.
+        places: that parameter → the flat places of the history's columns in it, or None for all.
+        rest: name in the history → another tensor of the model, which takes its start value: frozen weights, the head,
+            running statistics, counters.
+    """
+
+    rows: History
+    moving: dict[str, str]
+    places: dict[str, Tensor | None]
+    rest: dict[str, Tensor]
+
+
+def find_places(history: History, model: nn.Module, split: Split) -> Places:
+    """Compare a history with a model.
+
+    Raises:
+        TitheError: when the history is empty, lacks a parameter that is to move, or has it in another shape.
+    """
+    state = checkpoint.state_tensors(model)
+    history = history.on(state)
+    forms, inside = history.rows.forms, history.rows.places
+    spelled: dict[str, list[str]] = {}
+    for name, origin in split.alias.items():
+        spelled.setdefault(origin, []).append(name)
+    moving: dict[str, str] = {}
+    lacking: list[str] = []
+    for name, parameter in split.candidates.items():
+        there = next((other for other in spelled[name] if other in forms), None)
+        if there is None:
+            lacking.append(name)
+            continue
+        moving[name] = there
+        expected = (inside[there].numel(),) if there in inside else tuple(parameter.shape)
+        if forms[there].shape != expected:
+            raise TitheError(
+                name,
+                found=f"shape {list(forms[there].shape)} in the history",
+                expected=f"{list(expected)}, as in the model",
+                remedy="build the model that the checkpoints are of",
+            )
+    if not moving or (lacking and not history.partial):
+        raise TitheError(
+            (lacking or ["history"])[0],
+            found=f"no such tensor in {history.rows.paths[0]}{prefix_hint(lacking, forms)}",
+            expected=f"checkpoints of this model, as for {len(lacking)} of its parameters",
+            remedy="load the model that the checkpoints are of, or leave the parameter out with where= or head=",
+        )
+    taken = {other for name in moving for other in spelled[name]}
+    rest = {
+        name: tensor for name, tensor in state.items() if name in forms and name not in taken and name not in inside
+    }
+    _check_shapes(rest.items(), history)
+    return Places(history, moving, {name: inside.get(there) for name, there in moving.items()}, rest)
+
+
+def _check_shapes(tensors: Iterable[tuple[str, Tensor]], history: History) -> None:
+    for name, tensor in tensors:
+        found = history.rows.forms[name].shape
+        if found != tuple(tensor.shape):
+            raise TitheError(
+                name,
+                found=f"shape {list(found)} in the history",
+                expected=f"{list(tensor.shape)}, as in the model",
+                remedy="build the model that the checkpoints are of",
+            )
+
+
+def start_weights(history: History, start: str) -> list[float]:
+    """How much of each checkpoint the start is.
+
+    Raises:
+        TitheError: when the best is asked for and none has a score.
+    """
+    n = len(history)
+    if start == "mean":
+        return [1 / n] * n
+    at = n - 1
+    if start == "best":
+        scores = [float("-inf") if score is None else score for score in history.scores]
+        at = max(range(n), key=scores.__getitem__)
+        if history.scores[at] is None:
+            raise TitheError(
+                "start",
+                found="start='best' and no score",
+                expected="scores told as history.record(model, step, score=…)",
+                remedy="start from the mean, or from the last",
+            )
+    return [float(index == at) for index in range(n)]

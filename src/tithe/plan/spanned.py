@@ -1,0 +1,352 @@
+"""A plan under which weights move together, in the span of the checkpoints of a history."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe import checkpoint, distributed, ledger, names
+from tithe.elementwise import check_holds, inner_optimizer, num_states
+from tithe.errors import TitheError, TitheWarning
+from tithe.history import Basis, History, Spanning, TensorColumns, orthonormal, strips
+from tithe.mount import Mount
+from tithe.plan.base import Plan
+from tithe.plan.match import find_places, start_weights
+from tithe.plan.spread import Spread, in_order
+from tithe.rules import Shared
+from tithe.scoring import Loss, check_loss
+from tithe.selection import Coordinates, Selection, Span
+from tithe.statistics import estimate_statistics, tracked, training
+
+FORMAT = 1
+
+
+class SpannedPlan(Plan):
+    """A model whose weights are coordinates in the span of checkpoints. Made by `attach`.
+
+    On several ranks each holds an equal part of the columns of all checkpoints, and gradients are averaged by
+    `backward`: the model is not to be wrapped in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Spanning,
+        *,
+        loss: Loss | None,
+        data: Iterable[Any] | None,
+        where: str | Sequence[str],
+        head: str | Sequence[str],
+        seed: int,
+    ) -> None:
+        split = names.split(model, where=where, head=head)
+        super().__init__(model, split, seed)
+        self.method, self._loss, self._data = method, loss, data
+        self.history = method.history if isinstance(method.history, History) else History(method.history)
+        found = find_places(self.history, model, split)
+        weights = start_weights(self.history, method.start)
+        self._required = {name: p.requires_grad for name, p in split.floats.items()}
+        order = in_order({name: split.floats[name].numel() for name in found.moving})
+        moving = {name: split.floats[name] for name in order}
+        columns = strips(found.rows, [found.moving[name] for name in order])
+        total, world = columns[-1].stop, distributed.world_size()
+        each = -(-total // world)
+        first = min(distributed.rank() * each, total)
+        device = next(iter(moving.values())).device
+        bits = method.bits if method.bits is not None else self.history.bits
+        blocks = (first, first + each) if world > 1 else None
+        self.basis = Basis(found.rows, columns, bits=bits, start=weights, blocks=blocks, device=device)
+        most = max(range(len(weights)), key=lambda index: (weights[index], index))
+        for name, tensor in found.rest.items():
+            history = found.rows
+            of_one = not tensor.is_floating_point()  # a counter has no mean: that of the checkpoint that counts most
+            value = history.rows.tensor(most, name) if of_one else history.average_tensor(name, weights)
+            with torch.no_grad():
+                tensor.copy_(value.view(tensor.shape))
+        self._rest = tuple(found.rest)
+        self._mount = Mount(model, moving)
+        self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
+        shared = Shared(self.theta, list(moving))
+        bindings = [self._mount.bindings[name] for name in moving]
+        for binding in bindings:
+            binding.pool = shared
+        self._mount.show_root(self.theta)
+        self._spread = Spread(shared, bindings, spans, self.basis)
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._spread)]
+        self._bound = list[torch.optim.Optimizer]()
+        for name, parameter in split.floats.items():
+            parameter.requires_grad_(name in self._head)
+        self._spread.commit(force=True)
+        with training(model):
+            self._norms = len(tracked(model))
+        self._stale = self._norms > 0
+        self._spans_by_name = dict(zip(moving, spans, strict=True))
+
+    def _spans(
+        self, places: Mapping[str, Tensor | None], shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[nn.Parameter, list[Span]]:
+        """θ at its start, and the selection of every weight."""
+        basis = self.basis
+        device = basis.device
+        columns = [TensorColumns(basis, strip) for strip in basis.columns]
+        self._gram, squares, offsets = (
+            distributed.sum_(t.to(device)).cpu() for t in (basis.gram, basis.squares, basis.offsets)
+        )
+        if self.method.granularity == "model":
+            mix = distributed.first(orthonormal(self._gram).to(device)).cpu()
+            origins = [mix.T @ offsets] * len(columns)
+            mixes, start = [mix] * len(columns), origins[0]
+        else:
+            lengths = squares.sqrt()
+            scales = torch.where(lengths > 1e-12 * lengths.max(), 1 / lengths, 0.0)
+            mixes = [torch.diag(row) for row in scales]
+            start = torch.zeros_like(squares)
+            origins = list(start)
+        dtype = torch.promote_types(next(iter(self._floats.values())).dtype, torch.float32)
+        theta = nn.Parameter(start.to(device, dtype))
+        origins = [theta.detach().cpu().double().clone()] * len(columns) if theta.dim() == 1 else origins
+        spans = [
+            Span(shape, column, mix, origin, places[name])
+            for (name, shape), column, mix, origin in zip(shapes.items(), columns, mixes, origins, strict=True)
+        ]
+        return theta, spans
+
+    @property
+    def selections(self) -> dict[str, Selection]:
+        """Name → span of every weight that moves, the head apart."""
+        return dict(self._spans_by_name)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """θ, called "span", then the head's parameters by the model's own names."""
+        yield "span", self.theta
+        yield from self._head.items()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the basis that this process holds: on the CPU in a mapped file, else on the device."""
+        return self.basis.nbytes
+
+    def predict(self, batch: Any) -> ledger.Ledger:
+        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+
+        Raises:
+            TitheError: when the plan has no loss, or the model cannot run on shapes alone.
+        """
+        self._check_live()
+        if self._loss is None:
+            raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
+        loss = self._loss
+        self._commit()
+        found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+        size = sum(p.nbytes for p in self.parameters())
+        states = max((num_states(optimizer) for optimizer in self._bound), default=2)
+        return dataclasses.replace(
+            found, theta=self.theta.nbytes, gradients=size, optimizer=states * size, index=self.index_bytes
+        )
+
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Run `closure` (forward, returning the loss) and backward; each layer's gradient is projected as it comes.
+
+        Raises:
+            TitheError: when the loss is not a scalar that a gradient flows through.
+        """
+        self._check_live()
+        loss = check_loss(closure(), finite=False)
+        loss.backward()
+        if distributed.world_size() > 1:
+            for parameter in self._head.values():
+                if parameter.grad is not None:
+                    distributed.mean_(parameter.grad)
+        return loss
+
+    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
+        """Write the weights anew after each `optimizer.step()`; any optimizer will do, θ is a plain vector.
+
+        Raises:
+            TitheError: when the optimizer lacks a parameter of the plan.
+        """
+        self._check_live()
+        optimizer = inner_optimizer(optimizer)
+        check_holds(optimizer, self.named_parameters())
+        self._bound.append(optimizer)
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def step(self) -> bool:
+        """Count a finished step, and write the weights. Nothing is chosen again: returns False."""
+        self._check_live()
+        self._commit()
+        self.num_steps += 1
+        return False
+
+    def end_epoch(self) -> bool:
+        """Count a finished epoch. Returns False."""
+        self._check_live()
+        self.num_epochs += 1
+        return False
+
+    def reselect(self) -> bool:
+        """Nothing to do: the span is that of the history. Returns False."""
+        self._check_live()
+        return False
+
+    def refresh_statistics(self, batches: Iterable[Any] | None = None) -> int:
+        """Forget the running statistics of norms and set them to their means over batches of training data.
+
+        Weights that were averaged have never seen a batch, so that the checkpoints' statistics are not theirs.
+        `save` and `release` do it by themselves where the plan has data and this was not called since weights moved.
+
+        Args:
+            batches: training data; None takes the `data=` of `attach`.
+
+        Returns:
+            How many batches were run: 0 for a model whose norms keep no statistics.
+
+        Raises:
+            TitheError: when there is none.
+        """
+        self._check_live()
+        batches = self._data if batches is None else batches
+        if batches is None:
+            raise TitheError(
+                "refresh_statistics", found="no data", expected="batches of training data", remedy="pass a loader"
+            )
+        self._commit()
+        count = estimate_statistics(self.model, self._loss or _forward, batches)
+        if count and distributed.world_size() > 1:
+            for module in self.model.modules():
+                for name in ("running_mean", "running_var"):
+                    buffer = module._buffers.get(name)
+                    if buffer is not None:
+                        distributed.mean_(buffer)
+        self._stale = False
+        return count
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """How much of each checkpoint the weights are made of, by tensor, (n,) float64 each; they sum to one.
+
+        With granularity "model" there is one row, under "span". What a coded basis rounds is left out.
+        """
+        n = self.basis.num_vectors
+        start = torch.tensor(start_weights(self.history, self.method.start), dtype=torch.float64)
+        rows = (
+            {"span": self.theta} if self.theta.dim() == 1 else dict(zip(self._spans_by_name, self.theta, strict=True))
+        )
+        found: dict[str, Tensor] = {}
+        for (name, values), span in zip(rows.items(), self._spans_by_name.values(), strict=False):
+            moved = span.weights(values)
+            found[name] = start + moved - moved.sum() / n
+        return found
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write all weights and buffers, atomically; `tithe.apply` puts them onto a model of the same architecture.
+
+        Over a history of deltas only what they change is written, and the base is needed as for each of them.
+
+        Raises:
+            TitheError: when the file cannot be written.
+        """
+        self._check_live()
+        self._settle()
+        state = checkpoint.state_tensors(self.model)
+        places = {n: Coordinates(s.shape, s.places) for n, s in self._spans_by_name.items() if s.places is not None}
+        if self.history.partial:  # of a delta, what it changes
+            state = {name: state[name] for name in (*self._spans_by_name, *self._rest, *self._head)}
+        aliases = {name for name, origin in self._alias.items() if name != origin}
+        dense = {name: tensor for name, tensor in state.items() if name not in aliases and name not in places}
+        told = {"method": type(self.method).__name__, "steps": str(self.num_steps), **(metadata or {})}
+        checkpoint.write_delta(path, self.model, places, dense, metadata=told)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here: θ, the head, buffers, counters; the history is attached again."""
+        self._check_live()
+        return {
+            "format": FORMAT,
+            "span": self.theta.detach().clone(),
+            "gram": self._gram.clone(),
+            "head": {name: p.detach().clone() for name, p in self._head.items()},
+            "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
+            "num_steps": self.num_steps,
+            "num_epochs": self.num_epochs,
+            "seed": self.seed,
+            "stale": self._stale,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `plan.state_dict()`; load the optimizer's own state after it.
+
+        Raises:
+            TitheError: when the state is of another history, basis or head.
+        """
+        self._check_live()
+        same = state.get("format") == FORMAT and {"span", "gram", "head"} <= set(state)
+        same = same and state["span"].shape == self.theta.shape and state["gram"].shape == self._gram.shape
+        scale = float(self._gram.abs().max())
+        if not same or not torch.allclose(state["gram"], self._gram, rtol=1e-6, atol=1e-9 * scale):
+            raise TitheError(
+                "plan state",
+                found="what was saved with another history, bits or granularity",
+                expected="the settings and checkpoints of the saved run",
+                remedy="attach with the same history and method, then load",
+            )
+        if set(state["head"]) != set(self._head):
+            raise TitheError(
+                "plan state", found="another head", expected=", ".join(self._head) or "none", remedy="same head="
+            )
+        with torch.no_grad():
+            self.theta.copy_(state["span"])
+            for name, value in state["head"].items():
+                self._head[name].copy_(value)
+            for name, buffer in self.model.named_buffers():
+                if name in state["buffers"]:
+                    buffer.copy_(state["buffers"][name])
+        self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
+        self._spread.commit(force=True)
+        self._stale = state["stale"]
+
+    def release(self) -> None:
+        """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
+        if self._released:
+            return
+        self._settle()
+        for handle in self._handles:
+            handle.remove()
+        self._mount.release()
+        for name, required in self._required.items():
+            self._floats[name].requires_grad_(required)
+        self._released = True
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._commit(force=True)
+
+    def _commit(self, *, force: bool = False) -> None:
+        if self._spread.commit(force=force):
+            self._stale = self._norms > 0
+
+    def _settle(self) -> None:
+        """What leaves the plan has statistics of its own weights, or a warning says that it has not."""
+        self._commit()
+        if not self._stale:
+            return
+        if self._data is not None and not isinstance(self._data, Iterator):
+            self.refresh_statistics()
+            return
+        self._stale = False
+        warnings.warn(
+            f"the running statistics of {self._norms} norms are the checkpoints', not those of the averaged weights;"
+            " call plan.refresh_statistics(loader) before plan.save or plan.release",
+            TitheWarning,
+            stacklevel=3,
+        )
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    """One forward pass, where no loss says how: of a mapping by name, of a sequence its first item."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)

@@ -1,0 +1,106 @@
+"""What a θ that weights share is to them: how it is written into them, and how its gradient comes together.
+
+large weight   ──backward──> its gradient is projected as soon as it is there, and goes
+small weights  ──backward──> gradients are kept side by side; when backward is done, they are projected together
+several ranks  ──backward──> so are all gradients; the ranks share the columns out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe import distributed
+from tithe.history import BLOCK, Basis
+from tithe.plan.kept import Kept, SharedOut
+from tithe.rules import Binding, Shared
+from tithe.selection import Span, without_values
+
+SMALL = 1 << 16
+"""Entries up to which a weight is small: its products take less time than the calls that they are made of."""
+
+
+def in_order(sizes: Mapping[str, int]) -> list[str]:
+    """Names in the order of a basis: large weights first, so that the small ones lie together."""
+    return sorted(sizes, key=lambda name: sizes[name] <= SMALL)
+
+
+class Spread:
+    """A shared θ over the weights of a model.
+
+    Args:
+        shared: θ.
+        bindings: the weights, in the order of the basis.
+        spans: their selections.
+        basis: what they move in.
+    """
+
+    def __init__(self, shared: Shared, bindings: Sequence[Binding], spans: Sequence[Span], basis: Basis) -> None:
+        self.shared, self.bindings, self.spans, self.basis = shared, list(bindings), list(spans), basis
+        ranks = distributed.world_size() > 1
+        self.num_large = 0 if ranks else sum(strip.numel > SMALL for strip in basis.columns)
+        strips = basis.columns[self.num_large :]
+        self.kept: Kept | None = None
+        if strips:
+            self.kept = (SharedOut if ranks else Kept)(basis, strips, bindings[0].weight.device)
+        for binding, span in zip(bindings, spans, strict=True):
+            binding.selection = span
+        for binding, span, strip in zip(bindings[self.num_large :], spans[self.num_large :], strips, strict=True):
+            assert self.kept is not None
+            binding.selection = Span(span.shape, self.kept.columns(strip), span.mix, span.origin, span.places)
+        self._committed: int | None = None
+        self._listening: nn.Parameter | None = None
+
+    def __call__(self, module: Any, args: Any) -> None:
+        """Before the root's forward pass: what an optimizer moved is in the weights, and θ listens for its gradient.
+
+        A deep copy of the model has another θ, which listens from its first pass on.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self._listening is not self.shared.parameter:
+            self.shared.parameter.register_hook(self._collect)
+            self._listening = self.shared.parameter
+        if self.kept is not None:
+            self.kept.forget()
+        self.commit()
+
+    def commit(self, *, force: bool = False) -> bool:
+        """Write the weights anew where θ changed; returns whether they were.
+
+        Args:
+            force: also when its version did not change, as after an update through `.data`.
+        """
+        if not force and self._committed == self.shared.parameter._version:
+            return False
+        for binding, span in zip(self.bindings[: self.num_large], self.spans, strict=False):
+            span.scatter_(binding.weight, self.shared.values(binding.name))
+        if self.kept is not None:
+            self._write_kept(self.kept)
+        self._committed = self.shared.parameter._version
+        return True
+
+    def _write_kept(self, kept: Kept) -> None:
+        bindings, spans = self.bindings[self.num_large :], self.spans[self.num_large :]
+        if self.shared.parameter.dim() == 1:  # one row of numbers for all
+            weights = spans[0].weights(self.shared.values(bindings[0].name))
+        else:
+            weights = torch.stack([s.weights(self.shared.values(b.name)) for b, s in zip(bindings, spans, strict=True)])
+        entries = kept.entries(weights)
+        for binding, span, strip in zip(bindings, spans, kept.strips, strict=True):
+            start = (strip.first - kept.first) * BLOCK
+            span.write_(binding.weight, entries[start : start + strip.numel])
+
+    def _collect(self, grad: Tensor) -> Tensor:
+        """θ's gradient when all of backward is done, with that of what was kept."""
+        if self.kept is None or without_values(grad):
+            return grad
+        products = self.kept.products()
+        mixes = [span.mix for span in self.spans[self.num_large :]]
+        if grad.dim() == 1:
+            return grad + (mixes[0].T @ products.sum(0)).to(grad)
+        rows = torch.einsum("lnm,ln->lm", torch.stack(mixes), products)
+        return torch.cat([grad[: self.num_large], grad[self.num_large :] + rows.to(grad)])
