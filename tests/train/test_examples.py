@@ -38,7 +38,7 @@ def test_a_recipe_is_valid(recipe: Path) -> None:
 
 def test_the_digits_recipes_run_on_what_their_script_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "examples").mkdir()
-    for name in ("digits.py", "digits_trady.toml", "digits_vrpge.toml"):
+    for name in ("digits.py", "digits_trady.toml", "digits_vrpge.toml", "digits_twa.toml"):
         shutil.copy(EXAMPLES / name, tmp_path / "examples" / name)
     script = runpy.run_path(str(tmp_path / "examples" / "digits.py"))
     script["main"].__globals__["STEPS"] = 60  # fewer than it takes, to be quick
@@ -58,6 +58,12 @@ def test_the_digits_recipes_run_on_what_their_script_makes(tmp_path: Path, capsy
     fresh = script["make"](5)
     tithe.apply(fresh, result["files"]["delta"])
     assert sum(parameter.numel() for parameter in fresh.parameters()) == result["trainable"]["total"]
+
+    recipe = read_recipe(tmp_path / "examples" / "digits_twa.toml", ["run.epochs=4", "average.epochs=2"])
+    result = train(recipe, console=Console(file=io.StringIO()))
+    assert (result["history"], result["average"]["coefficients"]) == ([12, 18, 24], 3)
+    assert result["bytes"]["history"] < 1.6 * result["bytes"]["delta"]  # the first is whole, then a byte a weight
+    assert result["metrics"]["validation"]["accuracy"] >= result["average"]["mean"]["validation"]["accuracy"]
 
 
 @pytest.mark.slow

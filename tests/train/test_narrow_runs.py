@@ -15,7 +15,7 @@ import tithe
 from tithe import TitheError
 from tithe.train import read_recipe
 from tithe.train.checkpoints import Checkpoints
-from tithe.train.course import Course
+from tithe.train.course import OwnCourse
 from tithe.train.data import read_examples
 from tithe.train.loop import Interrupted, Run
 from tithe.train.models import build
@@ -176,15 +176,15 @@ def test_the_rows_that_fix_the_widths_are_used_for_nothing_else(write: Edit) -> 
 
 
 def test_the_learning_rate_falls_once_while_widths_are_learned_and_once_after(write: Edit) -> None:
-    course = Course(read_recipe(write()), 49, (0, 1))
+    course = OwnCourse(read_recipe(write()), 49, (0, 1))
     assert (course.total_steps, course.fixed_from) == (25, 20)
     rates = [course.rate(step) for step in range(25)]
     assert (rates[0], rates[20]) == (0.05, 0.05 / 100)
     assert rates[:20] == sorted(rates[:20], reverse=True)
     assert rates[20:] == sorted(rates[20:], reverse=True)
-    told = Course(read_recipe(write(), ["method.finetune_lr=0.3", "optimizer.schedule=constant"]), 49, (0, 1))
+    told = OwnCourse(read_recipe(write(), ["method.finetune_lr=0.3", "optimizer.schedule=constant"]), 49, (0, 1))
     assert [told.rate(step) for step in (0, 19, 20, 24)] == [0.05, 0.05, 0.3, 0.3]
-    never = Course(read_recipe(write(), ["method.finetune=0.0"]), 49, (0, 1))
+    never = OwnCourse(read_recipe(write(), ["method.finetune=0.0"]), 49, (0, 1))
     assert (never.fixed_from, never.rate(24) > 0) == (25, True)
 
 

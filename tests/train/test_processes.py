@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tithe.train.checkpoints import Checkpoints
 
@@ -124,3 +125,34 @@ def test_two_ranks_draw_the_same_networks_and_equal_one(edit: Callable[..., Path
     assert torch.equal(states[0]["alive"], states[1]["alive"])
     for name, values in states[0]["tensors"].items():
         torch.testing.assert_close(values, states[1]["tensors"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ['name = "full"', FISH], ids=["full", "fish"])
+def test_two_ranks_record_one_history_and_share_out_its_average(
+    method: str, edit: Callable[..., Path], workplace: Path, tiny: Path
+) -> None:
+    """Each rank holds half of the columns; uneven parts, and accumulation."""
+    plain = without_dropout(workplace, tiny)
+    path = edit(
+        ('"tiny"', f'"{plain.name}"'),
+        (FISH, method),
+        ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
+        ("epochs = 2", "steps = 7"),
+        ("lr = 0.01", 'name = "sgd"\nlr = 0.1\nmomentum = 0.9'),
+        ("[run]", "[history]\nevery = 2\n\n[average]\nepochs = 1\nlr = 0.3\n\n[run]"),
+    )
+    two = on_two_ranks(path)
+
+    from tithe.train import read_recipe, train
+
+    one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
+    assert one["history"] == two["history"] == [0, 2, 4, 6]
+    assert one["metrics"] == two["metrics"]
+    assert [one["average"][key] for key in ("last", "mean")] == [two["average"][key] for key in ("last", "mean")]
+    states = [Checkpoints(workplace / name / "checkpoints").load(one["steps"])["trainee"] for name in ("one", "two")]
+    assert states[0]["span"].shape == (4,)
+    torch.testing.assert_close(states[0]["span"], states[1]["span"], rtol=1e-3, atol=1e-4)
+    deltas = [load_file(result["files"]["delta"]) for result in (one, two)]
+    assert set(deltas[0]) == set(deltas[1])
+    for name, values in deltas[0].items():
+        torch.testing.assert_close(values, deltas[1][name], rtol=1e-3, atol=1e-4)

@@ -131,6 +131,53 @@ WRONG = {
         "line 17: [optimizer] warmup_epochs",
         ["2 epochs in a run of 2", "lower warmup_epochs"],
     ),
+    "an average of nothing": (
+        ("[run]", "[average]\nepochs = 1\n\n[run]"),
+        "line 19: [average]",
+        ["without [history]", "add a section [history]"],
+    ),
+    "a history every so often": (
+        ("[run]", '[history]\nevery = "week"\n[run]'),
+        "line 20: [history] every",
+        ["'week'", '"epoch", or a number of steps'],
+    ),
+    "a history of no step": (("[run]", "[history]\nevery = 0\n[run]"), "line 20: [history] every", ["found 0"]),
+    "a history of other bits": (("[run]", "[history]\nbits = 2\n[run]"), "line 20: [history] bits", ["8, 4 or 1"]),
+    "coded deltas": (
+        ("[run]", "[history]\nbits = 8\n[run]"),
+        "line 20: [history] bits",
+        ["beside the method fish", "deltas", "remove bits"],
+    ),
+    "a history after the end": (
+        ("[run]", "[history]\nstart = 3\n[run]"),
+        "line 20: [history] start",
+        ["3 in a run of 2 epochs", "lower start"],
+    ),
+    "a misspelt key of the average": (
+        ("[run]", "[history]\n[average]\nepoch = 3\n[run]"),
+        "line 21: [average] epoch",
+        ["did you mean epochs?"],
+    ),
+    "another average": (
+        ("[run]", '[history]\n[average]\nmethod = "ema"\n[run]'),
+        "line 21: [average] method",
+        ["'ema'", "'twa' or 'mean'"],
+    ),
+    "a mean that is trained": (
+        ("[run]", '[history]\n[average]\nmethod = "mean"\nlr = 1\n[run]'),
+        "line 22: [average] lr",
+        ['lr beside method = "mean"', "remove lr"],
+    ),
+    "momentum of an average without SGD": (
+        ("[run]", '[history]\n[average]\ngranularity = "tensor"\nmomentum = 0.9\n[run]'),
+        "line 22: [average] momentum",
+        ["momentum with adamw", 'optimizer = "sgd"'],
+    ),
+    "rows held out for nothing": (
+        ("[run]", "[history]\n[average]\nheld_out = 0.1\n[run]"),
+        "line 21: [average] held_out",
+        ['on = "train"', 'add on = "held_out"'],
+    ),
     "not TOML": (("epochs = 2", "epochs = = 2"), "recipe.toml line 20", ["TOML"]),
 }
 

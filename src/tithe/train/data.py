@@ -84,6 +84,8 @@ def read_examples(recipe: Recipe) -> Examples:
         _check_count(recipe, splits["train"], labels)
     if isinstance(recipe.method, VrpgeMethod):
         splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.held_out)
+    if recipe.average is not None and recipe.average.on == "held_out":
+        splits = _carve(recipe, splits, "average", ("average", "held_out"), recipe.average.held_out)
     if not labels:
         return Examples(splits, {name: _values(rows) for name, rows in splits.items()}, ())
     return Examples(splits, {name: _classes(recipe, rows, labels) for name, rows in splits.items()}, labels)
@@ -321,6 +323,17 @@ def chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
         [[1, 2], [3]]
     """
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def even_chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Cut rows into pieces of about one length, `size` at most: norms that train need more than one sample in each.
+
+    Example:
+        >>> even_chunks([1, 2, 3, 4], 3)
+        [[1, 3], [2, 4]]
+    """
+    num = -(-len(rows) // size)
+    return [rows[start::num] for start in range(num)]
 
 
 @final

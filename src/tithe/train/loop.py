@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import signal
 import time
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast, final
 
 import torch
-from accelerate.utils import gather_object, set_seed
-from rich.console import Console
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
 from tithe.errors import TitheError
-from tithe.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.train.course import Course
-from tithe.train.data import Batch, ChoosingBatches, Samples, chunks, read_examples, to_device
-from tithe.train.method import FishMethod, TradyMethod, VrpgeMethod
-from tithe.train.metrics import chosen_metrics, score
-from tithe.train.models import build, classification_loss, find_model, logits, regression_loss
+from tithe.train.averaging import leave
+from tithe.train.data import Batch, to_device
+from tithe.train.method import FishMethod, VrpgeMethod
 from tithe.train.narrowing import narrowing, settling_batches
+from tithe.train.prepared import Prepared
 from tithe.train.progress import Reporter
-from tithe.train.recipe import Recipe
-from tithe.train.setup import StopSignals, load_state, make_accelerator
 from tithe.train.spending import spending
-from tithe.train.trainee import (
-    attach,
-    find_method,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    train_mode,
-)
 
 
 class Interrupted(Exception):
@@ -47,109 +32,14 @@ class NotFiniteError(TitheError):
     """A loss or gradient that is NaN or infinite: the run stopped before it could reach the weights."""
 
 
-@dataclass
-class Position:
-    """Where a run is, and what it has found so far: everything of its state that is not a tensor."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    best_step: int | None = None
-    best_value: float = -math.inf
-    seconds: float = 0.0
-    ledger: dict[str, Any] | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    draws: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    widths: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-
-class Run:
-    """A recipe made ready: data read, model loaded, method attached; `fit` trains it.
-
-    Args:
-        recipe: what to do.
-        resume: go on from the last checkpoint in the recipe's output folder.
-        console: where to show progress.
-
-    Raises:
-        TitheError: the data, the model or the method is not as the recipe says, or the checkpoint is of another recipe.
-    """
-
-    def __init__(self, recipe: Recipe, *, resume: bool, console: Console) -> None:
-        self.recipe = recipe
-        self.checkpoints = Checkpoints(recipe.output / "checkpoints")
-        steps = self.checkpoints.steps()
-        if steps and not resume:
-            raise TitheError(
-                recipe.place("run", "output"),
-                found=f"a checkpoint of step {steps[-1]} in {recipe.output}",
-                expected="a new folder, or --resume",
-                remedy="add --resume to go on, or choose another output",
-            )
-        find_model(recipe)
-        find_method(recipe)
-        self.examples = read_examples(recipe)
-        self.accelerator = make_accelerator(recipe)
-        world = self.accelerator.num_processes
-        state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
-        self.console = console if self.accelerator.is_main_process else None
-        self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
-        self.position = Position()
-        self._signals = StopSignals()
-        self._attach(state)
-        self.optimizer = make_optimizer(recipe.optimizer, self.trainee.parameters())
-        self.trainee.bind(self.optimizer)
-        # Not before: a budget charged with the optimizer's state leaves θ smaller than it was attached.
-        # While a warm-up lasts, nothing but the head gets a gradient.
-        self._wrap(waits=isinstance(recipe.method, FishMethod) and recipe.method.warmup > 0)
-        set_seed(recipe.run.seed + 1 + self.accelerator.process_index)
-        if state is not None:
-            self._restore(state)
-
-    def _attach(self, state: dict[str, Any] | None) -> None:
-        """Load the base and put the method on it, with the choice and the values of a state where there is one."""
-        recipe, accelerator = self.recipe, self.accelerator
-        set_seed(recipe.run.seed)
-        self.network = build(recipe, self.examples)
-        self.model = self.network.model.to(accelerator.device)
-        self.samples = {
-            name: Samples(rows, self.examples.targets[name], self.network.encoder)
-            for name, rows in self.examples.splits.items()
-        }
-        share = (accelerator.process_index, accelerator.num_processes)
-        self.course = Course(recipe, len(self.samples["train"]), share)
-        self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
-        self._choosing = ChoosingBatches(
-            samples=self.samples["train"],
-            batch_size=recipe.run.batch_size,
-            seed=recipe.run.seed,
-            share=share,
-            device=accelerator.device,
-            priced=isinstance(recipe.method, TradyMethod),
-        )
-        chosen = None if state is None else state["trainee"]
-        self.trainee = attach(
-            recipe, self.network, self.loss, self._choosing, chosen, structure_steps=self.course.fixed_from
-        )
-        self.wrapped: nn.Module = self.model
-        train_mode(self.model, self.trainee)
-
-    def _wrap(self, *, waits: bool) -> None:
-        """On several processes, let DistributedDataParallel see what is trained now.
-
-        A network that is another in every step has no fixed gradients to see: its plan averages them itself.
-        """
-        self.wrapped = self.model
-        if self.accelerator.num_processes > 1 and not isinstance(self.trainee, tithe.AbsentPlan):
-            # The wrapper before has hooks on the same parameters, and it is part of a cycle.
-            gc.collect()
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=waits)
+@final
+class Run(Prepared):
+    """A recipe made ready; `fit` trains it. Built as `Prepared`."""
 
     # --------------------------------------------------------------------------------------------------- training
 
     def fit(self) -> None:
-        """Train to the end, then go back to the best checkpoint.
+        """Train to the end, average what was recorded where that was asked for, then go back to the best checkpoint.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
@@ -158,7 +48,7 @@ class Run:
         at, run = self.position, self.recipe.run
         reporter = Reporter(
             self.recipe.output,
-            total=self.course.total_steps,
+            total=self.total_steps,
             done=at.step,
             every=run.log_every,
             device=self.accelerator.device,
@@ -168,21 +58,45 @@ class Run:
             self._show_draw(reporter, new=at.step == 0)
             if at.step == 0:
                 self._narrow(reporter, ended=True)
-            while at.step < self.course.total_steps:
-                self._epoch(reporter)
+                self._record()
+            self._steps(reporter)
+            if self.recipe.average is not None and at.average is None:
+                self._average(reporter)
+                self._steps(reporter)
             if at.best_step is not None and at.best_step != at.step:
                 self._go_back(at.best_step)
 
-    def _go_back(self, step: int) -> None:
-        """Take an earlier checkpoint on a freshly loaded base: choices since then may have moved other weights."""
+    def _average(self, reporter: Reporter) -> None:
+        """Leave the run's own steps for the mean of what was recorded, on a fresh model, which further steps train."""
+        at, own, last = self.position, self.accounts(), self.scores()
+        started, seconds = time.monotonic(), at.seconds
         self.wrapped = self.model  # lets the wrapper go
-        self.trainee.release()
-        self._attach(self.checkpoints.load(step))
+        narrow = leave(self.trainee, self.recipe.output, is_main=self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        at.average = {"step": at.step, "seconds": seconds, "narrow": narrow, "own": own, "last": last}
+        at.epoch, at.step_in_epoch = at.epoch + (at.step_in_epoch > 0), 0
+        at.best_step, at.best_value = None, -math.inf
+        self._attach(None)
+        self._begin()
+        at.seconds += time.monotonic() - started
+        assert isinstance(self.trainee, tithe.SpannedPlan)
+        self._refresh()
+        mean, count = self.scores(), len(self.trainee.history)
+        at.average |= {"mean": mean, "checkpoints": count}
+        at.judge(next(iter(mean["validation"].values())))
+        reporter.log("mean", at.step, mean["validation"])
+        told = "  ".join(f"{name} {value:.4f}" for name, value in mean["validation"].items())
+        reporter.say(f"step {at.step}/{self.total_steps}  mean of {count} checkpoints: {told}")
+        self.save()
+
+    def _steps(self, reporter: Reporter) -> None:
+        while self.position.step < self.course.total_steps:
+            self._epoch(reporter)
 
     def _epoch(self, reporter: Reporter) -> None:
-        at, started = self.position, time.monotonic()
+        at, started, samples = self.position, time.monotonic(), self.samples[self.course.split]
         parts = self.course.parts(at.epoch)[at.step_in_epoch :]
-        batches = self.samples["train"].batches([rows for part in parts for rows, _ in part], self.recipe.run.workers)
+        batches = samples.batches([rows for part in parts for rows, _ in part], self.recipe.run.workers)
         for part in parts:
             weighted = [(to_device(next(batches), self.accelerator.device), weight) for _, weight in part]
             values = self._measured_step(weighted)
@@ -196,6 +110,7 @@ class Run:
                 if changed and at.step < self.course.total_steps:
                     self._show_draw(reporter, new=True)
             self._narrow(reporter, ended=ended)
+            self._record()
             at.seconds += time.monotonic() - started
             reporter.step(at.step, values)
             self._pause(reporter, ended)
@@ -259,13 +174,8 @@ class Run:
     def _clip(self) -> float:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        limit = self.recipe.optimizer.clip
+        limit = self.course.optimizer.clip
         return float(nn.utils.clip_grad_norm_(self.trainee.parameters(), math.inf if limit is None else limit))
-
-    @property
-    def _scaler(self) -> Any:
-        """The gradient scaler of fp16, or None."""
-        return self.accelerator.scaler
 
     def _check(self, value: float, name: str) -> None:
         if math.isfinite(value):
@@ -274,12 +184,11 @@ class Run:
         last = (
             f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was due yet"
         )
-        lr = self.recipe.place("optimizer", "lr")
         raise NotFiniteError(
             f"step {self.position.step + 1}",
             found=f"{name} {value}",
             expected="a finite number",
-            remedy=f"lower lr ({lr}), add [optimizer] clip or warmup_steps, or look for bad values in the data; {last}",
+            remedy=f"{self.course.calmer}, or look for bad values in the data; {last}",
         )
 
     def _show_draw(self, reporter: Reporter, *, new: bool) -> None:
@@ -290,7 +199,7 @@ class Run:
         if new:
             self.position.draws.append({"step": self.position.step, **spent.as_dict()})
             reporter.log("draw", self.position.step, spent.as_dict())
-        reporter.say(f"step {self.position.step}/{self.course.total_steps}  draw: {spent}")
+        reporter.say(f"step {self.position.step}/{self.total_steps}  draw: {spent}")
 
     def _narrow(self, reporter: Reporter, *, ended: bool) -> None:
         """Fix the widths of a network that gets narrower when it is time, and say how narrow it is."""
@@ -305,75 +214,41 @@ class Run:
             at.widths.append({"step": at.step, **found.as_dict()})
             reporter.log("widths", at.step, found.as_dict())
             state = "fixed" if at.step == last else "network"
-            reporter.say(f"step {at.step}/{self.course.total_steps}  {state}: {found}")
+            reporter.say(f"step {at.step}/{self.total_steps}  {state}: {found}")
 
-    def _changed(self, changed: bool) -> None:
-        """Wrap the model again where a choice has changed how many values a tensor trains."""
-        if changed and self.accelerator.num_processes > 1:
-            self._wrap(waits=False)
+    def _record(self) -> None:
+        """Append the weights to the run's history where that is due."""
+        at = self.position
+        if self._recording is None or not self.course.records(at.step):
+            return
+        if self._recording.record(self.trainee, self.model, at.step):
+            at.recorded.append(at.step)
+
+    def _refresh(self) -> None:
+        """Weights that were averaged have never seen a batch: their norms get statistics of their own."""
+        if isinstance(self.trainee, tithe.SpannedPlan):
+            started = time.monotonic()
+            self.trainee.refresh_statistics()
+            self.position.seconds += time.monotonic() - started
 
     # -------------------------------------------------------------------------------------- evaluating and saving
-
-    def evaluate(self, split: str) -> dict[str, float]:
-        """The recipe's metrics on one split, in evaluation mode; every process takes its share."""
-        samples, world, rank = self.samples[split], self.accelerator.num_processes, self.accelerator.process_index
-        rows = list(range(rank, len(samples), world))
-        outputs: list[Tensor] = []
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch in samples.batches(chunks(rows, self.recipe.run.eval_batch_size), self.recipe.run.workers):
-                outputs.append(logits(self.model, to_device(batch, self.accelerator.device)).float().cpu())
-        train_mode(self.model, self.trainee)
-        answers = torch.cat(outputs) if outputs else torch.empty(0)
-        if world > 1:
-            shares = cast(list[Tensor], gather_object([answers]))
-            answers = torch.empty(len(samples), shares[0].shape[-1])
-            for other, share in enumerate(shares):
-                answers[other::world] = share
-        return score(chosen_metrics(self.recipe), answers, self.examples.targets[split])
 
     def _pause(self, reporter: Reporter, ended: bool) -> None:
         """After a step: evaluate and save where it is due, and stop where that was asked for."""
         at, run, last = self.position, self.recipe.run, self.position.step == self.course.total_steps
         improved = False
         if last or (ended if run.evaluate_every is None else at.step % run.evaluate_every == 0):
+            self._refresh()
             values = self.evaluate("validation")
             reporter.evaluation(at.step, "validation", values)
             at.evaluations.append({"step": at.step, **values})
-            improved = at.step >= self.course.fixed_from and next(iter(values.values())) > at.best_value
-            if improved:
-                at.best_step, at.best_value = at.step, next(iter(values.values()))
+            improved = at.step >= self.course.fixed_from and at.judge(next(iter(values.values())))
         stop = self._asked_to_stop()
         due = ended if run.checkpoint_every is None else at.step % run.checkpoint_every == 0
         if last or improved or due or stop is not None:
             self.save()
-        if stop is not None and not last:
-            raise Interrupted(f"{stop.name} at step {at.step} of {self.course.total_steps}: saved")
-
-    def save(self) -> None:
-        """Write a checkpoint of the compact state: what is trained, the optimizer, the generators, the position."""
-        world, mine = self.accelerator.num_processes, random_state()
-        everyone = cast(list[Any], gather_object([mine])) if world > 1 else [mine]
-        if self.accelerator.is_main_process:
-            state = {
-                "recipe": self.recipe.settings(),
-                "data": self.examples.fingerprint(),
-                "processes": world,
-                "position": dict(vars(self.position)),
-                "trainee": self.trainee.state_dict(),
-                "optimizer": optimizer_state(self.optimizer, self.trainee),
-                "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "random": everyone,
-            }
-            self.checkpoints.save(self.position.step, state, self.position.best_step)
-        self.accelerator.wait_for_everyone()
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        load_optimizer_state(self.optimizer, self.trainee, state["optimizer"])
-        if self._scaler is not None and state["scaler"] is not None:
-            self._scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
-        set_random_state(state["random"][self.accelerator.process_index])
+        if stop is not None and at.step < self.total_steps:
+            raise Interrupted(f"{stop.name} at step {at.step} of {self.total_steps}: saved")
 
     def _asked_to_stop(self) -> signal.Signals | None:
         if self.accelerator.num_processes == 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tithe
-from tithe.train.data import Batch, Samples, to_device
+from tithe.train.data import Batch, Samples, even_chunks, to_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ def narrowing(plan: tithe.AbsentPlan) -> Narrowing:
 
 
 def settling_batches(samples: Samples, batch_size: int, device: torch.device) -> list[Batch]:
-    """All of a split in batches of about one size: norms that train need more than one sample in each."""
-    num = -(-len(samples) // batch_size)
-    rows = [range(start, len(samples), num) for start in range(num)]
+    """All of a split in batches of about one size."""
+    rows = even_chunks(range(len(samples)), batch_size)
     return [to_device(batch, device) for batch in samples.batches(rows)]

@@ -98,7 +98,10 @@ class Reporter:
         self.say(f"step {step}/{self._total}  {split}: {shown}")
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Log what a method did after `step` steps: "draw" under a budget, "widths" of a network that gets narrower."""
+        """Log what a method did after `step` steps.
+
+        A "draw" under a budget, the "widths" of a network that gets narrower, the "mean" of what was recorded.
+        """
         if self._console is not None:
             self._write(kind, step, {name: value for name, value in values.items() if not isinstance(value, str)})
 

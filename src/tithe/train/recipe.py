@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tithe.errors import TitheError
+from tithe.train.ending import AverageSection, HistorySection, check_ending
 from tithe.train.locate import Lines, locate
 from tithe.train.method import METHODS, AnyMethod, BudgetTable, Reselect, VrpgeMethod
 from tithe.train.section import REFUSED, Section, exactly_one, refuse
@@ -134,13 +135,15 @@ class RunSection(Section):
 
 
 class Recipe(Section):
-    """One run: five sections, all keys known, and the lines they stand on for later messages."""
+    """One run: five sections or up to seven, all keys known, and the lines they stand on for later messages."""
 
     model: ModelSection
     data: DataSection
     method: Annotated[AnyMethod, Field(discriminator="name")]
     optimizer: OptimizerSection
     run: RunSection
+    history: HistorySection | None = None
+    average: AverageSection | None = None
     _lines: Lines = PrivateAttr(default_factory=lambda: Lines("recipe"))
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
@@ -195,6 +198,11 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ending_fits(self) -> Recipe:
+        check_ending(self.method, self.history, self.average, epochs=self.run.epochs, steps=self.run.steps)
+        return self
+
     @property
     def folder(self) -> Path:
         """The folder that relative paths of the recipe start from."""
@@ -231,8 +239,8 @@ class Recipe(Section):
         return path
 
     def settings(self) -> dict[str, Any]:
-        """All keys with their values, as JSON data."""
-        return self.model_dump(mode="json")
+        """All keys of the sections that there are, with their values, as JSON data."""
+        return {name: section for name, section in self.model_dump(mode="json").items() if section is not None}
 
 
 def _warmup(run: Any) -> dict[str, float]:
@@ -328,6 +336,8 @@ _SECTIONS: Mapping[str, type[Section]] = {
     "data": DataSection,
     "optimizer": OptimizerSection,
     "run": RunSection,
+    "history": HistorySection,
+    "average": AverageSection,
 }
 _TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTable}
 

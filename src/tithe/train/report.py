@@ -13,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from tithe.train.averaging import save
 from tithe.train.loop import Run
 from tithe.train.merging import describe
 from tithe.train.progress import read_log
+from tithe.train.recording import recorded_steps
 from tithe.train.spending import Spending
 
 _PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -29,13 +30,14 @@ def finish(run: Run) -> dict[str, Any]:
     Returns:
         What `result.json` holds; sizes in bytes, times in seconds.
     """
-    folder = run.recipe.output
-    scores = {split: run.evaluate(split) for split in ("validation", "test") if split in run.samples}
-    delta = folder / ("network.safetensors" if run.position.widths else "delta.safetensors")
+    folder, at = run.recipe.output, run.position
+    scores = run.scores()
+    delta = folder / ("network.safetensors" if at.widths else "delta.safetensors")
     if run.accelerator.is_main_process:
         task, labels = run.recipe.data.task, run.examples.labels
         num_labels = run.recipe.model.num_labels or max(1, len(labels))
-        run.trainee.save(delta, metadata=describe(task, num_labels, labels))
+        widths = None if at.average is None else at.average["narrow"]
+        save(run.trainee, delta, widths, metadata=describe(task, num_labels, labels))
         run.network.save_extras(folder / "model")
     run.accelerator.wait_for_everyone()
     result = _result(run, scores, delta)
@@ -47,9 +49,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[str, Any]:
     at = run.position
-    head = set(run.network.head)
-    trained = {name: parameter.numel() for name, parameter in run.trainee.named_parameters()}
-    state = [value for values in run.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    own = run.accounts() if at.average is None else at.average["own"]
     return {
         "metrics": scores,
         "best_step": at.best_step,
@@ -58,21 +58,19 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "evaluations": at.evaluations,
         "labels": list(run.examples.labels),
         "rows": {name: len(samples) for name, samples in run.samples.items()},
-        "trainable": {
-            "total": sum(trained.values()),
-            "head": sum(count for name, count in trained.items() if name in head),
-            "model": run.num_weights,
-            "fraction": sum(trained.values()) / run.num_weights,
-        },
+        "trainable": own["trainable"],
         "bytes": {
             "peak": None if at.ledger is None else at.ledger["peak"],
             "saved_for_backward": None if at.ledger is None else at.ledger["saved"],
-            "optimizer": sum(value.numel() * value.element_size() for value in state),
+            "optimizer": own["optimizer"],
             "delta": delta.stat().st_size,
+            "history": sum(path.stat().st_size for path in recorded_steps(run.recipe).values()) if at.recorded else 0,
         },
         "ledger": at.ledger,
         "draws": at.draws,
         "widths": at.widths,
+        "history": at.recorded,
+        "average": None if at.average is None else _average(run, at.average),
         "seconds": {"training": at.seconds, "per_step": at.seconds / max(1, at.step)},
         "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
         "device": str(run.accelerator.device),
@@ -82,6 +80,18 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "data": run.examples.fingerprint(),
         "recipe": run.recipe.settings(),
         "files": {"delta": str(delta), "result": str(run.recipe.output / "result.json")},
+    }
+
+
+def _average(run: Run, began: Mapping[str, Any]) -> dict[str, Any]:
+    """What averaging gave: metrics of the run's last weights, of their mean, and (`metrics` of the result) trained."""
+    return {
+        "step": began["step"],
+        "checkpoints": began["checkpoints"],
+        "coefficients": sum(parameter.numel() for parameter in run.trainee.parameters()),
+        "last": began["last"],
+        "mean": began["mean"],
+        "seconds": run.position.seconds - began["seconds"],
     }
 
 
@@ -110,6 +120,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         kept += ["exact"] if method["lean_exact"] else []
         rows["other layers"] = ", ".join(["lean", *kept])
     rows = {**rows, **_budget_rows(result["draws"]), **_width_rows(result["widths"])}
+    if result["history"]:
+        rows["history"] = f"{len(result['history'])} checkpoints, {sizes['history'] / 1e6:,.2f} MB"
+    rows = {**rows, **_average_rows(result["average"])}
     rows["written"] = result["files"]["delta"]
     for name, value in rows.items():
         table.add_row(name, value)
@@ -135,6 +148,22 @@ def _width_rows(widths: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         return {}
     first, last = widths[0], widths[-1]
     return {"cost": f"{last['spent']:.3f} of the {last['cost']}", "units": f"{last['units']:,} of {first['units']:,}"}
+
+
+def _average_rows(average: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the run's last weights gave, and their mean: the rows above are those of the result."""
+    if average is None:
+        return {}
+    rows = {
+        "averaged": f"{average['checkpoints']} checkpoints after step {average['step']}, {average['seconds']:.1f} s"
+    }
+    for label, key in (("last weights", "last"), ("their mean", "mean")):
+        told = [
+            f"{split} " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            for split, values in average[key].items()
+        ]
+        rows[label] = ", ".join(told)
+    return rows
 
 
 def _draw(folder: Path) -> None:

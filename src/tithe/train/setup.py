@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import accelerate
@@ -15,6 +15,7 @@ from tithe.errors import TitheError
 from tithe.train.checkpoints import Checkpoints
 from tithe.train.data import Examples
 from tithe.train.recipe import Recipe
+from tithe.train.recording import recorded_steps
 
 # What may differ when a run is resumed: where things are and how they are shown, not what is computed.
 _FREE = {("run", "output"), ("run", "log_every"), ("run", "workers"), ("data", "folder")}
@@ -40,6 +41,28 @@ def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
     return accelerate.Accelerator(mixed_precision=recipe.run.precision, cpu=device == "cpu")
 
 
+def check_output(recipe: Recipe, steps: Sequence[int]) -> None:
+    """Check that a new run finds nothing of another in its folder.
+
+    Args:
+        recipe: the run.
+        steps: of the checkpoints that are there.
+
+    Raises:
+        TitheError: there is a checkpoint or a history.
+    """
+    found = f"a checkpoint of step {steps[-1]}" if steps else ""
+    if not steps and recipe.history is not None and (recorded := recorded_steps(recipe)):
+        found = f"a history of {len(recorded)} checkpoints"
+    if found:
+        raise TitheError(
+            recipe.place("run", "output"),
+            found=f"{found} in {recipe.output}",
+            expected="a new folder, or --resume",
+            remedy="add --resume to go on, or choose another output",
+        )
+
+
 def load_state(
     recipe: Recipe, examples: Examples, checkpoints: Checkpoints, step: int, processes: int
 ) -> dict[str, Any]:
@@ -50,6 +73,8 @@ def load_state(
     """
     state, place = checkpoints.load(step), str(checkpoints.path(step))
     differ = differences(state["recipe"], recipe.settings())
+    if state["position"].get("average") is None:  # it has not begun: a run may be given another end, or one at all
+        differ = [(key, text) for key, text in differ if key[0] != "average"]
     if differ:
         raise TitheError(
             recipe.place(*differ[0][0]),
@@ -82,9 +107,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
         [(('run', 'seed'), '[run] seed: 0 then, 1 now')]
     """
     found: list[tuple[tuple[str, str], str]] = []
-    for section in now:
-        for key in {**before.get(section, {}), **now[section]}:
-            then, new = before.get(section, {}).get(key), now[section].get(key)
+    for section in {**now, **before}:
+        for key in {**before.get(section, {}), **now.get(section, {})}:
+            then, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
             if then != new and (section, key) not in _FREE:
                 found.append(((section, key), f"[{section}] {key}: {then!r} then, {new!r} now"))
     return found

@@ -215,13 +215,42 @@ def load_optimizer_state(
 
 
 def train_mode(model: nn.Module, trainee: Trainee) -> None:
-    """Put the model in training mode; of ordinary fine-tuning, norms that are not trained keep their statistics.
+    """Put the model in training mode; norms that are not trained keep their statistics.
 
-    A plan sees to its own norms.
+    A plan under which the rest is frozen or absent sees to its own norms.
     """
     model.train()
     if isinstance(trainee, Dense):
-        for module in model.modules():
-            own = list(module.parameters(recurse=False))
-            if own and not any(parameter.requires_grad for parameter in own):
-                module.train(module.training and not isinstance(module, nn.modules.batchnorm._BatchNorm))  # pyright: ignore[reportPrivateUsage]
+        moving = {name for name, _ in trainee.named_parameters()}
+    elif isinstance(trainee, tithe.SpannedPlan):
+        moving = set(trainee.selections)
+    else:
+        return
+    for path, module in model.named_modules():
+        own = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+        if own and not own & moving:
+            module.train(module.training and not isinstance(module, nn.modules.batchnorm._BatchNorm))  # pyright: ignore[reportPrivateUsage]
+
+
+def trained_counts(trainee: Trainee, head: Iterable[str], num_weights: int) -> dict[str, Any]:
+    """How many numbers are trained: in all, of the head, and as a share of the model's.
+
+    Args:
+        trainee: what is trained.
+        head: names of the head's parameters.
+        num_weights: of the model at full width.
+    """
+    counts = {name: parameter.numel() for name, parameter in trainee.named_parameters()}
+    total, names = sum(counts.values()), set(head)
+    return {
+        "total": total,
+        "head": sum(count for name, count in counts.items() if name in names),
+        "model": num_weights,
+        "fraction": total / num_weights,
+    }
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors of an optimizer's state."""
+    values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in values)

@@ -1,0 +1,52 @@
+"""Where a run is: everything of its state that is not a tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Position:
+    """Where a run is, and what it has found so far.
+
+    Args:
+        step: finished, of the whole run.
+        epoch: finished.
+        step_in_epoch: finished, of the present epoch.
+        best_step: of the best checkpoint so far, among those that may be the result.
+        best_value: the first metric there.
+        seconds: of training.
+        ledger: what the first whole step was measured to hold.
+        evaluations: on the validation split.
+        draws: under a budget.
+        widths: of a network that gets narrower.
+        recorded: the steps of the history's checkpoints, on the main process.
+        average: None until the run's own steps are done; then their number (`step`) and time (`seconds`), the
+            widths they left (`narrow`), what they trained (`own`), how many `checkpoints` are averaged, and the metrics
+            of the `last` weights and of the `mean`.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_step: int | None = None
+    best_value: float = -math.inf
+    seconds: float = 0.0
+    ledger: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    draws: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    widths: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    recorded: list[int] = field(default_factory=list[int])
+    average: dict[str, Any] | None = None
+
+    def judge(self, value: float) -> bool:
+        """Remember this step where it is the best so far; returns whether it is.
+
+        Of equal ones it is the first, but of averages the last: training one only lowers the learning rate.
+        """
+        if value < self.best_value or (value == self.best_value and self.average is None):
+            return False
+        self.best_step, self.best_value = self.step, value
+        return True
