@@ -4,7 +4,7 @@ from tithe import rules, select
 from tithe.budget import Budget
 from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
-from tithe.history import History
+from tithe.history import History, average
 from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
 from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
@@ -39,6 +39,7 @@ __all__ = [
     "TraDy",
     "apply",
     "attach",
+    "average",
     "diff",
     "each_step",
     "every",

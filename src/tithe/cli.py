@@ -1,4 +1,4 @@
-"""The command line: `tithe demo · train · price · merge · inspect`."""
+"""The command line: `tithe demo · train · price · average · merge · inspect`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _guarded() -> Generator[None]:
+def _guarded(interrupted: str = "stopped before the first step: nothing to save") -> Generator[None]:
     """Turn what went wrong into one message and an exit code: 2 refused, 3 not finite, 130 interrupted."""
     try:
         yield
@@ -65,7 +65,7 @@ def _guarded() -> Generator[None]:
         _say(f"error: the package {error.name} is not installed. Remedy: pip install 'tithe[train]'")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        _say("stopped before the first step: nothing to save")
+        _say(interrupted)
         raise typer.Exit(130) from None
 
 
@@ -91,6 +91,7 @@ def train(
       tithe train examples/sst2_minilm.toml
       tithe train examples/digits_trady.toml
       tithe train examples/digits_vrpge.toml
+      tithe train examples/digits_twa.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
 
     \b
@@ -122,6 +123,14 @@ def train(
       lr = 0.1                          # SGD without momentum, cosine, as in
                                         #    the paper; name = "adamw" is
                                         #    charged to the budget
+    Record checkpoints, and end with the average of them, trained:
+      [history]
+      every = "epoch"                   # or a number of steps
+      bits = 8                          # or 4, 1; left out: whole
+      [average]
+      epochs = 10                       # method = "mean" trains nothing
+      lr = 2.0                          # on = "held_out": rows that the
+                                        #    run itself does not see
     Any method: lean = true lets the layers that are not trained keep
     for backward only what it needs; lean_bits = 8 codes attention and
     norms in 8 bits, lean_exact = true keeps smooth activations exact.
@@ -219,6 +228,68 @@ def price(
             _print_json(quotes.as_dict())
         else:
             pricing.show(quotes, _console())
+
+
+@app.command()
+def average(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints, or a folder of them.", metavar="CKPT")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new folder or file.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Of tithe train: model, data, metric.", metavar="RECIPE.toml")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data files: [data] folder, from here.", metavar="FOLDER")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="What is written: best, mean, ema, greedy, twa-t, twa-v.", metavar="NAME")
+    ] = "auto",
+    weights: Annotated[str | None, typer.Option(help="One a checkpoint, such as 0.2,0.8.", metavar="X,…")] = None,
+    decay: Annotated[float | None, typer.Option(help="Of ema; 0.9 by itself.", metavar="X")] = None,
+    bits: Annotated[int | None, typer.Option(help="Of TWA's basis: 8, 4 or 1.", metavar="N")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="TWA's coefficients: tensor or model.", metavar="NAME")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="TWA trains for; 5 by itself.", metavar="N")] = None,
+    lr: Annotated[float | None, typer.Option(help="TWA's; two are tried by itself.", metavar="X")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the coefficients.", metavar="FILE.png")] = None,
+    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out what cannot be read.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Average checkpoints, in the format they have, without loading them.
+
+    CKPT is a safetensors file, a Hugging Face folder, a .pt or .ckpt file,
+    a delta, a folder of one of these, or a history that a run recorded.
+
+    With a recipe, every way to average is tried: a table says what each
+    gives on the test split, which is not used for choosing, and the best
+    on the validation split is written, or the one that --method names.
+
+    \b
+    Example:
+      tithe average runs/*.safetensors -o mean.safetensors
+      tithe average run/checkpoint-* -o ema --method ema --decay 0.9
+      tithe average one.pt two.pt -o both.pt --weights 0.2,0.8
+      tithe average tuned/* -o soup --recipe mrpc.toml --plot soup.png
+    """  # noqa: D301
+    with _guarded("stopped: nothing was written"):
+        from tithe import averaging
+
+        told = {"method": method, "decay": decay, "bits": bits, "granularity": granularity, "epochs": epochs, "lr": lr}
+        result = averaging.run(
+            checkpoints,
+            output,
+            recipe=recipe,
+            data=data,
+            weights=weights,
+            told={name: value for name, value in told.items() if value is not None},
+            skip_damaged=skip_damaged,
+            figure=plot,
+            console=_console(stderr=True),
+        )
+        if as_json:
+            _print_json(result.as_dict())
+        else:
+            averaging.show(result, _console())
 
 
 @app.command()

@@ -4,6 +4,7 @@ history   what a user records or opens      recorded  the files of a run, each w
 opened    checkpoints that are there        entries   one checkpoint, whoever wrote it
 rows      side by side, some columns        flat      safetensors by ranges of entries
 packing   8, 4 or 1 bits a weight           basis     the differences from the mean
+stream    sums, a block at a time           write     an average in the format that came in
 spanning  what `attach` asks of a method that uses a history
 """
 
@@ -11,6 +12,7 @@ from tithe.history.basis import Basis, Strip, TensorColumns, orthonormal, strips
 from tithe.history.history import History
 from tithe.history.packing import BLOCK
 from tithe.history.spanning import Granularity, Spanning, Start
+from tithe.history.write import average
 
 __all__ = [
     "BLOCK",
@@ -21,6 +23,7 @@ __all__ = [
     "Start",
     "Strip",
     "TensorColumns",
+    "average",
     "orthonormal",
     "strips",
 ]
