@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 import tithe
 from tithe.demo import digits, run
-from tithe.demo.contestants import BUDGET, CONTESTANTS, DENSITY, optimizer_bytes, trained_weights
+from tithe.demo.averaged import Averaged, averaging_steps, num_checkpoints, opening_steps
+from tithe.demo.contestants import BUDGET, CONTESTANTS, DENSITY
 from tithe.demo.network import WIDTH, Digits
 from tithe.demo.pace import Pace
+from tithe.demo.race import FULL, RATES
+from tithe.demo.trainee import Course, optimizer_bytes, trained_weights
 from tithe.errors import TitheError
 
 
@@ -115,7 +118,8 @@ def test_the_table_fits_80_columns_and_cuts_nothing(shown: tuple[Path, dict[str,
     for row in outcome["rows"]:
         line = next(line for line in text.splitlines() if re.match(re.escape(row["name"]) + r"  +\d", line))
         assert f"{row['accuracy']:.1%}" in line
-        assert f"{row['trainable_weights']:,}" in line
+        trained = row["trainable_weights"] if not row["opening_steps"] else outcome["rows"][0]["trainable_weights"]
+        assert f"{trained:,}" in line
     assert "mean nothing" in text
 
 
@@ -153,6 +157,79 @@ def test_numbers_are_measured_and_agree_with_arithmetic(shown: tuple[Path, dict[
     assert rows["VR-PGE"]["peak_bytes"] < 0.8 * full["peak_bytes"]
 
 
+def test_a_run_of_two_parts_says_what_each_takes(shown: tuple[Path, dict[str, Any], str]) -> None:
+    _, outcome, text = shown
+    full, twa = outcome["rows"][:2]
+    assert (full["name"], twa["name"]) == ("full fine-tuning", "full, then TWA")
+    assert (full["opening_steps"], full["steps"]) == (0, outcome["tuning_steps"])
+    assert (twa["opening_steps"], twa["steps"]) == (2, 1)
+    assert twa["trainable_weights"] == outcome["checkpoints"] == 1
+    assert twa["optimizer_bytes"] == 0
+    assert 0 < twa["seconds_besides"] < outcome["seconds"]
+    # Recording is full fine-tuning, and whatever it holds while the first checkpoint is coded.
+    assert twa["choosing_peak_bytes"] >= full["peak_bytes"]
+    assert twa["peak_bytes"] < full["peak_bytes"]
+    assert abs(twa["saved_bytes_at_peak"] - full["saved_bytes_at_peak"]) < 0.1 * full["saved_bytes_at_peak"]
+    weights = full["trainable_weights"]
+    assert weights < twa["mapped_bytes"] < 1.1 * weights  # a byte for each
+    lines = text.splitlines()
+    whole = next(line for line in lines if line.startswith("full, then TWA "))
+    own = lines[lines.index(whole) + 1]
+    assert whole.split()[4] == f"{weights:,}"
+    assert own.split()[:4] == ["its", "TWA", "steps", "1"]
+    assert [row["mapped_bytes"] for row in outcome["rows"] if row is not twa] == [0] * (len(CONTESTANTS) - 1)
+
+
+def test_a_whole_run_of_two_parts_takes_six_tenths_of_the_steps() -> None:
+    steps = FULL.tuning
+    assert opening_steps(steps) + averaging_steps(steps) == 0.6 * steps
+    assert num_checkpoints(steps) == 20
+    whole = FULL.steps(CONTESTANTS)
+    others = FULL.pretraining + (len(CONTESTANTS) - 1) * (steps * len(RATES) + FULL.rounds)
+    assert whole - others == 60 * len(RATES) + FULL.rounds
+
+
+def test_a_run_of_two_parts_records_every_second_step_of_the_first_and_trains_their_average() -> None:
+    _, task = digits.tasks()
+    torch.manual_seed(0)
+    model = Digits()
+    trainee = Averaged(model, Course(task, 0, 20))
+    folder = trainee._history.folder
+    batches = [batch for epoch, _ in zip(task.epochs(64, 0), range(3), strict=False) for batch in epoch]
+    for batch in batches[:9]:
+        assert trainee.attached_bytes(batch) == trainee.mapped_bytes() == 0
+        trainee.step(batch)
+    assert trainee._history.steps == [4, 6, 8]
+    trainee.step(batches[9])
+    assert trainee._plan is not None
+    assert trainee._history.steps == [4, 6, 8, 10]
+    assert not folder.exists()
+    assert trainee.optimizer is not trainee._opening.optimizer
+    assert trained_weights(trainee) == num_checkpoints(20) == 4
+    kept = trainee._plan._spread.kept
+    assert kept is not None
+    theta = next(iter(trainee._plan.parameters()))
+    assert trainee.attached_bytes(batches[0]) == theta.nbytes + kept.waiting.nbytes
+    assert trainee._plan.coefficients()["span"].tolist() == pytest.approx([0.25] * 4, abs=1e-5)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith("@theta")}
+    trainee.step(batches[10])
+    trainee.step(batches[11])
+    assert any(not torch.equal(start[name], p) for name, p in model.named_parameters() if name in start)
+    assert trainee.besides > 0
+    trainee.release()
+
+
+def test_a_measured_run_of_two_parts_is_in_the_second() -> None:
+    _, task = digits.tasks()
+    trainee = Averaged(Digits(), Course(task, 0, 8, measured=True))
+    assert trained_weights(trainee) == num_checkpoints(8)
+    batch = next(task.epochs(64, 0))[0]
+    for _ in range(3):
+        trainee.step(batch)
+    assert trained_weights(trainee) == num_checkpoints(8)
+    trainee.release()
+
+
 def test_a_shipped_narrow_network_is_as_narrow_as_it_says(shown: tuple[Path, dict[str, Any], str]) -> None:
     folder, outcome, _ = shown
     model = Digits()
@@ -181,12 +258,13 @@ def test_a_contestant_trains_saves_and_leaves_an_ordinary_model(contestant: Any,
     _, task = digits.tasks()
     base = Digits()
     keys = list(base.state_dict())
-    trainee = contestant.start(copy.deepcopy(base), task, 0, 2)
+    trainee = contestant.start(copy.deepcopy(base), Course(task, 0, 2))
     batch = next(task.epochs(64, 0))[0]
     trainee.step(batch)
     state = [value for entry in trainee.optimizer.state.values() for value in entry.values()]
     assert optimizer_bytes(trainee.optimizer) == sum(value.nbytes for value in state)
-    assert optimizer_bytes(trainee.optimizer) == 8 * trained_weights(trainee) + 4 * len(trainee.optimizer.state)
+    adamw = 8 * trained_weights(trainee) + 4 * len(trainee.optimizer.state)
+    assert optimizer_bytes(trainee.optimizer) == (0 if contestant.slug == "twa" else adamw)
     trainee.end_epoch()
     trainee.step(batch)
     trainee.save(tmp_path / "it.safetensors")

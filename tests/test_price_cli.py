@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_the_tables_fit_80_columns_and_are_plain(folder: Path) -> None:
     ):
         assert word in out
     assert "at once" in out or "micro-batches" in out
+
+
+def test_all_rows_fit_80_columns_too(folder: Path) -> None:
+    pytest.importorskip("peft")
+    out = run(str(folder), "--tokens", "8", "--batch", "4", "--budget", "60%")
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"\d…|\w… ", out)
+    for row in ("full", "head only", "LoRA", "FISH", "FISH + lean", "TraDy + lean", "VR-PGE", "TWA"):
+        assert re.search(rf"^ {re.escape(row)}  +\d", out, re.MULTILINE), row
+    assert "a mapped file" in out
 
 
 def test_json_is_all_that_stdout_carries(folder: Path) -> None:

@@ -175,6 +175,7 @@ def price(
     method: Annotated[list[str] | None, typer.Option(help="Price this one; repeatable.", metavar="NAME")] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.", metavar="NAME")] = "adamw",
     rank: Annotated[int, typer.Option(help="Of LoRA's matrices.", metavar="N")] = 8,
+    checkpoints: Annotated[int, typer.Option(help="That TWA averages.", metavar="N", min=1)] = 100,
     labels: Annotated[int | None, typer.Option(help="Outputs of the head.", metavar="N", min=1)] = None,
     language_model: Annotated[bool, typer.Option("--language-model", help="Predict every next token.")] = False,
     dtype: Annotated[str, typer.Option(help="Of weights and inputs.", metavar="NAME")] = "float32",
@@ -190,7 +191,7 @@ def price(
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
     Methods: full, head, lora, fish, fish+lean, trady,
-    vrpge.
+    vrpge, twa.
 
     \b
     Example:
@@ -211,7 +212,9 @@ def price(
             language_model=language_model,
             dtype=dtype,
         )
-        terms = pricing.Terms(budget=pricing.parse_budget(budget), rank=rank, optimizer=optimizer)
+        terms = pricing.Terms(
+            budget=pricing.parse_budget(budget), rank=rank, optimizer=optimizer, checkpoints=checkpoints
+        )
         limit = None if memory is None else Budget(memory).bytes
         with pricing.Watch(_console(stderr=True)) as watch:
             quotes = pricing.price(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, final
+from typing import Literal, final
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 import tithe
-from tithe.demo.digits import Batch, Task
+from tithe.demo.averaged import Averaged, averaging_steps, opening_steps
+from tithe.demo.digits import Batch
 from tithe.demo.network import classification_loss
+from tithe.demo.trainee import BATCH_SIZE, Course, Plain, Trainee, adamw
 
 DENSITY = 0.02
 """Part of all weights, head included, that the sparse methods train."""
@@ -24,36 +26,7 @@ BUDGET = "512 kB"
 KEEP, FIXED = 0.4, 0.8
 """Share of a forward pass's operations that VR-PGE keeps; part of the steps after which its widths are fixed."""
 
-BATCH_SIZE = 64
-
 HEAD = ("head.*",)
-
-
-class Trainee(Protocol):
-    """A network in training: what the race needs from every method, and no more."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def step(self, batch: Batch) -> None:
-        """One training step, the optimizer's included."""
-        ...
-
-    def end_epoch(self) -> None:
-        """Called when every training image has been seen."""
-        ...
-
-    def attached_bytes(self, batch: Batch) -> int:
-        """Bytes that the method keeps beside the weights between two steps, the optimizer's state apart."""
-        ...
-
-    def save(self, path: Path) -> None:
-        """Write what a user would ship."""
-        ...
-
-    def release(self) -> None:
-        """End the training and leave `model` an ordinary module with the trained weights."""
-        ...
 
 
 @final
@@ -64,53 +37,24 @@ class Contestant:
     Args:
         name: of the row, at most 16 characters.
         slug: name of the file it writes, without the suffix.
-        start: prepares a copy of the base network for training on a task, with a seed and for a number of steps, 0
-            where no end is in sight.
+        start: prepares a copy of the base network.
         restore: puts a file that the trainee saved onto a fresh copy of the base network.
+        opening: of so many steps of a whole run, those that it trains as the first row does before it does anything of
+            its own; None where there are none.
+        closing: of so many steps of a whole run, those that it does of its own; None for all.
     """
 
     name: str
     slug: str
-    start: Callable[[nn.Module, Task, int, int], Trainee]
+    start: Callable[[nn.Module, Course], Trainee]
     restore: Callable[[nn.Module, Path], object]
+    opening: Callable[[int], int] | None = None
+    closing: Callable[[int], int] | None = None
 
-
-@final
-class Plain:
-    """Ordinary PyTorch: AdamW on whole tensors, the other tensors frozen.
-
-    Args:
-        model: the network, trained in place.
-        prefix: parameters whose name starts with it are trained.
-    """
-
-    def __init__(self, model: nn.Module, prefix: str = "") -> None:
-        self.model = model
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefix))
-        self.optimizer = _adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
-
-    def step(self, batch: Batch) -> None:
-        """Forward, backward and AdamW."""
-        classification_loss(self.model, batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def end_epoch(self) -> None:
-        """Nothing to do."""
-
-    def attached_bytes(self, batch: Batch) -> int:
-        """Zero: the trained tensors are the model's own weights."""
-        return 0
-
-    def save(self, path: Path) -> None:
-        """Write the trained tensors: for full fine-tuning, a dense checkpoint."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, path)
-
-    def release(self) -> None:
-        """Let every parameter require its gradient again."""
-        self.model.requires_grad_(True)
+    def num_steps(self, whole: int) -> tuple[int, int]:
+        """How many steps it trains as the first row does, and how many as itself, where others train `whole`."""
+        opening = self.opening(whole) if self.opening is not None else 0
+        return opening, self.closing(whole) if self.closing is not None else whole
 
 
 @final
@@ -120,8 +64,7 @@ class Attached:
     Args:
         model: the network, trained in place.
         method: what `tithe.attach` takes.
-        task: its training images also choose the weights.
-        seed: of the choice.
+        course: its training images also choose the weights.
         lean: whether all layers are made lean first; a method may ask for that itself.
         fixed_from: the step after which a network that gets narrower is fixed; 0 for never.
     """
@@ -130,17 +73,18 @@ class Attached:
         self,
         model: nn.Module,
         method: tithe.FISH | tithe.TraDy | tithe.VRPGE,
-        task: Task,
-        seed: int,
+        course: Course,
         *,
         lean: bool = False,
         fixed_from: int = 0,
     ) -> None:
         self.model, self._fixed_from = model, fixed_from
         self._lean = tithe.lean(model) if lean else None
-        batches = list(zip(*(part.split(BATCH_SIZE) for part in task.train), strict=True))
-        self.plan = tithe.attach(model, method, loss=classification_loss, data=batches, head=HEAD, seed=seed)
-        self.optimizer = _adamw(list(self.plan.parameters()))
+        batches = list(zip(*(part.split(BATCH_SIZE) for part in course.task.train), strict=True))
+        start = time.perf_counter()
+        self.plan = tithe.attach(model, method, loss=classification_loss, data=batches, head=HEAD, seed=course.seed)
+        self.besides = time.perf_counter() - start
+        self.optimizer = adamw(list(self.plan.parameters()))
         self.plan.bind(self.optimizer)
 
     def step(self, batch: Batch) -> None:
@@ -163,6 +107,10 @@ class Attached:
         predicted, named = self.plan.predict(batch), dict(self.plan.named_parameters())
         return predicted.theta - sum(named[name].nbytes for name in self.plan.head) + predicted.index
 
+    def mapped_bytes(self) -> int:
+        """Zero."""
+        return 0
+
     def save(self, path: Path) -> None:
         """Write the delta, or the narrow network."""
         self.plan.save(path)
@@ -174,49 +122,35 @@ class Attached:
             self._lean.release()
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
-    state = (value for entry in optimizer.state.values() for value in entry.values())
-    return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
-
-
-def trained_weights(trainee: Trainee) -> int:
-    """Numbers that the optimizer moves."""
-    return sum(parameter.numel() for group in trainee.optimizer.param_groups for parameter in group["params"])
-
-
-def _adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-
-
 def _load(model: nn.Module, path: Path) -> None:
     model.load_state_dict(load_file(path), strict=False)
 
 
-def _fish(score: Literal["fisher", "random"], *, lean: bool = False) -> Callable[[nn.Module, Task, int, int], Trainee]:
-    def start(model: nn.Module, task: Task, seed: int, _steps: int) -> Trainee:
-        method = tithe.FISH(density=DENSITY, score=score, samples=len(task.train[0]))
-        return Attached(model, method, task, seed, lean=lean)
+def _fish(score: Literal["fisher", "random"], *, lean: bool = False) -> Callable[[nn.Module, Course], Trainee]:
+    def start(model: nn.Module, course: Course) -> Trainee:
+        method = tithe.FISH(density=DENSITY, score=score, samples=len(course.task.train[0]))
+        return Attached(model, method, course, lean=lean)
 
     return start
 
 
-def _trady(model: nn.Module, task: Task, seed: int, _steps: int) -> Trainee:
-    return Attached(model, tithe.TraDy(tithe.Budget(BUDGET), samples=len(task.train[0])), task, seed)
+def _trady(model: nn.Module, course: Course) -> Trainee:
+    return Attached(model, tithe.TraDy(tithe.Budget(BUDGET), samples=len(course.task.train[0])), course)
 
 
-def _vrpge(model: nn.Module, task: Task, seed: int, steps: int) -> Trainee:
+def _vrpge(model: nn.Module, course: Course) -> Trainee:
     # The probabilities have 80 steps to get somewhere, where the paper's have a hundred thousand.
     method = tithe.VRPGE(keep=KEEP, cost="flops", structure_lr=0.05)
-    return Attached(model, method, task, seed, fixed_from=round(FIXED * steps))
+    return Attached(model, method, course, fixed_from=0 if course.measured else round(FIXED * course.num_steps))
 
 
 CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant("full fine-tuning", "full", lambda model, _task, _seed, _steps: Plain(model), _load),
+    Contestant("full fine-tuning", "full", lambda model, _course: Plain(model), _load),
+    Contestant("full, then TWA", "twa", Averaged, tithe.apply, opening_steps, averaging_steps),
     Contestant("FISH", "fish", _fish("fisher"), tithe.apply),
     Contestant("FISH + lean", "fish-lean", _fish("fisher", lean=True), tithe.apply),
     Contestant("TraDy", "trady", _trady, tithe.apply),
     Contestant("VR-PGE", "vrpge", _vrpge, tithe.apply),
     Contestant("random mask", "random", _fish("random"), tithe.apply),
-    Contestant("head only", "head", lambda model, _task, _seed, _steps: Plain(model, "head."), _load),
+    Contestant("head only", "head", lambda model, _course: Plain(model, "head."), _load),
 )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from tithe.demo.contestants import BATCH_SIZE, Contestant, Plain, Trainee, optimizer_bytes, trained_weights
+from tithe.demo.contestants import Contestant
 from tithe.demo.digits import NUM_CLASSES, Batch, Task, tasks
 from tithe.demo.network import WIDTH, Digits
 from tithe.demo.pace import Pace
+from tithe.demo.trainee import BATCH_SIZE, Course, Plain, Trainee, optimizer_bytes, trained_weights
 from tithe.errors import TitheError
 
 RATES = (3e-3, 1e-2, 3e-2)
@@ -34,7 +35,7 @@ class Length:
 
     Args:
         pretraining: steps on the first task.
-        tuning: steps on the second task, for each method and learning rate.
+        tuning: steps on the second task, for each learning rate and method but those that end earlier.
         rates: learning rates to choose from.
         rounds: timed steps of each method.
     """
@@ -44,9 +45,10 @@ class Length:
     rates: tuple[float, ...]
     rounds: int
 
-    def steps(self, num_contestants: int) -> int:
-        """Training steps in all."""
-        return self.pretraining + num_contestants * (self.tuning * len(self.rates) + self.rounds)
+    def steps(self, contestants: Sequence[Contestant]) -> int:
+        """Training steps in all, those on the way to what is measured apart."""
+        runs = sum(sum(contestant.num_steps(self.tuning)) for contestant in contestants)
+        return self.pretraining + runs * len(self.rates) + len(contestants) * self.rounds
 
 
 FULL = Length(pretraining=240, tuning=100, rates=RATES, rounds=25)
@@ -71,6 +73,10 @@ class Result:
         gradients: bytes of that peak that are gradients of parameters.
         optimizer: bytes of the optimizer's state.
         seconds: of one training step, the median of steps interleaved with those of the others.
+        mapped: bytes of a mapped file that each step reads, which are in no peak.
+        opening: steps that it trains as the first row does before its own, of which all of the above is.
+        steps: of its own.
+        besides: seconds of a run that belong to no step: to choose, or to write and read what was recorded.
         size: bytes of the file it ships.
     """
 
@@ -85,6 +91,10 @@ class Result:
     gradients: int
     optimizer: int
     seconds: float
+    mapped: int
+    opening: int
+    steps: int
+    besides: float
     size: int
 
     @property
@@ -99,6 +109,7 @@ class _Tuned:
     rate: float
     validation: tuple[float, ...]
     correct: Tensor
+    besides: float
     size: int
 
 
@@ -123,7 +134,8 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
     tuned = [_tune(contestant, base, second, folder, length, seed, pace) for contestant in contestants]
     pace.phase("measuring bytes and seconds of a step")
     batch = next(second.epochs(BATCH_SIZE, seed))[0]
-    started = [_start(contestant, copy.deepcopy(base), second, seed) for contestant in contestants]
+    measured = Course(second, seed, length.tuning, measured=True)
+    started = [_start(contestant, copy.deepcopy(base), measured) for contestant in contestants]
     trainees = [trainee for trainee, _ in started]
     ledgers = [_two_steps(trainee, batch) for trainee in trainees]
     seconds = _interleave(trainees, batch, length.rounds, pace)
@@ -140,6 +152,10 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
             gradients=ledger.by_kind.get("gradients", 0),
             optimizer=optimizer_bytes(trainee.optimizer),
             seconds=median,
+            mapped=trainee.mapped_bytes(),
+            opening=contestant.num_steps(length.tuning)[0],
+            steps=contestant.num_steps(length.tuning)[1],
+            besides=part.besides,
             size=part.size,
         )
         for contestant, part, (trainee, choosing), ledger, median in zip(
@@ -153,7 +169,7 @@ def _pretrain(task: Task, num_steps: int, seed: int, pace: Pace) -> nn.Module:
     pace.phase(f"pretraining on {task.name}")
     torch.manual_seed(seed)
     model = Digits()
-    _fit(Plain(model), task, PRETRAINING_RATE, num_steps, seed, pace)
+    _fit(Plain(model), Course(task, seed, num_steps), PRETRAINING_RATE, num_steps, pace)
     pace.note(f"pretrained: {_logits(model, task.test).argmax(1).eq(task.test[1]).double().mean():.1%} of held-out")
     model.head = nn.Linear(WIDTH, NUM_CLASSES)
     return model
@@ -167,16 +183,17 @@ def _tune(
     path = folder / f"{contestant.slug}.safetensors"
     accuracies: list[float] = []
     best: tuple[float, float] | None = None
-    rate, outputs = length.rates[0], torch.empty(0)
+    rate, outputs, besides = length.rates[0], torch.empty(0), 0.0
+    course = Course(task, seed, length.tuning)
     for candidate in length.rates:
-        trainee = contestant.start(copy.deepcopy(base), task, seed, length.tuning)
-        _fit(trainee, task, candidate, length.tuning, seed, pace)
+        trainee = contestant.start(copy.deepcopy(base), course)
+        _fit(trainee, course, candidate, sum(contestant.num_steps(length.tuning)), pace)
         logits = _logits(trainee.model, task.validation)
         accuracy = logits.argmax(1).eq(task.validation[1]).double().mean().item()
         loss = nn.functional.cross_entropy(logits, task.validation[1]).item()
         accuracies.append(accuracy)
         if best is None or (accuracy, -loss) > best:
-            best, rate = (accuracy, -loss), candidate
+            best, rate, besides = (accuracy, -loss), candidate, trainee.besides
             trainee.save(path)
             trainee.release()
             outputs = _logits(trainee.model, task.test)
@@ -189,29 +206,29 @@ def _tune(
             expected="the same, bit for bit",
             remedy="report it with the seed: the file is not what was trained",
         )
-    return _Tuned(rate, tuple(accuracies), outputs.argmax(1).eq(task.test[1]), path.stat().st_size)
+    return _Tuned(rate, tuple(accuracies), outputs.argmax(1).eq(task.test[1]), besides, path.stat().st_size)
 
 
-def _fit(trainee: Trainee, task: Task, rate: float, num_steps: int, seed: int, pace: Pace) -> None:
-    """Train with a short warm-up and a linear decay to zero."""
+def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, pace: Pace) -> None:
+    """Train with a short warm-up and a linear decay to zero at the end of a whole run; stop after `num_steps`."""
     done = 0
-    for epoch in task.epochs(BATCH_SIZE, seed):
+    for epoch in course.task.epochs(BATCH_SIZE, course.seed):
         for batch in epoch:
             if done == num_steps:
                 return
             for group in trainee.optimizer.param_groups:
                 group["initial_lr"] = rate  # what a method's own rate follows, as under torch's schedulers
-                group["lr"] = rate * min(1.0, (done + 1) / WARM_UP_STEPS) * (1.0 - done / num_steps)
+                group["lr"] = rate * min(1.0, (done + 1) / WARM_UP_STEPS) * (1.0 - done / course.num_steps)
             trainee.step(batch)
             done += 1
             pace.advance()
         trainee.end_epoch()
 
 
-def _start(contestant: Contestant, model: nn.Module, task: Task, seed: int) -> tuple[Trainee, int]:
+def _start(contestant: Contestant, model: nn.Module, course: Course) -> tuple[Trainee, int]:
     """Start a contestant, and the bytes beyond the weights that its start had alive at the highest moment."""
     trainees: list[Trainee] = []
-    ledger = tithe.measure(lambda: trainees.append(contestant.start(model, task, seed, 0)), model=model)
+    ledger = tithe.measure(lambda: trainees.append(contestant.start(model, course)), model=model)
     return trainees[0], ledger.peak
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from matplotlib.figure import Figure
@@ -13,31 +14,67 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tithe.demo.contestants import BATCH_SIZE, BUDGET, DENSITY, FIXED, KEEP
+from tithe.demo.averaged import AVERAGE_RATE, BITS, num_checkpoints
+from tithe.demo.contestants import BUDGET, DENSITY, FIXED, KEEP
 from tithe.demo.race import Length, Result
+from tithe.demo.trainee import BATCH_SIZE
 
 _INKS = ("#1b4965", "#5fa8d3", "#e09f3e")
 
 
 def table(results: Sequence[Result]) -> Table:
-    """The one table, under 80 columns: a row for each contestant."""
+    """The one table, under 80 columns: a row for each contestant, and one for the second part of a run of two."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     shown.add_column("", no_wrap=True)
     for heading in ("held-out\naccuracy", "trainable\nweights", "peak over\nweights", "optimizer\nstate"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("seconds\na step", justify="right", no_wrap=True)
     shown.add_column("file", justify="right", no_wrap=True)
-    for row in results:
-        shown.add_row(
-            row.contestant.name,
-            f"{row.accuracy:.1%}",
-            f"{row.trained:,}",
-            in_bytes(row.peak),
-            in_bytes(row.optimizer),
-            f"{row.seconds:.4f}",
-            in_bytes(row.size),
-        )
+    for row, run in zip(results, whole_runs(results), strict=True):
+        cells = f"{run.trained:,}", in_bytes(run.peak), in_bytes(run.optimizer), f"{run.seconds:.4f}"
+        shown.add_row(row.contestant.name, f"{row.accuracy:.1%}", *cells, in_bytes(row.size))
+        if row.opening:
+            cells = f"{row.trained:,}", in_bytes(row.peak), in_bytes(row.optimizer), f"{row.seconds:.4f}"
+            shown.add_row("  its TWA steps", "", *cells, "")
     return shown
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """A row as a whole: of one that begins as the first row does, the first row's steps too.
+
+    Args:
+        trained: weights that the optimizer moves at most.
+        peak: bytes, highest sum of everything alive beyond the weights during a training step.
+        optimizer: bytes of the optimizer's state at most.
+        seconds: of a training step, the mean over all.
+        steps: how many.
+    """
+
+    trained: int
+    peak: int
+    optimizer: int
+    seconds: float
+    steps: int
+
+
+def whole_runs(results: Sequence[Result]) -> list[Run]:
+    """Each row as a whole, in order."""
+    runs: list[Run] = []
+    for row in results:
+        parts = [(results[0], row.opening), (row, row.steps)] if row.opening else [(row, row.steps)]
+        steps = sum(count for _, count in parts)
+        runs.append(
+            Run(
+                trained=max(part.trained for part, _ in parts),
+                peak=max(part.peak for part, _ in parts),
+                optimizer=max(part.optimizer for part, _ in parts),
+                seconds=sum(count * part.seconds for part, count in parts) / steps,
+                steps=steps,
+            )
+        )
+    return runs
 
 
 def remarks(results: Sequence[Result], length: Length) -> Table:
@@ -50,7 +87,7 @@ def remarks(results: Sequence[Result], length: Length) -> Table:
 
 def figure(results: Sequence[Result], path: Path) -> None:
     """Write a PNG of two panels: bars of accuracy, and bars of bytes on a logarithmic axis."""
-    names = [row.contestant.name for row in results]
+    names, runs = [row.contestant.name for row in results], whole_runs(results)
     drawn = Figure(figsize=(9.0, 1.4 + 0.6 * len(results)), layout="constrained")
     left, right = drawn.subplots(1, 2, sharey=True)
     places = list(range(len(results)))
@@ -59,8 +96,8 @@ def figure(results: Sequence[Result], path: Path) -> None:
     left.set(title="held-out accuracy, %", xlim=(0, 112), yticks=places, yticklabels=names)
     left.invert_yaxis()
     kinds = (
-        ("peak beyond weights", [row.peak for row in results]),
-        ("optimizer state", [row.optimizer for row in results]),
+        ("peak beyond weights", [run.peak for run in runs]),
+        ("optimizer state", [run.optimizer for run in runs]),
         ("file", [row.size for row in results]),
     )
     for place, (kind, sizes) in enumerate(kinds):
@@ -84,6 +121,7 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
         "density": DENSITY,
         "budget": BUDGET,
         "keep": KEEP,
+        "checkpoints": num_checkpoints(length.tuning),
         "pretraining_steps": length.pretraining,
         "tuning_steps": length.tuning,
         "rates": list(length.rates),
@@ -108,6 +146,10 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
                 "gradient_bytes_at_peak": row.gradients,
                 "optimizer_bytes": row.optimizer,
                 "seconds_per_step": row.seconds,
+                "opening_steps": row.opening,
+                "steps": row.steps,
+                "seconds_besides": row.besides,
+                "mapped_bytes": row.mapped,
                 "file_bytes": row.size,
                 "rate": row.rate,
                 "validation_accuracy": dict(zip(map(str, length.rates), row.validation, strict=True)),
@@ -142,6 +184,7 @@ def _sentences(results: Sequence[Result], length: Length) -> list[str]:
         "VR-PGE trains another narrow network in each step, of all weights in turn, and learns which hidden units, "
         f"heads and channels are worth {KEEP:.0%} of a forward pass's operations; after {FIXED:.0%} of the steps the "
         "widths are fixed, by the loss on the training images. Its file is the narrow network, whole.",
+        *(_opened(results, row, length) for row in results if row.opening),
         _rates(results, length),
         f"One of the {num_tests} test images is {1 / num_tests:.2%}, and this is one seed. {_duels(results)}",
         _peaks(results),
@@ -149,6 +192,26 @@ def _sentences(results: Sequence[Result], length: Length) -> list[str]:
         f"Each file was applied to a fresh copy of the base and gave the tuned network's outputs on all {num_tests} "
         "test images, bit for bit.",
     ]
+
+
+def _opened(results: Sequence[Result], row: Result, length: Length) -> str:
+    """A row that begins as the first does: what it does when, and what that takes beside the whole run."""
+    full, run = results[0], whole_runs(results)[results.index(row)]
+    training = run.steps * run.seconds, length.tuning * full.seconds
+    return (
+        f"{row.contestant.name} trains as the first row does for {row.opening} of {length.tuning} steps and records "
+        f"{_many(num_checkpoints(length.tuning), 'checkpoint')}; {_many(row.steps, 'more step')} then train how much "
+        f"of each there is, from their mean, by SGD of rate {AVERAGE_RATE:g}. Its row says what the run takes at most, "
+        f"the line below what these steps take; they read {in_bytes(row.mapped)} of a mapped file, {BITS} bits a "
+        f"weight. Steps times seconds are {training[0] / training[1]:.2f} of the first row's, {training[0]:.2f} s for "
+        f"{training[1]:.2f} s; "
+        f"recording and preparing took another {row.besides:.2f} s. Accuracy: {_duel(row, full)}. Lengths "
+        "and rate were chosen on images that are not tested on."
+    )
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _rates(results: Sequence[Result], length: Length) -> str:
@@ -169,17 +232,22 @@ def _duels(results: Sequence[Result]) -> str:
     for row in results:
         if row is champion:
             continue
-        gain = champion.correct.double() - row.correct.double()
-        error = gain.std().item() / gain.numel() ** 0.5
-        difference = gain.mean().item()
-        told = "" if abs(difference) > 2 * error else " (not told apart)"
-        verdicts.append(f"{100 * difference:+.1f} ± {100 * error:.1f} points against {row.contestant.name}{told}")
+        verdicts.append(_duel(champion, row))
     return f"{champion.contestant.name}, difference ± its standard error: {'; '.join(verdicts)}."
+
+
+def _duel(champion: Result, row: Result) -> str:
+    """One row against another, on the same images."""
+    gain = champion.correct.double() - row.correct.double()
+    error = gain.std().item() / gain.numel() ** 0.5
+    difference = gain.mean().item()
+    told = "" if abs(difference) > 2 * error else " (not told apart)"
+    return f"{100 * difference:+.1f} ± {100 * error:.1f} points against {row.contestant.name}{told}"
 
 
 def _peaks(results: Sequence[Result]) -> str:
     """What fills the first row's peak, and what becomes of it in the other rows."""
-    full, others = results[0], results[1:]
+    full, others = results[0], [row for row in results[1:] if not row.opening]  # whose peak is the first row's
     kept, moved = full.saved / full.peak, (full.gradients + full.optimizer) / full.peak
     rows = "; ".join(
         f"{row.contestant.name} {row.optimizer / full.optimizer:.1%} and {row.peak / full.peak:.0%}" for row in others
@@ -198,8 +266,8 @@ def _peaks(results: Sequence[Result]) -> str:
 
 def _seconds(results: Sequence[Result]) -> str:
     """How long a step takes beside the first row's."""
-    full = results[0]
-    rows = ", ".join(f"{row.contestant.name} {row.seconds / full.seconds:.2f}" for row in results[1:])
-    idle = [row.contestant.name for row in results[1:] if row.seconds > 0.95 * full.seconds]
+    full, others = results[0], [row for row in results[1:] if not row.opening]
+    rows = ", ".join(f"{row.contestant.name} {row.seconds / full.seconds:.2f}" for row in others)
+    idle = [row.contestant.name for row in others if row.seconds > 0.95 * full.seconds]
     saved = f" At this size {', '.join(idle)} saved no time." if idle else ""
     return f"Time of a step against {full.contestant.name}: {rows}.{saved}"

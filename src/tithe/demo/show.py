@@ -51,7 +51,7 @@ def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | 
         ) from error
     with staging as name, torch.random.fork_rng(devices=()), _one_thread():
         folder = Path(name)
-        with Pace(console, length.steps(len(CONTESTANTS))) as pace:
+        with Pace(console, length.steps(CONTESTANTS)) as pace:
             results = race(CONTESTANTS, folder, length=length, seed=seed, pace=pace)
         report.figure(results, folder / "demo.png")
         outcome = report.as_json(results, length=length, seed=seed, seconds=pace.seconds)

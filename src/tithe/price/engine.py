@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tithe
 from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger, predict
-from tithe.price.flops import FlopCounter
+from tithe.price.flops import FlopCounter, Flops
 from tithe.price.offers import OFFERS, OPTIMIZERS, Offer, Setup, Site, Terms
 from tithe.price.quote import Fit, Quote, Quotes
 from tithe.price.search import largest
@@ -41,7 +41,7 @@ def price(
         subject: the network, its batches and its loss.
         batch: samples in a step.
         methods: keys of `OFFERS`.
-        terms: budget, rank and optimizer.
+        terms: budget, rank, optimizer and checkpoints.
         memory: bytes to fit into; asks for the largest micro-batch, up to the whole batch, and the largest selection
             that do.
         progress: called with what is being priced, how many steps are done, and how many there are.
@@ -89,6 +89,8 @@ def price(
         batch=batch,
         budget=terms.budget,
         optimizer=terms.optimizer,
+        checkpoints=terms.checkpoints,
+        bits=terms.bits,
         memory=memory,
         rows=tuple(rows),
         left_out={name: str(error) for name, error in left_out.items()},
@@ -210,7 +212,7 @@ class _Stall:
         states = self.optimizer.states * sum(map(_size, setup.trained))
         theta = _bytes(setup.model) - self.weights
         standing = self.weights + _leaf_bytes(batch) + theta + setup.index + states
-        temporaries = copies + self.optimizer.temporaries * max(map(_size, setup.trained))
+        temporaries = max(copies + self.optimizer.temporaries * max(map(_size, setup.trained)), setup.write)
         at_peak, moment = _moment(ledger, gradients, temporaries, earlier)
         return Quote(
             method=self.offer.name,
@@ -221,12 +223,14 @@ class _Stall:
             index=setup.index,
             optimizer=states,
             gradients=gradients,
+            sent=gradients if setup.sent is None else setup.sent,
             saved=ledger.saved,
             peak=standing + sum(at_peak.values()),
             at_peak=at_peak,
             moment=moment,
-            flops=None if counter is None else counter.counted,
+            flops=None if counter is None else _with(counter.counted, setup.operations),
             file=setup.file,
+            basis=setup.basis,
             layers=dict(ledger.saved_by_module),
         )
 
@@ -277,6 +281,10 @@ def _moment(ledger: Ledger, gradients: int, temporaries: int, earlier: int) -> t
     kinds = ledger.by_kind
     parts = {"gradients": kinds["gradients"] + earlier, "saved": kinds["saved"], "transient": kinds["other"]}
     return parts, "forward and backward"
+
+
+def _with(flops: Flops, operations: int) -> Flops:
+    return dataclasses.replace(flops, weight_gradient=flops.weight_gradient + operations)
 
 
 def _size(tensor: Tensor) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,19 @@ class Flops:
         return self.forward + self.input_gradient + self.weight_gradient
 
 
+_UNCOUNTED: list[bool] = []
+
+
+@contextmanager
+def uncounted() -> Generator[None]:
+    """Count nothing of what runs inside: it stands for something else, or is counted by hand."""
+    _UNCOUNTED.append(True)
+    try:
+        yield
+    finally:
+        _UNCOUNTED.pop()
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts the products that run while it is active.
 
@@ -65,6 +79,8 @@ class FlopCounter(TorchDispatchMode):
         """Run the operator and count it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if _UNCOUNTED:
+            return out
         packet = func.overloadpacket
         given, made = list(_tensors((args, kwargs))), list(_tensors(out))
         in_backward = torch._C._current_graph_task_id() != -1

@@ -17,6 +17,7 @@ from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger
 from tithe.price.draw import Drawn
 from tithe.price.files import delta_bytes, file_bytes, network_bytes
+from tithe.price.spanned import span
 from tithe.price.subject import Subject
 
 
@@ -51,11 +52,15 @@ class Terms:
         budget: what a sparse method may train.
         rank: of LoRA's matrices.
         optimizer: a key of `OPTIMIZERS`.
+        checkpoints: that TWA averages.
+        bits: of a weight in TWA's basis: 8, 4 or 1.
     """
 
     budget: tithe.Budget = field(default_factory=lambda: tithe.Budget(fraction=0.01))
     rank: int = 8
     optimizer: str = "adamw"
+    checkpoints: int = 100
+    bits: int = 8
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -64,6 +69,12 @@ class Terms:
             )
         if self.rank < 1:
             raise TitheError("rank", found=str(self.rank), expected="at least 1", remedy="--rank 8")
+        if self.checkpoints < 1:
+            raise TitheError(
+                "checkpoints", found=str(self.checkpoints), expected="at least 1", remedy="--checkpoints 100"
+            )
+        if self.bits not in (8, 4, 1):
+            raise TitheError("bits", found=str(self.bits), expected="8, 4 or 1", remedy="--bits 8")
 
 
 def parse_budget(text: str) -> tithe.Budget:
@@ -113,6 +124,10 @@ class Setup:
         trained: what the optimizer holds.
         file: bytes of what is saved.
         index: bytes of indices.
+        basis: bytes of a mapped file that each step reads.
+        write: bytes that writing what was trained into the weights takes on the way.
+        operations: of a step beside those of forward and backward, for the gradients of trained values.
+        sent: bytes that data-parallel ranks exchange in a step; None for the gradients.
         link: called when gradients were put in place by hand.
         predict: what a step on a batch takes, of a method that does more in it than the loss's forward and backward.
         undo: gives the model back.
@@ -122,6 +137,10 @@ class Setup:
     trained: list[nn.Parameter]
     file: int
     index: int = 0
+    basis: int = 0
+    write: int = 0
+    operations: int = 0
+    sent: int | None = None
     link: Callable[[], object] = lambda: None
     predict: Callable[[Any], Ledger] | None = None
     undo: Callable[[], None] = lambda: None
@@ -323,6 +342,24 @@ def _vrpge(site: Site) -> Setup:
     )
 
 
+def _twa(site: Site) -> Setup:
+    """Every weight in the span of checkpoints of the whole network, the head's among them."""
+    model, terms = site.model, site.terms
+    state: dict[str, Tensor] = model.state_dict()
+    found = span(model, site.blank, num_vectors=terms.checkpoints, bits=terms.bits)
+    return Setup(
+        model=model,
+        trained=[found.theta],
+        file=delta_bytes(state, {}, set(state)),
+        index=found.index,
+        basis=found.basis,
+        write=found.write,
+        operations=found.operations,
+        sent=found.sent,
+        undo=found.release,
+    )
+
+
 OFFERS: Mapping[str, Offer] = {
     "full": Offer(name="full", prepare=_full),
     "head": Offer(name="head only", prepare=_head),
@@ -331,4 +368,5 @@ OFFERS: Mapping[str, Offer] = {
     "fish+lean": Offer(name="FISH + lean", prepare=lambda site: _fish(site, lean=True), budgeted=True),
     "trady": Offer(name="TraDy + lean", prepare=_trady, budgeted=True, per_batch=True),
     "vrpge": Offer(name="VR-PGE", prepare=_vrpge, budgeted=True),
+    "twa": Offer(name="TWA", prepare=_twa),
 }

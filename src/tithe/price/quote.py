@@ -42,13 +42,15 @@ class Quote:
         theta: trained values that do not lie among the weights.
         index: where they belong.
         optimizer: the optimizer's state.
-        gradients: of all trained values, as they stand when backward ends: what ranks exchange in a step.
+        gradients: of all trained values, as they stand when backward ends.
+        sent: what data-parallel ranks exchange in a step, one way.
         saved: the most that is kept for backward.
         peak: everything at the highest moment of a step.
         at_peak: "gradients", "saved" and "transient" (the working set of the operation then running) at that moment.
         moment: "forward and backward" or "optimizer step".
         flops: floating-point operations.
         file: size of what is saved of the result.
+        basis: bytes of a mapped file that a step reads, in no column of the peak.
         layers: parts of `saved` by path of the module.
         fit: what fits into the memory that was asked about.
     """
@@ -61,12 +63,14 @@ class Quote:
     index: int
     optimizer: int
     gradients: int
+    sent: int
     saved: int
     peak: int
     at_peak: Mapping[str, int]
     moment: str
     flops: Flops | None
     file: int
+    basis: int
     layers: Mapping[str, int]
     fit: Fit | None = None
 
@@ -87,6 +91,8 @@ class Quotes:
         batch: samples in a step.
         budget: what sparse methods may train.
         optimizer: its name.
+        checkpoints: that TWA averages.
+        bits: of a weight in TWA's basis.
         memory: bytes to fit into, or None.
         rows: a quote for each method.
         left_out: method → why it has none.
@@ -97,6 +103,8 @@ class Quotes:
     batch: int
     budget: tithe.Budget
     optimizer: str
+    checkpoints: int
+    bits: int
     memory: int | None
     rows: tuple[Quote, ...]
     left_out: Mapping[str, str]

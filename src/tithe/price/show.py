@@ -81,7 +81,7 @@ def _work(quotes: Quotes) -> Table:
     for row in quotes.rows:
         flops = row.flops
         counts = (None,) * 3 if flops is None else (flops.forward, flops.input_gradient, flops.weight_gradient)
-        sizes = map(_mega, (row.saved, row.gradients, row.file))
+        sizes = map(_mega, (row.saved, row.sent, row.file))
         table.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
     return table
 
@@ -90,18 +90,21 @@ def _layers(quotes: Quotes) -> Table:
     """The modules that keep most, over all methods."""
     rows = quotes.rows
     width = max(6, min(13, (78 - _PATH) // len(rows) - 2))
-    table = _table("Layers that keep most for backward, MB", ["module", *(_short(r.method, width) for r in rows)])
-    table.columns[0].max_width = _PATH
+    heads = [_short(row.method, width) for row in rows]
+    table = _table("Layers that keep most for backward, MB", ["module", *heads])
     most: dict[str, int] = {}
     for row in rows:
         for path, size in row.layers.items():
             most[path] = max(most.get(path, 0), size)
     ranked = sorted(most, key=lambda path: (-most[path], path))
-    for path in ranked[:_LAYERS]:
-        table.add_row(_clip(path or "(outermost, or none)"), *(_mega(row.layers.get(path, 0)) for row in rows))
+    lines = {path or "(outermost)": [_mega(row.layers.get(path, 0)) for row in rows] for path in ranked[:_LAYERS]}
     if len(ranked) > _LAYERS:
         rest = [sum(row.layers.get(path, 0) for path in ranked[_LAYERS:]) for row in rows]
-        table.add_row(f"({len(ranked) - _LAYERS} more)", *map(_mega, rest))
+        lines[f"({len(ranked) - _LAYERS} more)"] = list(map(_mega, rest))
+    wide = sum(2 + max(map(len, column)) for column in zip(heads, *lines.values(), strict=True))
+    room = min(_PATH, 78 - wide)
+    for path, cells in lines.items():
+        table.add_row(_clip(path, room), *cells)
     return table
 
 
@@ -109,8 +112,8 @@ def _short(name: str, width: int) -> str:
     return name if len(name) <= width else name.replace(" + ", "+").replace(" only", "")[:width]
 
 
-def _clip(path: str) -> str:
-    return path if len(path) <= _PATH else "…" + path[1 - _PATH :]
+def _clip(path: str, room: int) -> str:
+    return path if len(path) <= room else "…" + path[1 - room :]
 
 
 def _fits(quotes: Quotes) -> Table:
@@ -149,6 +152,13 @@ def _notes(quotes: Quotes) -> list[str]:
             "VR-PGE keeps the budget's share of a forward pass's operations. Priced is its first step, of two drawn "
             "networks; its weights and optimizer state are whole then, and shrink as channels are dropped."
         )
+    for row in quotes.rows:
+        if row.basis:
+            notes.append(
+                f"{row.method} trains how much there is of each of {quotes.checkpoints} checkpoints. Each step reads "
+                f"their basis of {quotes.bits} bits a weight, {human(row.basis)}, from a mapped file, which is in no "
+                "column; on a GPU it lies on the device. Ranks share it out, and send what those of full training do."
+            )
     if quotes.memory:
         notes.append(
             "Micro-batches: gradients add up over them, and stay in memory meanwhile. The sum is that of the whole "
