@@ -59,6 +59,20 @@ def growth_of_cost(records: Sequence[Record], path: Path) -> None:
     _save(figure, path)
 
 
+def accuracy_against_seconds(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> None:
+    """One dot a run, a panel a set of images, a colour a method."""
+    figure, axes = _axes(len(panels), (4.0 * len(panels), 3.4))
+    for axis, (title, methods) in zip(axes, panels.items(), strict=True):
+        for colour, (method, points) in zip(COLOURS, methods.items(), strict=False):
+            axis.plot(*zip(*points, strict=True), "o", color=colour, label=method, markersize=6)
+        axis.set_xlim(left=0)
+        axis.set_xlabel("CPU seconds")
+        axis.set_title(title, fontsize=9)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     figure, grid = plt.subplots(1, count, figsize=size, squeeze=False)
     axes = list(grid[0])

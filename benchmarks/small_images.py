@@ -1,4 +1,4 @@
-"""CIFAR-10 at 16², cut to a size that one core can train: 10,000 training images and batches of them."""
+"""CIFAR-10 and CIFAR-100 at 16², cut to a size that one core can train, and batches of them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from benchmarks.images import Images, Split, restored, stratified
 
 SIDE = 16  # pixels, both sides: means of 2×2
 SHIFT = 2  # pixels, each way
-NUM_TRAIN, NUM_VALIDATION, NUM_HELD = 10_000, 2_000, 512
+SIZES = {"cifar10": (10_000, 2_000), "cifar100": (8_500, 1_500)}  # images for training, for validation
+NUM_HELD = 512
 BATCH = 64
 
 Batch = tuple[Tensor, Tensor]  # images (N, 3, 16, 16), labels (N,)
 
 
 @cache
-def load(data: Path) -> Split:
-    """Training and validation images, all 5,000 test images; which are taken is the same every time."""
-    with np.load(data / "cifar10" / "cifar10.npz", allow_pickle=False) as file:
+def load(data: Path, name: str = "cifar10") -> Split:
+    """Training and validation images, all test images at hand; which are taken is the same every time."""
+    num_train, num_validation = SIZES[name]
+    with np.load(data / name / f"{name}.npz", allow_pickle=False) as file:
         labels = file["y_train"]
-        train = stratified(labels, NUM_TRAIN)
+        train = stratified(labels, num_train)
         rest = np.setdiff1d(np.arange(len(labels)), train)
-        validation = rest[stratified(labels[rest], NUM_VALIDATION)]
+        validation = rest[stratified(labels[rest], num_validation)]
         return Split(
             _read(file["med_train"][train], labels[train]),
             _read(file["med_train"][validation], labels[validation]),

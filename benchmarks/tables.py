@@ -8,9 +8,11 @@ from pathlib import Path
 
 from benchmarks import (
     accuracy_tables,
+    average_tables,
     cost_tables,
     estimator_tables,
     memory_tables,
+    prune_text_tables,
     saved_tables,
     sparse_tables,
     speed_tables,
@@ -32,6 +34,8 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "estimator": estimator_tables.estimator,
     "speed": speed_tables.speed,
     "sparse": sparse_tables.sparse,
+    "average": average_tables.average,
+    "prune-text": prune_text_tables.prune_text,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 

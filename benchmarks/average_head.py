@@ -1,0 +1,125 @@
+"""TWA in the place of the second half of a run: ResNet-20 on CIFAR-10 and CIFAR-100 at 16².
+
+*SGD*: E = 20 epochs, the rate up over 5 % of them and down along a cosine. *TWA*: E/2 epochs at a constant rate, a
+checkpoint every half epoch, then E/10 epochs on their coefficients (SGD, momentum 0.9, weight decay 1e-5, the rate
+divided by ten at one half and at four fifths). *Mean*: the uniform average of the same checkpoints. *8, 4, 1 bits*: TWA
+on coded differences.
+
+SGD chooses its rate, and TWA both of its own, by validation accuracy with the first seed. Every run estimates running
+statistics over 50 training batches where it averages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tithe
+from benchmarks.averaging import Stretch, constant, milestones
+from benchmarks.records import DATA, RESULTS, Record, Store
+
+EPOCHS = 20
+SEEDS = (0, 1, 2)
+SETS = ("cifar10", "cifar100")
+RATES = (0.1, 0.3)
+SPAN_RATES = (0.5, 2.0)
+WARM_UP = 0.05
+KEY = ("set", "method", "rate", "span rate", "seed")
+
+
+def cosine(part: float) -> float:
+    """Up to 1 and down to 0."""
+    return min(1.0, max(part, 0.01) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs on one set of images; checkpoints are kept in a folder beside the results while they are needed."""
+
+    name: str
+    data: Path
+    results: Path
+
+    def work(self) -> None:
+        """Run what is missing."""
+        torch.set_num_threads(1)
+        best = max(RATES, key=lambda rate: self.sgd(rate, SEEDS[0])["validation"])
+        for seed in SEEDS[1:]:
+            self.sgd(best, seed)
+        for rate in RATES:
+            self.averages(rate, SEEDS[0], [("TWA", span, None) for span in SPAN_RATES])
+        found = {(r, s): self.store().find(**self.fields("TWA", r, s, SEEDS[0])) for r in RATES for s in SPAN_RATES}
+        rate, span = max(found, key=lambda pair: (found[pair] or {})["validation"])
+        wanted = [("mean", 0.0, None), ("TWA", span, None), *((f"{bits} bits", span, bits) for bits in (8, 4, 1))]
+        for seed in SEEDS:
+            self.averages(rate, seed, wanted)
+
+    def store(self) -> Store:
+        """The records so far."""
+        return Store(self.results / "average_head.jsonl", key=KEY)
+
+    def fields(self, method: str, rate: float, span: float, seed: int) -> Record:
+        """What tells a run apart."""
+        return {"set": self.name, "method": method, "rate": rate, "span rate": span, "seed": seed}
+
+    def sgd(self, rate: float, seed: int) -> Record:
+        """The whole course in the ordinary way."""
+        fields = self.fields("SGD", rate, 0.0, seed)
+        found = self.store().find(**fields)
+        if found is not None:
+            return found
+        run = Stretch(self.data, self.name, seed)
+        run.train(EPOCHS, lambda part: rate * cosine(part))
+        return self.store().add({**fields, **run.record()})
+
+    def averages(self, rate: float, seed: int, wanted: Sequence[tuple[str, float, int | None]]) -> None:
+        """Half a course at a constant rate, and from its checkpoints what is wanted and missing.
+
+        Args:
+            rate: of the half course.
+            seed: of everything.
+            wanted: method, learning rate of the coefficients, bits.
+        """
+        missing = [w for w in wanted if self.store().find(**self.fields(w[0], rate, w[1], seed)) is None]
+        if not missing:
+            return
+        with tempfile.TemporaryDirectory(dir=self.results) as folder:
+            head = Stretch(self.data, self.name, seed)
+            history = tithe.History(Path(folder) / "history")
+            head.train(EPOCHS / 2, constant(rate, WARM_UP), history=history)
+            for method, span, bits in missing:
+                run = Stretch(self.data, self.name, seed, head.seconds, head.epochs)
+                if method == "mean":
+                    run.average(history, [1 / len(history)] * len(history))
+                else:
+                    run.twa(history, EPOCHS / 10, milestones(span), decay=1e-5, start="mean", bits=bits)
+                self.store().add({**self.fields(method, rate, span, seed), **run.record(), "n": len(history)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, a process for each set of images."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds cifar10/ and cifar100/")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    args = parser.parse_args(argv)
+    cells = [Cell(name, args.data, args.results) for name in SETS]
+    if args.workers == 1:
+        for cell in cells:
+            cell.work()
+        return
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(Cell.work, cells):
+            pass
+
+
+if __name__ == "__main__":
+    main()

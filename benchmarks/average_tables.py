@@ -1,0 +1,197 @@
+"""The page on averages: the head and the tail of a run, soups, and what a step in the span and a stream cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import plots
+from benchmarks.markdown import origin, table, with_spread
+from benchmarks.records import Record, lines
+
+Key = Callable[[Record], object]
+CODED = {8: 0.1, 4: 0.2, 1: 0.5}  # bits → points of accuracy that may be lost
+
+
+def average(results: Path, docs: Path) -> str:
+    """Everything that is there."""
+    parts: list[str] = []
+    for name, title, section in (
+        ("average_head", "The second half of a run", head),
+        ("average_tail", "After a constant rate", tail),
+        ("average_soup", "Soups", soup),
+        ("span_step", "A step", step),
+        ("span_memory", "What a step holds", memory),
+        ("average_streams", "A stream", streams),
+    ):
+        records = list(lines(results / f"{name}.jsonl"))
+        if records:
+            parts += [f"## {title}", section(records), origin(records)]
+    records = list(lines(results / "average_head.jsonl"))
+    if records:
+        plots.accuracy_against_seconds(panels(records), docs / "average.png")
+        parts.insert(2, "![Test accuracy against CPU seconds](average.png)")
+    return "\n\n".join(parts)
+
+
+def chosen(records: Sequence[Record], method: str, setting: str) -> list[Record]:
+    """A method's runs at the setting that has the most seeds: the one that was chosen."""
+    runs = [r for r in records if r["method"] == method]
+    by_setting: dict[object, list[Record]] = {}
+    for run in runs:
+        by_setting.setdefault((run[setting], run.get("rate")), []).append(run)
+    most = max(by_setting.values(), key=len, default=[])
+    return sorted(most, key=lambda r: r["seed"])
+
+
+def gaps(runs: Sequence[Record], others: Sequence[Record]) -> str:
+    """Points of test score, seed by seed, that runs have more than others."""
+    theirs = {r["seed"]: r["test"] for r in others}
+    found = [r["test"] - theirs[r["seed"]] for r in runs if r["seed"] in theirs]
+    if not found:
+        return "—"
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):+.1f}{spread}"
+
+
+HEAD = ("SGD", "mean", "TWA", "8 bits", "4 bits", "1 bits")
+
+
+def head_runs(records: Sequence[Record], images: str) -> Mapping[str, list[Record]]:
+    """The runs of each method on one set of images."""
+    mine = [r for r in records if r["set"] == images]
+    return {method: runs for method in HEAD if (runs := chosen(mine, method, "span rate"))}
+
+
+def head(records: Sequence[Record]) -> str:
+    """One table for each set of images."""
+    parts: list[str] = []
+    for images in dict.fromkeys(r["set"] for r in records):
+        found = head_runs(records, images)
+        sgd = statistics.fmean(r["seconds"] for r in found["SGD"])
+        rows = [
+            [
+                method if "bits" not in method else f"TWA, {method}",
+                f"{runs[0]['rate']:g}",
+                f"{runs[0]['span rate']:g}" if runs[0]["span rate"] else "—",
+                with_spread([r["test"] for r in runs]),
+                gaps(runs, found["SGD"]),
+                gaps(runs, found["TWA"]) if "bits" in method and "TWA" in found else "",
+                f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
+                f"{statistics.fmean(r['seconds'] for r in runs) / sgd:.2f}",
+            ]
+            for method, runs in found.items()
+        ]
+        header = ["", "rate", "of θ", "test accuracy", "less SGD", "less exact", "CPU s", "of SGD's"]
+        parts += [f"### {images.upper().replace('CIFAR', 'CIFAR-')}", table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def panels(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Seconds and test accuracy of each run, by set of images and method."""
+    return {
+        images: {
+            method: [(r["seconds"], r["test"]) for r in runs]
+            for method, runs in head_runs(records, images).items()
+            if "bits" not in method
+        }
+        for images in dict.fromkeys(r["set"] for r in records)
+    }
+
+
+def tail(records: Sequence[Record]) -> str:
+    """One row a method, a column for each rate of the tail."""
+    parts: list[str] = []
+    for images in dict.fromkeys(r["set"] for r in records):
+        for rate in sorted({r["rate"] for r in records}):
+            mine = [r for r in records if (r["set"], r["rate"]) == (images, rate)]
+            names = list(dict.fromkeys(r["method"] for r in mine))
+            found = {name: chosen(mine, name, "setting") for name in names}
+            rows = [
+                [
+                    name,
+                    f"{runs[0]['setting']:g}" if runs[0]["setting"] else "—",
+                    with_spread([r["test"] for r in runs]),
+                    gaps(found["TWA"], runs) if name != "TWA" and "TWA" in found else "",
+                    f"{statistics.fmean(r['seconds'] for r in runs):.0f}",
+                ]
+                for name, runs in found.items()
+            ]
+            title = f"### {images.upper().replace('CIFAR', 'CIFAR-')}, rate {rate:g}"
+            parts += [title, table(["", "setting", "test accuracy", "TWA is above it by", "CPU s"], rows)]
+    return "\n\n".join(parts)
+
+
+SOUP = ("best single", "uniform", "greedy", "TWA-t", "TWA-v", *(f"TWA-v, {bits} bits" for bits in CODED))
+
+
+def soup(records: Sequence[Record]) -> str:
+    """One table a task."""
+    parts: list[str] = []
+    for task in dict.fromkeys(r["task"] for r in records):
+        mine = [r for r in records if r["task"] == task]
+        found = {name: runs for name in SOUP if (runs := chosen(mine, name, "rate"))}
+        rows = [
+            [
+                name,
+                f"{runs[0]['rate']:g}" if runs[0]["rate"] else "—",
+                with_spread([r["validation"] for r in runs]),
+                with_spread([r["test"] for r in runs]),
+                gaps(runs, found["greedy"]) if "greedy" in found else "",
+                gaps(runs, found["TWA-v"]) if "bits" in name and "TWA-v" in found else "",
+            ]
+            for name, runs in found.items()
+        ]
+        header = ["", "rate", "validation", "test", "less greedy", "less exact"]
+        parts += [f"### {task.upper()}", table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def step(records: Sequence[Record]) -> str:
+    """One row for each width of codes."""
+    rows = [
+        [
+            f"{r['bits']} bits",
+            f"{r['sgd ms']:.0f}",
+            f"{r['twa ms']:.0f}",
+            f"{r['ratio']:.2f}",
+            f"{r['basis MB']:.0f}",
+            f"{r['history MB']:.0f}",
+            f"{4e-6 * r['n'] * r['weights']:.0f}",
+            f"{r['attach s']:.0f}",
+        ]
+        for r in records
+    ]
+    header = [
+        "",
+        "SGD, ms",
+        "TWA, ms",
+        "ratio",
+        "basis, MB",
+        "history, MB",
+        "float32 basis, MB",
+        "resident, MB",
+        "attach, s",
+    ]
+    return table(header, rows)
+
+
+def memory(records: Sequence[Record]) -> str:
+    """One row for each width of codes."""
+    rows = [[f"{r['bits']} bits", f"{r['resident MB']:.0f}", "≤ 300"] for r in records]
+    return table(["", "resident beyond a plain step, MB", "to reach"], rows)
+
+
+def streams(records: Sequence[Record]) -> str:
+    """The one run."""
+    r = records[-1]
+    rows = [
+        ["checkpoints", f"{r['copies']} × {r['weights'] / 1e9:.2f} B weights, {r['bytes'] / 1e9:.1f} GB", ""],
+        ["read speed of the disk, GB/s", f"{r['read GB/s']:.2f}", ""],
+        ["average, GB/s read", f"{r['average GB/s']:.2f}", ""],
+        ["share of the read speed", f"{r['share']:.2f}", "≥ 0.70"],
+        ["peak resident, GB", f"{r['peak GB']:.2f}", "≤ 1.5"],
+        ["largest error, of half a last place", f"{r['error']:.2f}", "≤ 1"],
+    ]
+    return table(["", "measured", "to reach"], rows)
