@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tithe import distributed
 from tithe.history import BLOCK, Basis
@@ -52,18 +52,23 @@ class Spread:
             assert self.kept is not None
             binding.selection = Span(span.shape, self.kept.columns(strip), span.mix, span.origin, span.places)
         self._committed: int | None = None
-        self._listening: nn.Parameter | None = None
+        self._listening: int | None = None
+        self._listen()
+
+    def _listen(self) -> None:
+        """Have θ's gradient come by when all of backward is done.
+
+        A deep copy of the model has another θ without a hook: which one has it is told by a number, which is copied.
+        """
+        if self._listening != id(self.shared.parameter):
+            self.shared.parameter.register_hook(self._collect)
+            self._listening = id(self.shared.parameter)
 
     def __call__(self, module: Any, args: Any) -> None:
-        """Before the root's forward pass: what an optimizer moved is in the weights, and θ listens for its gradient.
-
-        A deep copy of the model has another θ, which listens from its first pass on.
-        """
+        """Before the root's forward pass: what an optimizer moved is in the weights, and θ listens for its gradient."""
         if torch.compiler.is_compiling():
             return
-        if self._listening is not self.shared.parameter:
-            self.shared.parameter.register_hook(self._collect)
-            self._listening = self.shared.parameter
+        self._listen()
         if self.kept is not None:
             self.kept.forget()
         self.commit()
