@@ -11,20 +11,18 @@ statistics over 50 training batches where it averages.
 
 from __future__ import annotations
 
-import argparse
 import math
-import multiprocessing
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import tithe
+from benchmarks import cells
 from benchmarks.averaging import Stretch, constant, milestones
-from benchmarks.records import DATA, RESULTS, Record, Store
+from benchmarks.records import Record, Store
 
 EPOCHS = 20
 SEEDS = (0, 1, 2)
@@ -106,19 +104,8 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, a process for each set of images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds cifar10/ and cifar100/")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    args = parser.parse_args(argv)
-    cells = [Cell(name, args.data, args.results) for name in SETS]
-    if args.workers == 1:
-        for cell in cells:
-            cell.work()
-        return
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(Cell.work, cells):
-            pass
+    args = cells.options(__doc__ or "").parse_args(argv)
+    cells.run((Cell(name, args.data, args.results) for name in SETS), args.workers)
 
 
 if __name__ == "__main__":

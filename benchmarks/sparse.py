@@ -9,19 +9,17 @@ own learning rate for each network and ratio: the highest accuracy on the valida
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks import cells
 from benchmarks.course import Course
 from benchmarks.narrow_networks import VGG7, resnet
-from benchmarks.records import DATA, RESULTS, Record, Store
+from benchmarks.records import Record, Store
 from benchmarks.small_images import SIDE, load
 from benchmarks.sparse_methods import METHODS, Method
 
@@ -77,24 +75,12 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, the longest cells first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that holds cifar10/")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON lines")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser = cells.options(__doc__ or "")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="only these networks")
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.36, 0.1, 1.0], help="only these; 1: dense")
     args = parser.parse_args(argv)
-    cells = [
-        Cell(network, ratio, args.data, args.results)
-        for ratio, network in itertools.product(args.ratios, args.networks)
-    ]
-    if args.workers == 1:
-        for cell in cells:
-            cell.work()
-        return
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(Cell.work, cells):
-            pass
+    chosen = itertools.product(args.ratios, args.networks)
+    cells.run((Cell(network, ratio, args.data, args.results) for ratio, network in chosen), args.workers)
 
 
 if __name__ == "__main__":

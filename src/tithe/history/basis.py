@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Storage:
         first = tensor.data_ptr() - self.bytes.data_ptr()
         start = -(-first // _PAGE) * _PAGE
         length = (first + tensor.numel() * tensor.element_size()) // _PAGE * _PAGE - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        if length > 0 and sys.platform == "linux":  # elsewhere the advice means other things, or is not known
             self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
 

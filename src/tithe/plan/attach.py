@@ -12,7 +12,7 @@ Ledger watches: predicted == measured (live storages).   checkpoint writes θ, i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import nn
 
@@ -27,46 +27,27 @@ from tithe.rules import Carrier
 from tithe.scoring import Loss
 
 
-@overload
-def attach(
-    model: nn.Module,
-    method: Method,
-    *,
-    loss: Loss | None = ...,
-    data: Iterable[Any] | None = ...,
-    where: str | Sequence[str] = ...,
-    head: str | Sequence[str] = ...,
-    seed: int = ...,
-    state: Mapping[str, Any] | None = ...,
-) -> FrozenPlan: ...
+class Settings(TypedDict, total=False):
+    """What `attach` takes besides, whatever the method."""
+
+    loss: Loss | None
+    data: Iterable[Any] | None
+    where: str | Sequence[str]
+    head: str | Sequence[str]
+    seed: int
+    state: Mapping[str, Any] | None
 
 
 @overload
-def attach(
-    model: nn.Module,
-    method: Structure,
-    *,
-    loss: Loss | None = ...,
-    data: Iterable[Any] | None = ...,
-    where: str | Sequence[str] = ...,
-    head: str | Sequence[str] = ...,
-    seed: int = ...,
-    state: Mapping[str, Any] | None = ...,
-) -> AbsentPlan: ...
+def attach(model: nn.Module, method: Method, **settings: Unpack[Settings]) -> FrozenPlan: ...
 
 
 @overload
-def attach(
-    model: nn.Module,
-    method: Spanning,
-    *,
-    loss: Loss | None = ...,
-    data: Iterable[Any] | None = ...,
-    where: str | Sequence[str] = ...,
-    head: str | Sequence[str] = ...,
-    seed: int = ...,
-    state: Mapping[str, Any] | None = ...,
-) -> SpannedPlan: ...
+def attach(model: nn.Module, method: Structure, **settings: Unpack[Settings]) -> AbsentPlan: ...
+
+
+@overload
+def attach(model: nn.Module, method: Spanning, **settings: Unpack[Settings]) -> SpannedPlan: ...
 
 
 def attach(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ class Places:
     moving: dict[str, str]
     places: dict[str, Tensor | None]
     rest: dict[str, Tensor]
+
+    def start(self, name: str, weights: Sequence[float]) -> Tensor:
+        """The start value of a tensor of the rest; a counter has no mean, so that it is the one that counts most's."""
+        if self.rest[name].is_floating_point():
+            return self.rows.average_tensor(name, weights)
+        most = max(range(len(weights)), key=lambda index: (weights[index], index))
+        return self.rows.rows.tensor(most, name)
 
 
 def find_places(history: History, model: nn.Module, split: Split) -> Places:

@@ -62,13 +62,10 @@ class SpannedPlan(Plan):
         bits = method.bits if method.bits is not None else self.history.bits
         blocks = (first, first + each) if world > 1 else None
         self.basis = Basis(found.rows, columns, bits=bits, start=weights, blocks=blocks, device=device)
-        most = max(range(len(weights)), key=lambda index: (weights[index], index))
-        for name, tensor in found.rest.items():
-            history = found.rows
-            of_one = not tensor.is_floating_point()  # a counter has no mean: that of the checkpoint that counts most
-            value = history.rows.tensor(most, name) if of_one else history.average_tensor(name, weights)
-            with torch.no_grad():
-                tensor.copy_(value.view(tensor.shape))
+        values = {name: found.start(name, weights) for name in found.rest}  # all, before any is written
+        with torch.no_grad():
+            for name, tensor in found.rest.items():
+                tensor.copy_(values[name].view(tensor.shape))
         self._rest = tuple(found.rest)
         self._mount = Mount(model, moving)
         self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
