@@ -97,7 +97,7 @@ def test_the_basis_is_not_in_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["basis"] >= 40 * 8 * 1024 * 1024
+    assert found["basis"] >= 39 * 8 * 1024 * 1024
     assert found["peak"] <= 0.5 * found["basis"]  # blocks of a few MB, whatever the number of weights
 
 

@@ -1,12 +1,18 @@
-"""The basis that checkpoints span: centred differences, coded, in a file of its own, read a block at a time.
+"""The basis that checkpoints span: their differences, coded, in a file of its own, read a block at a time.
 
-    d_i = w_i − w̄        G = D Dᵀ, (n, n), summed in float64        columns in blocks of 256: codes (blocks, n, …)
+    d_i = w_i − w̄ = Σ_e A_ie s_e        G = D Dᵀ, (n, n), summed in float64        columns in blocks of 256
+
+Coded are the n − 1 steps s_e of a tree over the checkpoints: its root is the start, which is exact, and each other
+checkpoint is a step from one that is decoded already. In a run that is its neighbour; checkpoints that are as far from
+their neighbours as from the root are steps from the root. Every step makes good what the code before it has rounded,
+so that nothing adds up: w̃_child = w̃_parent + q, where q codes w_child − w̃_parent. Of a history that was recorded with
+as many bits, these are the recorded steps again.
 
 Nothing of the length of a weight vector is ever made orthogonal: the n × n matrix G says all that there is to know
 about lengths and angles, duplicates and near-duplicates included.
 
 Kept exact, the checkpoints themselves are in the file: their differences need not be numbers of the same dtype.
-Products are taken in float64 then, and centred as n numbers: D g = C W g with C = 1 − 11ᵀ / n.
+Products are taken in float64 then, and A = 1 − 11ᵀ / n.
 """
 
 from __future__ import annotations
@@ -23,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tithe.history.history import History, spans
-from tithe.history.packing import BLOCK, code_bytes, combine, encode, products, project
+from tithe.history.history import COLUMNS, History, spans
+from tithe.history.packing import BLOCK, CARRIED, code_bytes, combine, decode, encode, products, project
 from tithe.history.packing import gram as products_of_rows
 from tithe.selection import Columns
 
@@ -93,13 +99,43 @@ class Storage:
             self._map.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+Edge = tuple[int, int]
+"""Parent and child."""
+
+
+def edges(n: int, root: int, *, chained: bool) -> list[Edge]:
+    """A tree over n checkpoints, parents before their children.
+
+    Args:
+        n: how many.
+        root: where it begins.
+        chained: outward from neighbour to neighbour; else all from the root.
+
+    Example:
+        >>> edges(4, 1, chained=True), edges(4, 1, chained=False)
+        ([(1, 2), (2, 3), (1, 0)], [(1, 2), (1, 3), (1, 0)])
+    """
+    after = [(child - 1 if chained else root, child) for child in range(root + 1, n)]
+    before = [(child + 1 if chained else root, child) for child in range(root - 1, -1, -1)]
+    return after + before
+
+
+def centred_paths(n: int, tree: Sequence[Edge]) -> Tensor:
+    """A, (n, n − 1) float64: of each checkpoint's difference from the mean, how much of each step it is."""
+    paths = torch.zeros(n, len(tree), dtype=torch.float64)
+    for place, (parent, child) in enumerate(tree):
+        paths[child] = paths[parent]
+        paths[child, place] = 1.0
+    return paths - paths.mean(0)
+
+
 class Basis:
-    """Centred differences of checkpoints, and the start that they are added to.
+    """Differences of checkpoints from their mean, and the start that they are added to.
 
     Args:
         history: the checkpoints.
         columns: of the tensors that move.
-        bits: of the codes; None keeps the differences as they are.
+        bits: of the codes; None keeps the checkpoints as they are.
         start: weights (n,) of the checkpoints in the start: one nth each for the mean.
         blocks: [first, stop): the blocks that are held here; others are on other ranks.
         device: where products are taken; another than the CPU holds the codes.
@@ -125,25 +161,32 @@ class Basis:
         self.blocks = blocks or (0, columns[-1].stop)
         wide = any(history.rows.forms[strip.name].dtype == torch.float64 for strip in columns)
         self.dtype = torch.float64 if wide and bits is None else torch.float32
-        held = self.num_blocks
+        weights = torch.tensor(start, dtype=torch.float64)
+        if bits is None:
+            self._tree: list[Edge] = []
+            self._paths = torch.eye(n, dtype=torch.float64) - 1 / n
+        else:
+            self._tree = self._planted(history, weights)
+            self._paths = centred_paths(n, self._tree)
+        held, num_rows = self.num_blocks, self._paths.shape[1]
         width = BLOCK * self.dtype.itemsize if bits is None else code_bytes(bits)
-        sizes = (held * n * width, held * n * 2 * (bits is not None), held * BLOCK * self.dtype.itemsize)
+        sizes = (held * num_rows * width, held * num_rows * 2 * (bits is not None), held * BLOCK * self.dtype.itemsize)
         ends = np.cumsum([-(-size // _ALIGNED) * _ALIGNED for size in sizes])
         self._storage = Storage(int(ends[-1]), history.folder)
-        shape, dtype = ((held, n, BLOCK), self.dtype) if bits is None else ((held, n, width), torch.uint8)
-        self._codes = self._storage.take(0, shape, dtype)
-        self._scales = None if bits is None else self._storage.take(int(ends[0]), (held, n), torch.bfloat16)
+        shape, dtype = (BLOCK, self.dtype) if bits is None else (width, torch.uint8)
+        self._codes = self._storage.take(0, (held, num_rows, shape), dtype)
+        self._scales = None if bits is None else self._storage.take(int(ends[0]), (held, num_rows), torch.bfloat16)
         self._start = self._storage.take(int(ends[1]), (held, BLOCK), self.dtype)
         self.gram = torch.zeros(n, n, dtype=torch.float64)
         self.squares = torch.zeros(len(columns), n, dtype=torch.float64)
         self.offsets = torch.zeros(n, dtype=torch.float64)
-        weights = torch.tensor(start, dtype=torch.float64)
         for index, strip in enumerate(columns):
             self._fill(history, index, strip, weights)
         if device.type != "cpu":
             self._codes = self._codes.to(device)
             self._scales = None if self._scales is None else self._scales.to(device)
             self._start = self._start.to(device)
+            self._paths = self._paths.to(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Basis:
         return self  # nothing of it ever changes
@@ -175,14 +218,14 @@ class Basis:
         part = self._part(first, gradient.shape[0])
         out = project(*part, self.bits, gradient)
         self._forget(part)
-        return out - out.mean() if self.bits is None else out
+        return self._paths @ out
 
     def products(self, first: int, gradient: Tensor) -> Tensor:
         """The same, block by block: (blocks, n) float64."""
         part = self._part(first, gradient.shape[0])
         out = products(*part, self.bits, gradient)
         self._forget(part)
-        return out - out.mean(1, keepdim=True) if self.bits is None else out
+        return out @ self._paths.T
 
     def compose(self, first: int, stop: int, weights: Tensor) -> Tensor:
         """w̄ + Σ weights_i d_i over blocks that are held here: (blocks, 256).
@@ -194,10 +237,7 @@ class Basis:
         """
         part = self._part(first, stop - first)
         at = slice(first - self.blocks[0], stop - self.blocks[0])
-        weights = weights.to(self.device)
-        if self.bits is None:
-            weights = weights - weights.mean(-1, keepdim=True)
-        out = combine(*part, self.bits, weights).add_(self._start[at])
+        out = combine(*part, self.bits, weights.to(self.device) @ self._paths).add_(self._start[at])
         self._forget(part)
         if self.device.type == "cpu":
             self._storage.forget(self._start[at])
@@ -213,10 +253,19 @@ class Basis:
                 if tensor is not None:
                     self._storage.forget(tensor)
 
+    def _planted(self, history: History, weights: Tensor) -> list[Edge]:
+        """The tree that codes go along, by the first columns of the largest tensor, which every rank looks at."""
+        n, root = self.num_vectors, int(weights.argmax())
+        largest = max(self.columns, key=lambda strip: strip.numel)
+        sample = history.columns(largest.name, 0, min(largest.numel, max(COLUMNS // n, 1))).double()
+        near, far = sample.diff(dim=0).square().sum(), (sample - sample[root]).square().sum()
+        return edges(n, root, chained=bool(2 * near < far))  # runs have a tenth, what is independent one half and more
+
     def _fill(self, history: History, index: int, strip: Strip, weights: Tensor) -> None:
-        """Code the differences of one tensor, as far as they are held here, and add up their products."""
+        """Code the steps of one tensor, as far as they are held here, and add up products of differences."""
         first, last = self.held(strip)
         begin, end = (first - strip.first) * BLOCK, min((last - strip.first) * BLOCK, strip.numel)
+        paths = torch.eye(self.num_vectors, dtype=torch.float64) if self.bits is None else self._paths
         for start, stop in spans(max(end - begin, 0), self.num_vectors):
             block = history.columns(strip.name, begin + start, begin + stop).to(self.dtype)
             mean = block.mean(0, dtype=torch.float64)
@@ -226,15 +275,32 @@ class Basis:
                 self._codes[at] = blocked(block)
                 part, scales = blocked(block.double() - mean), None
             else:
-                part, scales = encode(blocked(block.sub_(mean.to(self.dtype))), self.bits)
-                self._codes[at] = part
-                if scales is not None:
-                    self._scales[at] = scales
-            gram = products_of_rows(part, scales, self.bits)
+                part, scales = self._encode(blocked(block))
+                self._codes[at], self._scales[at] = part, scales
+            gram = paths @ products_of_rows(part, scales, self.bits) @ paths.T
             self.gram += gram
             self.squares[index] += gram.diagonal()
-            self.offsets += project(part, scales, self.bits, self._start[at])
+            self.offsets += paths @ project(part, scales, self.bits, self._start[at])
             self._forget(self._part(at.start + self.blocks[0], at.stop - at.start))
+
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the steps along the tree, from checkpoints (B, n, 256), which are overwritten."""
+        assert self.bits is not None
+        errors = torch.zeros_like(rows) if CARRIED[self.bits] else None
+        codes = rows.new_empty(rows.shape[0], len(self._tree), code_bytes(self.bits), dtype=torch.uint8)
+        scales = rows.new_empty(rows.shape[0], len(self._tree), dtype=torch.bfloat16)
+        for place, (parent, child) in enumerate(self._tree):
+            wanted = rows[:, child]
+            if errors is not None:
+                wanted = wanted.add(errors[:, parent], alpha=CARRIED[self.bits])
+            coded, scale = encode((wanted - rows[:, parent])[:, None], self.bits)
+            assert scale is not None
+            codes[:, place], scales[:, place] = coded[:, 0], scale[:, 0]
+            reached = rows[:, parent] + decode(coded, scale, self.bits)[:, 0]
+            if errors is not None:
+                errors[:, child] = wanted - reached
+            rows[:, child] = reached
+        return codes, scales
 
 
 def _weighted(block: Tensor, weights: Tensor, mean: Tensor) -> Tensor:

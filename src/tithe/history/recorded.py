@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tithe.checkpoint.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
 from tithe.history.flat import FlatFile, FlatWriter, Form, check_plain
-from tithe.history.packing import BLOCK, decode, encode
+from tithe.history.packing import BLOCK, CARRIED, decode, encode
 from tithe.history.rows import CODES, SCALES, CodedRows, coded_shorter, computed_dtype
 
 KEY: Final = "tithe_history"
@@ -190,7 +190,8 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 class Recorder:
     """Appends checkpoints of a model in training.
 
-    A coded history needs the checkpoint before, as it is decoded, in memory: one number for each weight.
+    A coded history needs the checkpoint before, as it is decoded, in memory: one number for each weight; with one bit
+    also what its code has rounded, which the next takes up in part. A run that goes on begins with nothing of that.
 
     Args:
         folder: of the history.
@@ -204,6 +205,7 @@ class Recorder:
         self.notes = list(notes)
         self._rows = rows
         self._last: dict[str, Tensor] = {}
+        self._errors: dict[str, Tensor] = {}
         for stale in folder.glob(".[0-9]*.tmp") if folder.is_dir() else ():
             stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
 
@@ -238,7 +240,7 @@ class Recorder:
                     expected="finite weights",
                     remedy="lower the learning rate, or clip gradients; the history so far is readable",
                 )
-        tensors, last = self._coded(weights) if self.bits is not None else (dict(weights), {})
+        tensors, last, errors = self._coded(weights) if self.bits is not None else (dict(weights), {}, {})
         after = self.notes[-1].name if self.notes else ""
         note = Note(int(step), None if score is None else float(score), self.bits, secrets.token_hex(8), after)
         path = self.folder / f"{len(self.notes):06d}.safetensors"
@@ -246,13 +248,15 @@ class Recorder:
             return None
         self.notes.append(note)
         self._last.update(last)
+        self._errors.update(errors)
         return path
 
-    def _coded(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The codes of the steps from the last checkpoint, and what they decode to."""
+    def _coded(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The codes of the steps from the last checkpoint, what they decode to, and what of it the next takes up."""
         assert self.bits is not None
         tensors: dict[str, Tensor] = {}
         last: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}
         for name, weight in weights.items():
             values = weight.cpu().reshape(-1).to(computed_dtype(weight.dtype))
             if not self.notes:
@@ -264,6 +268,8 @@ class Recorder:
             step = values - self._last[name]
             if not bool(step.any()):
                 continue
+            if name in self._errors:
+                step += self._errors[name]
             if not coded_shorter(Form.of(weight), self.bits):
                 tensors[name], last[name] = weight, values.clone()
                 continue
@@ -271,8 +277,11 @@ class Recorder:
             codes, scales = encode(blocks, self.bits)
             assert scales is not None
             tensors[name + CODES], tensors[name + SCALES] = codes[:, 0], scales[:, 0]
-            last[name] = self._last[name] + decode(codes, scales, self.bits).view(-1)[: step.numel()]
-        return tensors, last
+            decoded = decode(codes, scales, self.bits).view(-1)[: step.numel()]
+            last[name] = self._last[name] + decoded
+            if CARRIED[self.bits]:
+                errors[name] = step.sub_(decoded).mul_(CARRIED[self.bits])
+        return tensors, last, errors
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], note: Note) -> bool:

@@ -44,14 +44,18 @@ class OutlinedBasis(Basis):
         # One bit is read off its byte by numpy, which asks for the byte: small weights' products are those of eight.
         self.bits, self._own_bits = 8 if bits == 1 else bits, bits
         self.dtype, self.device = torch.float32, torch.device("cpu")
+        self._num_rows = num_vectors - 1  # each but the first is a step
         with blank:
-            self._codes = torch.empty(self.num_blocks, num_vectors, code_bytes(self.bits), dtype=torch.uint8)
-            self._scales = torch.empty(self.num_blocks, num_vectors, dtype=torch.bfloat16)
+            self._paths = torch.empty(num_vectors, self._num_rows, dtype=torch.float64)
+            self._codes = torch.empty(self.num_blocks, self._num_rows, code_bytes(self.bits), dtype=torch.uint8)
+            self._scales = torch.empty(self.num_blocks, self._num_rows, dtype=torch.bfloat16)
 
     def project(self, first: int, gradient: Tensor) -> Tensor:
         """Zeros, (n,) float64, after what a projection holds was held."""
         work = gradient.new_empty(self._working(gradient.shape[0])[0], dtype=torch.uint8)
-        return work.new_zeros(self.num_vectors, dtype=torch.float64)
+        steps = work.new_zeros(self._num_rows, dtype=torch.float64)
+        del work
+        return steps.new_zeros(self.num_vectors)
 
     def products(self, first: int, gradient: Tensor) -> Tensor:
         """Numbers of no meaning, (blocks, n) float64."""
@@ -64,27 +68,27 @@ class OutlinedBasis(Basis):
 
     def compose_bytes(self, num_blocks: int) -> int:
         """Bytes of so many blocks as they are made anew, and of what that takes besides."""
-        weights = self.num_vectors * torch.float64.itemsize
+        weights = (self.num_vectors + self._num_rows) * torch.float64.itemsize  # of differences and of steps
         return num_blocks * BLOCK * self.dtype.itemsize + self._working(num_blocks)[1] + weights
 
     def _working(self, num_blocks: int) -> tuple[int, int]:
-        return working_bytes(min(num_blocks, _FEW), self.num_vectors, self._own_bits)
+        return working_bytes(min(num_blocks, _FEW), self._num_rows, self._own_bits)
 
     def _forget(self, part: tuple[Tensor, Tensor | None]) -> None:
         """There is no memory behind it."""
 
 
 @functools.cache
-def working_bytes(num_blocks: int, num_vectors: int, bits: int) -> tuple[int, int]:
+def working_bytes(num_blocks: int, num_rows: int, bits: int) -> tuple[int, int]:
     """Bytes that the kernels hold beside operands and result, measured: in a projection, and in a weighted sum.
 
     Args:
         num_blocks: blocks of 256 columns.
-        num_vectors: rows of each.
+        num_rows: of each.
         bits: of a code.
     """
-    codes, scales = encode(torch.zeros(num_blocks, num_vectors, BLOCK), bits)
-    gradient, weights = torch.zeros(num_blocks, BLOCK), torch.zeros(num_vectors, dtype=torch.float64)
+    codes, scales = encode(torch.zeros(num_blocks, num_rows, BLOCK), bits)
+    gradient, weights = torch.zeros(num_blocks, BLOCK), torch.zeros(num_rows, dtype=torch.float64)
     projection = tithe.measure(lambda: project(codes, scales, bits, gradient)).peak
     total = tithe.measure(lambda: combine(codes, scales, bits, weights)).peak
     return projection - weights.nbytes, total - gradient.nbytes
@@ -184,16 +188,17 @@ def span(model: nn.Module, blank: Blank, *, num_vectors: int, bits: int) -> Outl
             parameter.requires_grad_(required[name])
 
     waiting = 0 if spread.kept is None else spread.kept.waiting.nbytes
-    # The mix of directions, the products of checkpoints, their squared lengths in each weight, and with the start.
-    numbers = 2 * num_vectors**2 + num_vectors * (len(moving) + 1)
+    # The mix of directions, the products of checkpoints, what each is of the steps, squared lengths in each weight, and
+    # products with the start.
+    numbers = (3 * num_vectors - 1) * num_vectors + num_vectors * (len(moving) + 1)
     together = [strip.stop - strip.first for strip in strips[: spread.num_large]]
     together.append(waiting // (BLOCK * basis.dtype.itemsize))
     return Outlined(
         theta=theta,
         index=numbers * torch.float64.itemsize + waiting,
-        basis=basis.num_blocks * (num_vectors * block_bytes(bits) + BLOCK * basis.dtype.itemsize),
+        basis=basis.num_blocks * ((num_vectors - 1) * block_bytes(bits) + BLOCK * basis.dtype.itemsize),
         write=max(map(basis.compose_bytes, together)),
-        operations=2 * 2 * num_vectors * sum(weight.numel() for weight in moving.values()),
+        operations=2 * 2 * (num_vectors - 1) * sum(weight.numel() for weight in moving.values()),
         sent=basis.num_blocks * BLOCK * basis.dtype.itemsize,
         release=release,
     )
