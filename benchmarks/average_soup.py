@@ -1,25 +1,27 @@
 """A soup of eight fine-tunings of all-MiniLM-L6-v2 on MRPC and on CoLA.
 
-The fine-tunings start from one model, head included, and differ in learning rate (5e-5, 1e-4, 2e-4, 4e-4), in the order
-of the examples, and in whether a tenth of the words is masked. They are then averaged:
+The base is all-MiniLM-L6-v2 trained on the task for two epochs, AdamW, 1e-4 falling to zero. Eight fine-tunings go on
+from it, each for a quarter of an epoch; they differ in learning rate (2e-5, 5e-5, 1e-4, 2e-4), in the examples and in
+their order, and in whether a tenth of the words is masked. They are then averaged:
 
 best single   the highest validation score          uniform   all alike
 greedy        from the best on, each that does not make the validation score worse (Wortsman et al., ICML 2022)
 TWA-v         eight coefficients a tensor, trained on the validation examples (AdamW, cosine, a fifth of warm-up,
-              5 epochs), from the uniform mean; its rate is the one that, trained on one half of the validation
+              3 epochs), from the uniform mean; its rate is the one that, trained on one half of the validation
               examples, scores best on the other half, with the first seed
-TWA-t         the same, trained on the training examples for one epoch; its rate is chosen on the validation examples
+TWA-t         the same for as many steps on training examples; its rate is chosen on the validation examples
 
 All see the same training and validation examples; the test examples choose nothing. A seed draws the head, the orders
-and the masks of all eight anew.
+and the masks of all nine trainings anew.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import cos, pi
 from pathlib import Path
 
@@ -32,13 +34,15 @@ from benchmarks.finetune import CLIP, evaluate
 from benchmarks.records import Record, Store, parse
 from benchmarks.text import TASKS, Batch, Example, Split, Task, load, training_batches
 
-NAMES = ("mrpc", "cola")
+SIZES = {"mrpc": 3_000, "cola": 6_000}  # examples for training
 SEEDS = (0, 1, 2)
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+FIRST, FIRST_EPOCHS = 1e-4, 2
+RATES = (2e-5, 5e-5, 1e-4, 2e-4)
+PART = 0.25  # of an epoch, for each fine-tuning
 COEFFICIENT_RATES = (1e-3, 3e-3, 1e-2)
-EPOCHS = 5
+EPOCHS = 3
 MASKED, MASK = 0.1, 103
-BITS = (8, 4, 1)
+BITS = (4, 1)
 KEY = ("task", "seed", "method", "rate")
 
 
@@ -52,6 +56,9 @@ class Soup:
         data: folder of the texts.
         store: of the records.
         history: the eight fine-tunings.
+
+    Attributes:
+        base: what they start from.
     """
 
     task: Task
@@ -59,6 +66,7 @@ class Soup:
     data: Path
     store: Store
     history: tithe.History
+    base: nn.Module = field(init=False)
 
     @property
     def split(self) -> Split:
@@ -69,47 +77,47 @@ class Soup:
         """What tells a run apart."""
         return {"task": self.task.name, "seed": self.seed, "method": method, "rate": rate}
 
-    def base(self) -> nn.Module:
-        """The model that all start from."""
-        return encoder(seed=self.seed)
-
     def cook(self) -> None:
-        """Fine-tune eight times."""
+        """Train the base, then fine-tune it eight times."""
+        self.base = encoder(seed=self.seed)
+        self.train(self.base, FIRST, self.epochs(self.split.train, FIRST_EPOCHS, seed=self.seed))
+        self.score("base", self.base)
         for number in range(2 * len(RATES)):
-            model, rate, masked = self.base(), RATES[number // 2], number % 2 == 1
-            optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-            batches = [
-                batch
-                for epoch in range(self.task.num_epochs)
-                for batch in training_batches(
-                    self.split.train, self.task.batch, seed=10 * self.seed + number, epoch=epoch
-                )
-            ]
+            model, rate, masked = copy.deepcopy(self.base), RATES[number // 2], number % 2 == 1
+            batches = self.epochs(self.split.train, 1, seed=100 + 10 * self.seed + number)
+            batches = batches[: round(PART * len(batches))]
             generator = torch.Generator().manual_seed(100 * self.seed + number)
-            for step, batch in enumerate(batches):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * (1 - step / len(batches))
-                loss_of(model, masking(batch, generator) if masked else batch).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-            validation, loss = evaluate(model, self.task, self.split.validation)
-            test, _ = evaluate(model, self.task, self.split.test)
+            self.train(model, rate, [masking(batch, generator) if masked else batch for batch in batches])
+            validation, _ = evaluate(model, self.task, self.split.validation)
             self.history.record(model, number, score=validation)
-            fields = self.fields(f"fine-tuning {number}", rate)
-            if self.store.find(**fields) is None:
-                self.store.add({**fields, "validation": validation, "validation_loss": loss, "test": test})
 
-    def fixed(self, method: str, weights: Sequence[float]) -> float:
-        """Score an average; returns its validation score."""
-        model = self.base()
-        model.load_state_dict(self.history.average(weights), strict=False)
+    def train(self, model: nn.Module, rate: float, batches: Sequence[Batch]) -> None:
+        """All weights, at a rate that falls to zero."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / len(batches))
+            loss_of(model, batch).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def score(self, method: str, model: nn.Module, rate: float = 0.0, **told: object) -> Record:
+        """The record of a model: found, or made now."""
+        found = self.store.find(**self.fields(method, rate))
+        if found is not None:
+            return found
         validation, loss = evaluate(model, self.task, self.split.validation)
-        if self.store.find(**self.fields(method)) is None and not method.startswith("try"):
-            test, _ = evaluate(model, self.task, self.split.test)
-            found = {"validation": validation, "validation_loss": loss, "test": test, "weights": list(weights)}
-            self.store.add({**self.fields(method), **found})
-        return validation
+        test, _ = evaluate(model, self.task, self.split.test)
+        return self.store.add(
+            {**self.fields(method, rate), "validation": validation, "validation_loss": loss, "test": test, **told}
+        )
+
+    def fixed(self, weights: Sequence[float]) -> nn.Module:
+        """An average."""
+        model = copy.deepcopy(self.base)
+        model.load_state_dict(self.history.average(weights), strict=False)
+        return model
 
     def greedy(self) -> list[float]:
         """The weights of the greedy soup."""
@@ -117,14 +125,15 @@ class Soup:
         order = sorted(range(len(scores)), key=lambda i: -scores[i])
         kept, best = [order[0]], scores[order[0]]
         for candidate in order[1:]:
-            tried = self.fixed("try", uniform([*kept, candidate], len(scores)))
+            model = self.fixed(uniform([*kept, candidate], len(scores)))
+            tried, _ = evaluate(model, self.task, self.split.validation)
             if tried >= best:
                 kept, best = [*kept, candidate], tried
         return uniform(kept, len(scores))
 
     def trained(self, rate: float, batches: Sequence[Batch], bits: int | None = None) -> tuple[nn.Module, Record]:
         """The model of trained coefficients."""
-        model, start = self.base(), time.process_time()
+        model, start = copy.deepcopy(self.base), time.process_time()
         plan = tithe.attach(model, tithe.TWA(self.history, bits=bits, granularity="tensor"), loss=loss_of)
         optimizer = torch.optim.AdamW(plan.parameters(), lr=rate, weight_decay=0.0)
         plan.bind(optimizer)
@@ -145,17 +154,14 @@ class Soup:
         if found is not None:
             return found
         model, told = self.trained(rate, batches, bits)
-        validation, loss = evaluate(model, self.task, self.split.validation)
-        test, _ = evaluate(model, self.task, self.split.test)
-        told |= {"validation": validation, "validation_loss": loss, "test": test}
-        return self.store.add({**self.fields(method, rate), **told})
+        return self.score(method, model, rate, **told)
 
-    def epochs(self, examples: Sequence[Example], count: int) -> list[Batch]:
-        """Batches of some epochs, of another order than any fine-tuning's."""
+    def epochs(self, examples: Sequence[Example], count: int, *, seed: int) -> list[Batch]:
+        """Batches of some epochs."""
         return [
             batch
             for epoch in range(count)
-            for batch in training_batches(examples, self.task.batch, seed=1000 + self.seed, epoch=epoch)
+            for batch in training_batches(examples, self.task.batch, seed=seed, epoch=epoch)
         ]
 
     def halves(self, rate: float) -> float:
@@ -163,7 +169,7 @@ class Soup:
         found = self.store.find(**self.fields("half", rate))
         if found is None:
             half = len(self.split.validation) // 2
-            model, told = self.trained(rate, self.epochs(self.split.validation[:half], EPOCHS))
+            model, told = self.trained(rate, self.epochs(self.split.validation[:half], EPOCHS, seed=self.seed))
             score, loss = evaluate(model, self.task, self.split.validation[half:])
             found = self.store.add({**self.fields("half", rate), "validation": score, "validation_loss": loss, **told})
         return -found["validation_loss"]
@@ -186,7 +192,8 @@ def soups(names: Sequence[str], data: Path, store: Store) -> Iterator[Soup]:
     for name in names:
         for seed in SEEDS:
             with tempfile.TemporaryDirectory(dir=store.path.parent) as folder:
-                soup = Soup(TASKS[name], seed, data, store, tithe.History(Path(folder) / "history"))
+                task = replace(TASKS[name], num_train=SIZES[name])
+                soup = Soup(task, seed, data, store, tithe.History(Path(folder) / "history"))
                 if store.find(**soup.fields("done")) is None:
                     soup.cook()
                     yield soup
@@ -199,13 +206,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     store = Store(options.results / "average_soup.jsonl", key=KEY)
     chosen: dict[str, tuple[float, float]] = {}
-    for soup in soups(options.tasks or NAMES, options.data, store):
+    for soup in soups(options.tasks or tuple(SIZES), options.data, store):
         n, name = len(soup.history), soup.task.name
         scores = [score or 0.0 for score in soup.history.scores]
-        soup.fixed("best single", uniform([scores.index(max(scores))], n))
-        soup.fixed("uniform", uniform(range(n), n))
-        soup.fixed("greedy", soup.greedy())
-        held, training = soup.epochs(soup.split.validation, EPOCHS), soup.epochs(soup.split.train, 1)
+        averages = {
+            "best single": uniform([scores.index(max(scores))], n),
+            "uniform": uniform(range(n), n),
+            "greedy": soup.greedy(),
+        }
+        for method, weights in averages.items():
+            soup.score(method, soup.fixed(weights), weights=weights, scores=scores)
+        held = soup.epochs(soup.split.validation, EPOCHS, seed=1000 + soup.seed)
+        training = soup.epochs(soup.split.train, 1, seed=1000 + soup.seed)[: len(held)]
         if soup.seed == SEEDS[0]:
             by_half = {rate: soup.halves(rate) for rate in COEFFICIENT_RATES}
             by_all = {rate: -soup.add("TWA-t", rate, training)["validation_loss"] for rate in COEFFICIENT_RATES}

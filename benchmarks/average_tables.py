@@ -58,17 +58,20 @@ def gaps(runs: Sequence[Record], others: Sequence[Record]) -> str:
 HEAD = ("SGD", "mean", "TWA", "8 bits", "4 bits", "1 bits")
 
 
-def head_runs(records: Sequence[Record], images: str) -> Mapping[str, list[Record]]:
-    """The runs of each method on one set of images."""
-    mine = [r for r in records if r["set"] == images]
-    return {method: runs for method in HEAD if (runs := chosen(mine, method, "span rate"))}
+def head_runs(records: Sequence[Record]) -> Mapping[str, Mapping[str, list[Record]]]:
+    """The runs of each method, by set of images and length of the course."""
+    out: dict[str, Mapping[str, list[Record]]] = {}
+    for images, epochs in dict.fromkeys((r["set"], r["epochs"]) for r in records):
+        mine = [r for r in records if (r["set"], r["epochs"]) == (images, epochs)]
+        found = {method: runs for method in HEAD if (runs := chosen(mine, method, "span rate"))}
+        out[f"{_shown(images)}, E = {epochs}"] = found
+    return out
 
 
 def head(records: Sequence[Record]) -> str:
-    """One table for each set of images."""
+    """One table for each set of images and length of the course."""
     parts: list[str] = []
-    for images in dict.fromkeys(r["set"] for r in records):
-        found = head_runs(records, images)
+    for title, found in head_runs(records).items():
         sgd = statistics.fmean(r["seconds"] for r in found["SGD"])
         rows = [
             [
@@ -84,20 +87,22 @@ def head(records: Sequence[Record]) -> str:
             for method, runs in found.items()
         ]
         header = ["", "rate", "of θ", "test accuracy", "less SGD", "less exact", "CPU s", "of SGD's"]
-        parts += [f"### {images.upper().replace('CIFAR', 'CIFAR-')}", table(header, rows)]
+        parts += [f"### {title}", table(header, rows)]
     return "\n\n".join(parts)
 
 
 def panels(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Seconds and test accuracy of each run, by set of images and method."""
+    """Seconds and test accuracy of each run, by course and method."""
     return {
-        images: {
-            method: [(r["seconds"], r["test"]) for r in runs]
-            for method, runs in head_runs(records, images).items()
-            if "bits" not in method
+        title: {
+            method: [(r["seconds"], r["test"]) for r in runs] for method, runs in found.items() if "bits" not in method
         }
-        for images in dict.fromkeys(r["set"] for r in records)
+        for title, found in head_runs(records).items()
     }
+
+
+def _shown(images: str) -> str:
+    return images.upper().replace("CIFAR", "CIFAR-")
 
 
 def tail(records: Sequence[Record]) -> str:
@@ -118,12 +123,12 @@ def tail(records: Sequence[Record]) -> str:
                 ]
                 for name, runs in found.items()
             ]
-            title = f"### {images.upper().replace('CIFAR', 'CIFAR-')}, rate {rate:g}"
+            title = f"### {_shown(images)}, rate {rate:g}"
             parts += [title, table(["", "setting", "test accuracy", "TWA is above it by", "CPU s"], rows)]
     return "\n\n".join(parts)
 
 
-SOUP = ("best single", "uniform", "greedy", "TWA-t", "TWA-v", *(f"TWA-v, {bits} bits" for bits in CODED))
+SOUP = ("base", "best single", "uniform", "greedy", "TWA-t", "TWA-v", *(f"TWA-v, {bits} bits" for bits in CODED))
 
 
 def soup(records: Sequence[Record]) -> str:
@@ -171,7 +176,6 @@ def step(records: Sequence[Record]) -> str:
         "basis, MB",
         "history, MB",
         "float32 basis, MB",
-        "resident, MB",
         "attach, s",
     ]
     return table(header, rows)

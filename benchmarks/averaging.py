@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import tithe
 from benchmarks.course import evaluate
-from benchmarks.images import Split
+from benchmarks.images import Images, Split
 from benchmarks.narrow_networks import loss_of, resnet
 from benchmarks.records import Record
 from benchmarks.small_images import BATCH, SIDE, Batch, load, training_batches
@@ -39,6 +39,8 @@ class Stretch:
         data: folder of the images.
         name: "cifar10" or "cifar100".
         seed: of the weights and of the order of the images.
+        seconds, epochs: that are behind.
+        num_images: for training; None for all that there are.
     """
 
     data: Path
@@ -46,6 +48,7 @@ class Stretch:
     seed: int
     seconds: float = 0.0
     epochs: float = 0.0
+    num_images: int | None = None
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +61,9 @@ class Stretch:
     @property
     def split(self) -> Split:
         """The images."""
-        return load(self.data, self.name)
+        whole = load(self.data, self.name)
+        some = Images(whole.train.x[: self.num_images], whole.train.y[: self.num_images])
+        return Split(some, whole.validation, whole.test)
 
     @property
     def steps_per_epoch(self) -> int:
