@@ -318,8 +318,12 @@ class TensorColumns(Columns):
         self.basis, self.strip, self.num_vectors = basis, strip, basis.num_vectors
 
     def project(self, gradient: Tensor) -> Tensor:
-        """d_i · g."""
-        return self.basis.project(self.strip.first, blocked(gradient[None])[:, 0])
+        """d_i · g; of the gradient no more than an incomplete last block is copied."""
+        count, rest = divmod(gradient.numel(), BLOCK)
+        out = self.basis.project(self.strip.first, gradient[: count * BLOCK].view(count, BLOCK))
+        if rest:
+            out = out + self.basis.project(self.strip.first + count, blocked(gradient[None, count * BLOCK :])[:, 0])
+        return out
 
     def compose(self, weights: Tensor) -> Tensor:
         """w̄ + Σ weights_i d_i."""

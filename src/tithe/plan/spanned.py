@@ -132,8 +132,8 @@ class SpannedPlan(Plan):
     def predict(self, batch: Any) -> ledger.Ledger:
         """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
 
-        What is kept for backward is exact. The peak leaves out what a projection holds for a moment: a copy of one
-        weight's gradient in blocks, and a few MB of codes. `index` is the basis, which on a CPU is a file.
+        What is kept for backward is exact. The peak leaves out what a projection holds for a moment, a few MB of codes.
+        `index` is the basis, which on a CPU is a file.
 
         Raises:
             TitheError: when the plan has no loss, or the model cannot run on shapes alone.

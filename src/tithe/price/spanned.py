@@ -49,6 +49,8 @@ class OutlinedBasis(Basis):
             self._paths = torch.empty(num_vectors, self._num_rows, dtype=torch.float64)
             self._codes = torch.empty(self.num_blocks, self._num_rows, code_bytes(self.bits), dtype=torch.uint8)
             self._scales = torch.empty(self.num_blocks, self._num_rows, dtype=torch.bfloat16)
+        for num_blocks in {1, *(strip.numel // BLOCK for strip in columns)}:
+            self._working(num_blocks)  # measured now: in a rehearsal nothing is allocated that could be measured
 
     def project(self, first: int, gradient: Tensor) -> Tensor:
         """Zeros, (n,) float64, after what a projection holds was held."""
