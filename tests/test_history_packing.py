@@ -264,14 +264,18 @@ def test_what_lies_on_another_device_stays_there(bits: int | None) -> None:
 
 
 @pytest.mark.parametrize("bits", [*BITS, None])
-def test_blocks_apart(bits: int | None) -> None:
-    """Products before they are added up over blocks, and weights that differ from block to block."""
+def test_blocks_of_several_weights(bits: int | None) -> None:
+    """Blocks that belong to several weights: products of each, and rows that are mixed otherwise for each."""
     codes, scales = encode(drawn(1100, 2), bits)
     values, gradient = wide(codes, scales, bits), torch.randn(1100, BLOCK)
-    found = packing.products(codes, scales, bits, gradient)
+    owners = torch.arange(1100) // 7 % 5
+    found = packing.products(codes, scales, bits, gradient, owners, 5)
     assert found.dtype == torch.float64
-    assert torch.allclose(found, torch.einsum("bnc,bc->bn", values, gradient.double()), rtol=1e-5, atol=1e-3)
-    weights = torch.randn(1100, 2, dtype=torch.float64)
-    combined = combine(codes, scales, bits, weights)
-    assert torch.allclose(combined.double(), torch.einsum("bnc,bn->bc", values, weights), rtol=1e-5, atol=1e-5)
-    assert packing.products(codes[:0], scales if scales is None else scales[:0], bits, gradient[:0]).shape == (0, 2)
+    by_block = torch.einsum("bnc,bc->bn", values, gradient.double())
+    expected = torch.zeros(5, 2, dtype=torch.float64).index_add_(0, owners, by_block)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-2)
+    weights = torch.randn(5, 2, dtype=torch.float64)
+    combined = combine(codes, scales, bits, weights, owners)
+    assert torch.allclose(combined.double(), torch.einsum("bnc,bn->bc", values, weights[owners]), rtol=1e-5, atol=1e-5)
+    none = None if scales is None else scales[:0]
+    assert not packing.products(codes[:0], none, bits, gradient[:0], owners[:0], 5).any()

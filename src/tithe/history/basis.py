@@ -220,24 +220,32 @@ class Basis:
         self._forget(part)
         return self._paths @ out
 
-    def products(self, first: int, gradient: Tensor) -> Tensor:
-        """The same, block by block: (blocks, n) float64."""
+    def products(self, first: int, gradient: Tensor, owners: Tensor, count: int) -> Tensor:
+        """The same for each of several weights that blocks belong to: (count, n) float64.
+
+        Args:
+            first: the block where the gradient begins.
+            gradient: (blocks, 256).
+            owners: of each block its weight, (blocks,) int64.
+            count: weights.
+        """
         part = self._part(first, gradient.shape[0])
-        out = products(*part, self.bits, gradient)
+        out = products(*part, self.bits, gradient, owners, count)
         self._forget(part)
         return out @ self._paths.T
 
-    def compose(self, first: int, stop: int, weights: Tensor) -> Tensor:
+    def compose(self, first: int, stop: int, weights: Tensor, owners: Tensor | None = None) -> Tensor:
         """w̄ + Σ weights_i d_i over blocks that are held here: (blocks, 256).
 
         Args:
             first: the first block.
             stop: the block after the last.
-            weights: (n,) float64, or (blocks, n) where blocks have their own.
+            weights: (n,) float64; with owners, a row for each.
+            owners: (blocks,) int64, the row of each block.
         """
         part = self._part(first, stop - first)
         at = slice(first - self.blocks[0], stop - self.blocks[0])
-        out = combine(*part, self.bits, weights.to(self.device) @ self._paths).add_(self._start[at])
+        out = combine(*part, self.bits, weights.to(self.device) @ self._paths, owners).add_(self._start[at])
         self._forget(part)
         if self.device.type == "cpu":
             self._storage.forget(self._start[at])
@@ -259,7 +267,7 @@ class Basis:
         largest = max(self.columns, key=lambda strip: strip.numel)
         sample = history.columns(largest.name, 0, min(largest.numel, max(COLUMNS // n, 1))).double()
         near, far = sample.diff(dim=0).square().sum(), (sample - sample[root]).square().sum()
-        return edges(n, root, chained=bool(2 * near < far))  # runs have a tenth, what is independent one half and more
+        return edges(n, root, chained=bool(2 * near < far))  # in a run a tenth of it, of what is independent all
 
     def _fill(self, history: History, index: int, strip: Strip, weights: Tensor) -> None:
         """Code the steps of one tensor, as far as they are held here, and add up products of differences."""

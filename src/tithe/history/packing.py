@@ -183,16 +183,24 @@ def project(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Te
     return total
 
 
-def products(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Tensor) -> Tensor:
-    """What `project` adds up, block by block: (B, n) float64.
+def products(
+    codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Tensor, owners: Tensor, count: int
+) -> Tensor:
+    """What `project` adds up over all blocks, for each of so many owners over its own: (count, n) float64.
+
+    The owners of blocks are (B,) int64, below `count`; the rest is as for `project`.
 
     Example:
         >>> rows = torch.stack([torch.ones(256), torch.arange(256.0)])[None]
-        >>> products(rows, None, None, torch.ones(1, 256)).tolist()
-        [[256.0, 32640.0]]
+        >>> products(rows, None, None, torch.ones(1, 256), torch.tensor([1]), 2).tolist()
+        [[0.0, 0.0], [256.0, 32640.0]]
     """
-    parts = list(_products(codes, scales, bits, gradient))
-    return torch.cat(parts) if parts else torch.zeros(codes.shape[:2], dtype=torch.float64, device=codes.device)
+    total = torch.zeros(count, codes.shape[1], dtype=torch.float64, device=codes.device)
+    start = 0
+    for part in _products(codes, scales, bits, gradient):
+        total.index_add_(0, owners[start : start + part.shape[0]].to(total.device), part)
+        start += part.shape[0]
+    return total
 
 
 def _products(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Tensor) -> Iterator[Tensor]:
@@ -247,7 +255,9 @@ def gram(codes: Tensor, scales: Tensor | None, bits: int | None) -> Tensor:
     return total
 
 
-def combine(codes: Tensor, scales: Tensor | None, bits: int | None, weights: Tensor) -> Tensor:
+def combine(
+    codes: Tensor, scales: Tensor | None, bits: int | None, weights: Tensor, owners: Tensor | None = None
+) -> Tensor:
     """The weighted sum of the rows.
 
         out_bc = Σ_i w_i s_bi q_bic
@@ -256,7 +266,8 @@ def combine(codes: Tensor, scales: Tensor | None, bits: int | None, weights: Ten
         codes: (B, n, 32 · bits) uint8, which is only read; or the values themselves.
         scales: (B, n) bfloat16, or None.
         bits: 8, 4, 1 or None.
-        weights: (n,) float64 on the device of the codes, or (B, n) where blocks have their own.
+        weights: (n,) float64 on the device of the codes; with owners, a row for each.
+        owners: (B,) int64, the row of each block; None where all have the same weights.
 
     Returns:
         (B, 256): float32, summed in it; of exact values their dtype, summed in float64.
@@ -271,7 +282,7 @@ def combine(codes: Tensor, scales: Tensor | None, bits: int | None, weights: Ten
     buffer, weights = _buffer(codes, dtype), weights.detach()
     for span in _chunks(codes, dtype, _SPAN):
         part = codes[span]
-        each = (weights if weights.dim() == 1 else weights[span]).expand(part.shape[:2])
+        each = (weights if owners is None else weights[owners[span].to(weights.device)]).expand(part.shape[:2])
         each = each if scales is None else each * scales[span]
         coefficients = each.to(dtype)[:, None]
         kept = out[span][:, None]

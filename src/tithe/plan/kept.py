@@ -46,9 +46,9 @@ class Kept:
 
     def products(self) -> Tensor:
         """d_i · g of each weight, (weights, n) float64 on the CPU, of what was kept; from now on nothing is."""
-        by_block = self.basis.products(self.first, self.waiting.view(-1, BLOCK)).cpu()
+        out = self._products(self.first, self.waiting.view(-1, BLOCK))
         self.forget()
-        return self._by_weight(by_block, self.first)
+        return out
 
     def entries(self, weights: Tensor) -> Tensor:
         """w̄ + Σ weights_i d_i of all of them, in whole blocks.
@@ -56,17 +56,20 @@ class Kept:
         Args:
             weights: (weights, n) float64, or (n,) for all alike.
         """
-        each = weights if weights.dim() == 1 else weights[self._owners(self.first, self.stop)]
-        return self.basis.compose(self.first, self.stop, each).view(-1)
+        return self._compose(self.first, self.stop, weights)
+
+    def _products(self, first: int, gradient: Tensor) -> Tensor:
+        owners = self._owners(first, first + gradient.shape[0])
+        return self.basis.products(first, gradient, owners, len(self.strips)).cpu()
+
+    def _compose(self, first: int, stop: int, weights: Tensor) -> Tensor:
+        owners = None if weights.dim() == 1 else self._owners(first, stop)
+        return self.basis.compose(first, stop, weights, owners).view(-1)
 
     def _owners(self, first: int, stop: int) -> Tensor:
         """Of each block the weight that it belongs to."""
         starts = torch.tensor([strip.first for strip in self.strips])
         return torch.searchsorted(starts, torch.arange(first, stop), right=True) - 1
-
-    def _by_weight(self, by_block: Tensor, first: int) -> Tensor:
-        out = by_block.new_zeros(len(self.strips), by_block.shape[1])
-        return out.index_add_(0, self._owners(first, first + by_block.shape[0]), by_block)
 
 
 class SharedOut(Kept):
@@ -85,15 +88,12 @@ class SharedOut(Kept):
         part = distributed.scatter_mean(self.waiting).view(-1, BLOCK)
         self.forget()
         first, stop = self.basis.blocks
-        by_weight = self._by_weight(self.basis.products(first, part[: stop - first]).cpu(), first)
-        return distributed.sum_(by_weight.to(self.waiting.device)).cpu()
+        return distributed.sum_(self._products(first, part[: stop - first]).to(self.waiting.device)).cpu()
 
     def entries(self, weights: Tensor) -> Tensor:
         """The same on every rank."""
         first, stop = self.basis.blocks
-        each = weights if weights.dim() == 1 else weights[self._owners(first, stop)]
-        part = self.basis.compose(first, stop, each)
-        return distributed.gather(part.view(-1).to(self.waiting.device))
+        return distributed.gather(self._compose(first, stop, weights).to(self.waiting.device))
 
 
 class _Aside(Columns):

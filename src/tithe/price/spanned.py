@@ -59,12 +59,12 @@ class OutlinedBasis(Basis):
         del work
         return steps.new_zeros(self.num_vectors)
 
-    def products(self, first: int, gradient: Tensor) -> Tensor:
-        """Numbers of no meaning, (blocks, n) float64."""
+    def products(self, first: int, gradient: Tensor, owners: Tensor, count: int) -> Tensor:
+        """Numbers of no meaning, (count, n) float64."""
         with uncounted():
-            return super().products(first, gradient)
+            return super().products(first, gradient, owners, count)
 
-    def compose(self, first: int, stop: int, weights: Tensor) -> Tensor:
+    def compose(self, first: int, stop: int, weights: Tensor, owners: Tensor | None = None) -> Tensor:
         """Zeros, (blocks, 256)."""
         return weights.new_zeros(stop - first, BLOCK, dtype=self.dtype)
 
