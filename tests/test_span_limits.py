@@ -60,11 +60,12 @@ class _Runs(nn.Module):
         return self.case.loss(self.model, batch)
 
 
-def test_one_checkpoint_is_a_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coded", [None, 8, 4, 1])
+def test_one_checkpoint_is_a_point(coded: int | None, tmp_path: Path) -> None:
     case = CASES["bert"]
     model = case.model()
     before = bits(model)
-    plan = tithe.attach(model, tithe.TWA(recorded(tmp_path / "run", [copy.deepcopy(model)])))
+    plan = tithe.attach(model, tithe.TWA(recorded(tmp_path / "run", [copy.deepcopy(model)]), bits=coded))
     optimizer = adamw(plan.parameters())
     plan.bind(optimizer)
     for batch in case.batches(3):
