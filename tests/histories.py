@@ -33,6 +33,14 @@ def checkpoints(model: nn.Module, count: int) -> list[nn.Module]:
     return [perturbed(model, seed) for seed in range(1, count + 1)]
 
 
+def walk(model: nn.Module, count: int, scale: float = 0.01) -> list[nn.Module]:
+    """A run: each checkpoint is a small step from the one before."""
+    models = [model]
+    for seed in range(count - 1):
+        models.append(perturbed(models[-1], seed, scale))
+    return models
+
+
 def recorded(folder: Path, models: list[nn.Module], bits: int | None = None) -> History:
     """A history of some models."""
     history = History(folder, bits)

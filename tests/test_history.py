@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tithe
 from deltas import Tied
-from histories import checkpoints, perturbed, recorded
+from histories import checkpoints, recorded, walk
 from models import CASES
 from narrow_plans import attach as attach_narrow
 from oracles import adamw
@@ -37,14 +37,6 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     form = {name: (t.dtype, tuple(t.shape)) for name, t in one.items()}
     assert form == {name: (t.dtype, tuple(t.shape)) for name, t in two.items()}
     return all(torch.equal(one[name], two[name]) for name in one)
-
-
-def _walk(model: nn.Module, count: int, scale: float = 0.01) -> list[nn.Module]:
-    """A run: each checkpoint is a small step from the one before."""
-    models = [model]
-    for seed in range(count - 1):
-        models.append(perturbed(models[-1], seed, scale))
-    return models
 
 
 def _size(folder: Path) -> int:
@@ -98,7 +90,7 @@ def test_whole_checkpoints_are_ordinary_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @each_bits
 def test_a_history_goes_on_where_it_was(bits: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
-    models = _walk(CASES["mlp"].model(dtype=dtype), 6)
+    models = walk(CASES["mlp"].model(dtype=dtype), 6)
     never = recorded(tmp_path / "never", models, bits)
     for step, model in enumerate(models):
         assert History(tmp_path / "often", bits if step < 2 else None).record(model, step)
@@ -127,7 +119,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def test_the_error_of_a_row_is_that_of_its_own_code(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(37, 41, dtype=dtype), nn.Linear(41, 3, dtype=dtype))
-    models = _walk(model, 51)
+    models = walk(model, 51)
     history = recorded(tmp_path / "run", models, bits)
     for name, weight in model.named_parameters():
         rows = history.columns(name, 0, weight.numel()).double()
@@ -152,7 +144,7 @@ def test_the_error_of_a_row_is_that_of_its_own_code(bits: int, dtype: torch.dtyp
 @pytest.mark.parametrize("bits", [8, 4])
 def test_columns_are_within_half_a_scale(bits: int, tmp_path: Path) -> None:
     """|w − w̃| ≤ s / 2 with the scale s that is stored for the 256 weights around."""
-    models = _walk(nn.Linear(64, 50, bias=False), 51)
+    models = walk(nn.Linear(64, 50, bias=False), 51)
     history = recorded(tmp_path / "run", models, bits)
     block = history.columns("weight", 0, 3200)
     for index in range(1, 51):
@@ -166,7 +158,7 @@ def test_columns_are_within_half_a_scale(bits: int, tmp_path: Path) -> None:
 def test_checkpoints_take_what_their_bits_say(bits: int | None, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
     weights, rows = 2 * 512 * 512, 9
-    recorded(tmp_path / "run", _walk(model, rows + 1), bits)
+    recorded(tmp_path / "run", walk(model, rows + 1), bits)
     each = 4 * weights if bits is None else weights * bits // 8 + 2 * weights // 256
     header = 600
     assert 0 <= _size(tmp_path / "run") - 4 * weights - rows * each <= (rows + 1) * header
@@ -190,7 +182,7 @@ def test_what_does_not_change_takes_no_room(bits: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_what_is_shorter_than_its_codes_is_exact(bits: int, tmp_path: Path) -> None:
-    models = _walk(nn.BatchNorm1d(8), 5)
+    models = walk(nn.BatchNorm1d(8), 5)
     history = recorded(tmp_path / "run", models, bits)
     assert [_same(state, _state(model)) for state, model in zip(history, models, strict=True)] == [True] * 5
 
@@ -228,7 +220,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @each_bits
 def test_empty_tensors_single_numbers_and_counters(bits: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
-    models = _walk(Odd(dtype), 3)
+    models = walk(Odd(dtype), 3)
     recorded(tmp_path / "run", models[:2], bits)
     history = History(tmp_path / "run")
     assert history.record(models[2], 2)
@@ -251,7 +243,7 @@ def test_empty_tensors_single_numbers_and_counters(bits: int | None, dtype: torc
 @each_bits
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
 def test_such_tensors_move_in_the_span(granularity: str, bits: int | None, tmp_path: Path) -> None:
-    models = _walk(Odd(), 3)
+    models = walk(Odd(), 3)
     model = Odd()
     plan = tithe.attach(model, TWA(recorded(tmp_path / "run", models, bits), granularity=granularity))
     optimizer = adamw(plan.parameters())
@@ -276,7 +268,7 @@ def test_any_range_of_columns_is_that_of_the_tensors(
     model = nn.Module()
     for place, shape in enumerate(shapes):
         model.register_parameter(f"w{place}", nn.Parameter(torch.randn(shape)))
-    history = recorded(tmp_path_factory.mktemp("any") / "run", _walk(model, count), bits)
+    history = recorded(tmp_path_factory.mktemp("any") / "run", walk(model, count), bits)
     for name, weight in model.named_parameters():
         rows = torch.stack([state[name].view(-1) for state in history])
         ends = torch.randint(weight.numel() + 1, (2,)).sort().values.tolist()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from histories import checkpoints, perturbed, recorded
+from histories import checkpoints, recorded, walk
 from tithe import History
 from tithe.history import Basis, strips
 from tithe.history.basis import centred_paths, edges
@@ -19,13 +19,9 @@ from tithe.history.packing import CARRIED
 N = 12
 
 
-def _walk(count: int = N) -> list[nn.Module]:
-    """Checkpoints of a run: each is a small step from the one before."""
+def _run(count: int = N) -> list[nn.Module]:
     torch.manual_seed(0)
-    models: list[nn.Module] = [nn.Linear(128, 96, bias=False)]
-    for seed in range(count - 1):
-        models.append(perturbed(models[-1], seed, 0.01))
-    return models
+    return walk(nn.Linear(128, 96, bias=False), count)
 
 
 def _basis(history: History, bits: int | None, start: int | None = None) -> Basis:
@@ -66,17 +62,17 @@ def test_steps_along_a_tree_make_every_difference(n: int, root: int, chained: bo
 @pytest.mark.parametrize("start", [None, 0, 5, N - 1])
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_recorded_codes_are_not_rounded_again(bits: int, start: int | None, tmp_path: Path) -> None:
-    history = recorded(tmp_path / "run", _walk(), bits)
+    history = recorded(tmp_path / "run", _run(), bits)
     rows = history.columns("weight", 0, 128 * 96).double()
     error = (_differences(_basis(history, bits, start)) - (rows - rows.mean(0))).norm()
-    once = (_differences(_basis(recorded(tmp_path / "whole", _walk()), bits, start)) - _points(_walk())).norm()
+    once = (_differences(_basis(recorded(tmp_path / "whole", _run()), bits, start)) - _points(_run())).norm()
     # Signs and their scale come back as they are. Scales of 8 and 4 bits may be rounded up once more.
     assert error <= {8: 1.0, 4: 0.5, 1: 1e-5}[bits] * once
 
 
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_rounding_does_not_add_up(bits: int, tmp_path: Path) -> None:
-    models = _walk(60)
+    models = _run(60)
     points = _points(models)
     basis = _basis(recorded(tmp_path / "run", models), bits, 0)
     errors = (_differences(basis) - points).norm(dim=1)
@@ -98,7 +94,7 @@ def test_what_is_independent_is_coded_from_the_start(tmp_path: Path) -> None:
 
 
 def test_averages_of_neighbours_are_nearer_with_carried_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = _walk(30)
+    models = _run(30)
     history, points = recorded(tmp_path / "run", models), _points(models)
 
     def missed() -> float:
