@@ -5,8 +5,8 @@
 Coded are the n − 1 steps s_e of a tree over the checkpoints: its root is the start, which is exact, and each other
 checkpoint is a step from one that is decoded already. In a run that is its neighbour; checkpoints that are as far from
 their neighbours as from the root are steps from the root. Every step makes good what the code before it has rounded,
-so that nothing adds up: w̃_child = w̃_parent + q, where q codes w_child − w̃_parent. Of a history that was recorded with
-as many bits, these are the recorded steps again.
+so that nothing adds up: w̃_child = w̃_parent + q, where q codes w_child − w̃_parent. Of a history that was recorded
+with one bit these are the recorded steps again; with as many of 8 or 4, but for scales that may be rounded up again.
 
 Nothing of the length of a weight vector is ever made orthogonal: the n × n matrix G says all that there is to know
 about lengths and angles, duplicates and near-duplicates included.
@@ -267,7 +267,7 @@ class Basis:
         largest = max(self.columns, key=lambda strip: strip.numel)
         sample = history.columns(largest.name, 0, min(largest.numel, max(COLUMNS // n, 1))).double()
         near, far = sample.diff(dim=0).square().sum(), (sample - sample[root]).square().sum()
-        return edges(n, root, chained=bool(2 * near < far))  # in a run a tenth of it, of what is independent all
+        return edges(n, root, chained=bool(2 * near < far))  # about equal where nothing has neighbours
 
     def _fill(self, history: History, index: int, strip: Strip, weights: Tensor) -> None:
         """Code the steps of one tensor, as far as they are held here, and add up products of differences."""

@@ -4,7 +4,8 @@
 
 A row is a checkpoint of its own (`PlainRows`), a delta on a base (`DeltaRows`), or the coded step from the
 row before it (`CodedRows`): then w̃_i = w̃_{i−1} + q_i, where q_i codes w_i − w̃_{i−1}, so that the error of a row is
-that of its own code alone and never adds up. Sums are taken in float32, or float64 for tensors of float64, here and
+that of its own code alone and never adds up; with one bit a code also takes up three quarters of the error before it,
+which fade from row to row. Sums are taken in float32, or float64 for tensors of float64, here and
 where they are recorded: both have the same w̃_i, bit for bit.
 """
 
