@@ -64,16 +64,16 @@ def train(seed: int, epochs: Iterator[list[Batch]]) -> Iterator[tuple[int, Small
         if step in STEPS:
             yield step, copy.deepcopy(net), s.detach().clone()
         x, y = next(batches)
-        mask_0, mask_1 = (tithe.select.policy.draw(s, GROUP, generator) for _ in range(2))
+        mask_0, mask_1 = (tithe.select.bernoulli_masks.draw(s, GROUP, generator) for _ in range(2))
         loss_0 = F.cross_entropy(net(x, mask_0), y)
         with torch.no_grad():
             loss_1 = F.cross_entropy(net(x, mask_1), y)
-        s.grad = tithe.select.policy.policy_gradient(s, mask_0, mask_1, loss_0, loss_1)
+        s.grad = tithe.select.bernoulli_masks.policy_gradient(s, mask_0, mask_1, loss_0, loss_1)
         weights.zero_grad()
         loss_0.backward()
         weights.step()
         structure.step()
-        s.data = tithe.select.policy.project(s, KEEP * NUM_UNITS)
+        s.data = tithe.select.bernoulli_masks.project(s, KEEP * NUM_UNITS)
 
 
 @torch.no_grad()
@@ -122,10 +122,10 @@ def sampled(s: Tensor, losses: Tensor, alpha: float, *, floor: bool) -> tuple[Te
     place = 2 ** torch.arange(NUM_UNITS - 1, -1, -1)
     total, square = torch.zeros(2, NUM_UNITS, dtype=torch.float64)
     for _ in range(NUM_PAIRS // CHUNK):
-        drawn = tithe.select.policy.draw(units.repeat(2 * CHUNK), groups, generator).view(2, CHUNK, -1)
+        drawn = tithe.select.bernoulli_masks.draw(units.repeat(2 * CHUNK), groups, generator).view(2, CHUNK, -1)
         masks = drawn[..., :NUM_UNITS]
         loss = losses[(masks * place).sum(-1)][..., None]
-        found = tithe.select.policy.policy_gradient(s, masks[0], masks[1], loss[0], loss[1], alpha)
+        found = tithe.select.bernoulli_masks.policy_gradient(s, masks[0], masks[1], loss[0], loss[1], alpha)
         total, square = total + found.sum(0), square + found.square().sum(0)
     mean = total / NUM_PAIRS
     return mean, ((square / NUM_PAIRS - mean**2) / NUM_PAIRS).sqrt()

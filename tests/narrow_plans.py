@@ -15,7 +15,7 @@ from models import CASES, Batch, Case
 from narrow_networks import NETWORKS
 from slicing import zeroed
 from tithe import VRPGE, AbsentPlan
-from tithe.select import policy
+from tithe.select import bernoulli_masks
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -142,7 +142,7 @@ class Masked:
     def step(self, parts: Sequence[Batch], *, clip: float | None = None, pace: float = 1.0) -> None:
         """One step on the mean of the micro-batches' losses."""
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + self.num_steps)
-        first, second = (policy.draw(self.s, self.group, generator) for _ in range(2))
+        first, second = (bernoulli_masks.draw(self.s, self.group, generator) for _ in range(2))
         live = self.live(first)
         masked, other = zeroed(self.model, self.coupling, first), zeroed(self.model, self.coupling, second)
         difference = 0.0
@@ -194,4 +194,4 @@ class Masked:
             mean, square = (m / (1 - b**self.num_learned) for m, b in zip(self.moments, (0.9, 0.999), strict=True))
             moved = self.s - self.method.structure_lr * pace * mean / (square.sqrt() + 1e-8)
         limit = self.method.share(self.num_steps) * self.n
-        self.s = policy.project(torch.where(self.s > 0, moved, 0.0), limit)
+        self.s = bernoulli_masks.project(torch.where(self.s > 0, moved, 0.0), limit)

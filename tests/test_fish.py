@@ -16,7 +16,7 @@ from models import CASES, LARGE, Batch, Case
 from oracles import bits, empirical_fisher, equal_bits, largest, mean_gradient, true_fisher
 from tithe import FISH, TitheError
 from tithe.choosing import Choosing
-from tithe.select.picks import share, top_in_each, top_k
+from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
 from tithe.testing import ContractError, check_method
 

@@ -191,8 +191,8 @@ def test_importing_tithe_loads_no_extra() -> None:
     [
         ("selection.py", "import tithe.rules", ":1: imports tithe.rules: selection may import errors"),
         ("errors.py", "import tithe", ":1: imports tithe: errors may import nothing of ours"),
-        ("select/scores.py", "from ..rules.linear import Way", ":1: imports tithe.rules.linear.Way: select may"),
-        ("select/scores.py", "from tithe import rules", ":1: imports tithe.rules: select may import"),
+        ("select/importance.py", "from ..rules.linear import Way", ":1: imports tithe.rules.linear.Way: select may"),
+        ("select/importance.py", "from tithe import rules", ":1: imports tithe.rules: select may import"),
         ("plan.py", "from .methods.base import Recipe", ":1: imports tithe.methods.base.Recipe: plan may import"),
         ("plan.py", "def f():\n    from .cli import app", ":2: imports tithe.cli.app: plan may import"),
         ("train/loop.py", "from tithe.plan import Plan", ":1: imports tithe.plan.Plan: train may import"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tithe
-from tithe.select.policy import draw, likely, policy_gradient, project, ratio
+from tithe.select.bernoulli_masks import draw, likely, policy_gradient, project, ratio
 
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -23,8 +23,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_the_names_are_where_they_are_called() -> None:
-    assert tithe.select.policy.policy_gradient is policy_gradient
-    assert tithe.select.policy.project is project
+    assert tithe.select.bernoulli_masks.policy_gradient is policy_gradient
+    assert tithe.select.bernoulli_masks.project is project
 
 
 # The limits.

@@ -315,7 +315,7 @@ def test_channels_come_from_the_layers_that_hold_the_coverage(coverage: float) -
     priced = prices(model, DEPTHWISE, batches[0])
     priced.pop("classifier.weight")
     ranked = rgn(model, DEPTHWISE, batches, priced)
-    allowed = tithe.select.layers.cover(ranked, coverage)
+    allowed = tithe.select.channel_costs.cover(ranked, coverage)
     method = TraDy(Budget(elements=HUGE), coverage=coverage)
     plan = _attach(DEPTHWISE, model, method, data=batches)
     assert set(plan.selections) == set(allowed)

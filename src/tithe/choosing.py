@@ -14,8 +14,8 @@ from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
 from tithe.scoring import Loss, Passes, channel_norms, price_channels
-from tithe.select import scores as formulas
-from tithe.select.layers import Layer
+from tithe.select import importance
+from tithe.select.channel_costs import Layer
 from tithe.selection import Selection
 
 
@@ -133,10 +133,10 @@ class Choosing:
             TitheError: when the score needs data or a loss and there is none.
         """
         if kind == "magnitude":
-            return ((b.name, formulas.magnitude(b.weight)) for b in self._bindings)
+            return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
         if kind == "random":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            return ((b.name, formulas.random(b.weight, generator)) for b in self._bindings)
+            return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
         remedy = 'pass attach(..., loss=loss_fn, data=batches), or use score="magnitude" or "random"'
         loss, batches = self._given(f"for the score {kind!r}", remedy)
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)

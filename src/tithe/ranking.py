@@ -17,7 +17,7 @@ from tithe.choosing import first_batches
 from tithe.errors import TitheError
 from tithe.mount import Mount
 from tithe.scoring import channel_norms, price_channels
-from tithe.select.layers import Layer, cover
+from tithe.select.channel_costs import Layer, cover
 
 _FORMAT = 1
 

@@ -16,7 +16,7 @@ from tithe.budget import Budget
 from tithe.choosing import Choosing
 from tithe.errors import TitheError
 from tithe.schedule import Schedule
-from tithe.select.picks import share, top_in_each, top_k
+from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
 
 Score = Literal["fisher", "gradient", "magnitude", "random"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from tithe.choosing import Choosing
 from tithe.errors import TitheError
 from tithe.schedule import Schedule
-from tithe.select.picks import largest
-from tithe.select.scores import channel_magnitude
+from tithe.select.importance import channel_magnitude
+from tithe.select.topk import largest
 from tithe.selection import Channels, Coordinates, Selection
 
 

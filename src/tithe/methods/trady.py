@@ -22,8 +22,8 @@ from tithe.choosing import Choosing
 from tithe.errors import TitheError
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
-from tithe.select.layers import Costs, cover
-from tithe.select.picks import under_budget
+from tithe.select.channel_costs import Costs, cover
+from tithe.select.topk import under_budget
 from tithe.selection import Channels, Selection
 
 Layers = Literal["topk", "all"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tithe.errors import TitheError
 from tithe.narrow.probabilities import Cost, Structure
-from tithe.select import policy
+from tithe.select import bernoulli_masks
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class VRPGE(Structure):
 
     def share(self, step: int) -> float:
         """The share that is kept after `step` finished steps."""
-        return policy.ratio(step, self.keep, self.gradual)
+        return bernoulli_masks.ratio(step, self.keep, self.gradual)
 
     def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
-        """The variance-reduced estimate, `tithe.select.policy.policy_gradient`."""
-        return policy.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha)
+        """The variance-reduced estimate, `tithe.select.bernoulli_masks.policy_gradient`."""
+        return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha)

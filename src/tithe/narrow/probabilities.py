@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tithe.coupling import Coupling, Term
 from tithe.errors import TitheError
-from tithe.select import policy
+from tithe.select import bernoulli_masks
 
 Cost = Literal["channels", "flops", "params"]
 
@@ -93,7 +93,7 @@ class Probabilities:
         """Two independent sub-networks, bool (n,): a function of the probabilities, the seed and the step alone."""
         generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
         s, group = self.s.detach(), self.group
-        return policy.draw(s, group, generator), policy.draw(s, group, generator)
+        return bernoulli_masks.draw(s, group, generator), bernoulli_masks.draw(s, group, generator)
 
     def likely(self, step: int) -> Tensor:
         """The sub-network of the largest probabilities that costs no more than is kept, bool (n,)."""
@@ -109,7 +109,9 @@ class Probabilities:
     def _first(self, count: float) -> Tensor:
         """The `count` units of the largest probabilities, bool (n,): one of each group, none that is dead beside it."""
         s, ones = self.s.detach(), torch.ones_like(self.s)
-        return policy.likely(s, self.group, ones, count) & ((s > 0) | policy.likely(s, self.group, ones, 0))
+        return bernoulli_masks.likely(s, self.group, ones, count) & (
+            (s > 0) | bernoulli_masks.likely(s, self.group, ones, 0)
+        )
 
     def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:
         """The likeliest sub-network and some drawn ones, each once; other draws than those of any step."""
@@ -144,7 +146,7 @@ class Probabilities:
         for _ in range(_ROUNDS):
             # The price of a unit depends on how wide its neighbours are, and they change as well.
             price, left = self._prices(s, limit)
-            s.copy_(policy.project(z, left, price, weighted=True))
+            s.copy_(bernoulli_masks.project(z, left, price, weighted=True))
             if self._cost(s) <= limit * _SLACK:
                 break
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tithe
 from tithe.choosing import Choosing
-from tithe.select.picks import share
+from tithe.select.topk import share
 
 
 @final

@@ -16,7 +16,7 @@ from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
 from tithe.rules.meter import ChannelProbe, Meter
 from tithe.scoring.passes import check_loss
-from tithe.select.layers import Layer
+from tithe.select.channel_costs import Layer
 
 Loss = Callable[[Any, Any], Tensor]
 _P = TypeVar("_P", Meter, ChannelProbe)

@@ -1,5 +1,10 @@
-"""Selectors: a score, then a pick. Small pure functions."""
+"""Selectors: a formula of importance, then a pick. Small pure functions of tensors.
 
-from tithe.select import picks, policy, scores
+importance     magnitude, random: scores that need no data      topk  exact top-k, shares, a shuffle under a budget
+channel_costs  the price list of input channels                 bernoulli_masks  draws, policy gradient, projection
+"""
 
-__all__ = ["picks", "policy", "scores"]
+from tithe.select import bernoulli_masks, channel_costs, importance, topk
+from tithe.select.bernoulli_masks import policy_gradient, project
+
+__all__ = ["bernoulli_masks", "channel_costs", "importance", "policy_gradient", "project", "topk"]
