@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tithe.rules.codes import (
+from tithe.rules.lean.bitpack import (
     chunks,
     decode,
     encode,

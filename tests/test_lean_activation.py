@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tithe
 from tithe.rules import Catch, Leanness
-from tithe.rules.slopes import SLOPES
+from tithe.rules.lean.derivative_codes import SLOPES
 
 Run = Callable[[Tensor], Tensor]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import tithe
 from models import CASES, LARGE, Batch, Case
 from oracles import Given
-from tithe.rules.conv import cuts
-from tithe.rules.matrix import Touch, ways
+from tithe.rules.sparse.conv import cuts
+from tithe.rules.sparse.sparse_gradient import Touch, ways
 from tithe.testing import patterns
 
 EVERY = [pytest.param(case, id=name, marks=[pytest.mark.slow] if case in LARGE else []) for name, case in CASES.items()]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tithe
-from tithe.rules import linear
-from tithe.rules.matrix import Touch, ways
+from tithe.rules.sparse import linear
+from tithe.rules.sparse.sparse_gradient import Touch, ways
 from tithe.selection import Coordinates
 from tithe.testing import ContractError, check_rule, patterns
 
@@ -314,7 +314,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(name: str) -> None:
 
 def test_the_contract_refuses_a_rule_that_is_wrong() -> None:
     from tithe.rules import register
-    from tithe.rules.carrier import _RULES, graft
+    from tithe.rules.dispatch import _RULES, graft
 
     before = _RULES.get(F.bilinear)
 

@@ -5,11 +5,11 @@ from tithe.budget import Budget
 from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.history import History, average
-from tithe.lean import Lean, lean
 from tithe.ledger import Ledger, measure
 from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
 from tithe.plan import AbsentPlan, FrozenPlan, Plan, SpannedPlan, attach
 from tithe.ranking import Ranking
+from tithe.rules.lean.model import Lean, lean
 from tithe.schedule import Schedule, each_step, every, once
 from tithe.selection import Channels, Coordinates, Grid, Selection, Span
 

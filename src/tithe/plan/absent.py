@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tithe import checkpoint, distributed, ledger, names
 from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
-from tithe.lean import Lean
 from tithe.narrow import (
     Outside,
     Parts,
@@ -38,6 +37,7 @@ from tithe.narrow import (
 )
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan
+from tithe.rules.lean.model import Lean
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Grid, Selection
 from tithe.statistics import estimate_statistics

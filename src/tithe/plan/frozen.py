@@ -15,9 +15,9 @@ from tithe.choices import Choices
 from tithe.choosing import Choosing, Memory, Method, first_batches
 from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
-from tithe.lean import Lean, lean
 from tithe.mount import Mount
 from tithe.plan.base import Plan
+from tithe.rules.lean.model import Lean, lean
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Channels, Selection
 from tithe.state import Buffers, PlanState

@@ -1,26 +1,22 @@
-"""Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest."""
+"""Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest.
 
-from tithe.rules import (
-    activation,
-    attention,
-    conv,
-    dropout,
-    embedding,
-    frozen,
-    gated,
-    lean_linear,
-    lean_norm,
-    linear,
-    norm,
-    pooling,
-)
-from tithe.rules.binding import Binding, theta_key
-from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
-from tithe.rules.catch import Catch, Leanness, catch
+base      the frame: `Rule`, `Cost`, one `autograd.Function`    sparse/  operations with a weight × kinds of selections
+dispatch  how a rule reaches an operation; graft                lean/    what the other operations keep
+theta     a weight, its selection, its θ
+"""
+
+from tithe.rules.base import Cost, Rule
+from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
+from tithe.rules.lean import activation, attention, dropout, glu, pooling
+from tithe.rules.lean import conv as lean_conv
+from tithe.rules.lean import linear as lean_linear
+from tithe.rules.lean import norm as lean_norm
+from tithe.rules.lean.dispatch import Catch, Leanness, catch
 from tithe.rules.pool import Pool
-from tithe.rules.probe import Probe, SquareProbe, SumProbe
-from tithe.rules.ruled import Cost, Rule
 from tithe.rules.shared import Shared
+from tithe.rules.sparse import conv, embedding, linear, norm
+from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
+from tithe.rules.theta import Binding, theta_key
 
 __all__ = [
     "Binding",
@@ -44,9 +40,9 @@ __all__ = [
     "dropout",
     "embedding",
     "fits",
-    "frozen",
-    "gated",
+    "glu",
     "graft",
+    "lean_conv",
     "lean_linear",
     "lean_norm",
     "linear",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
-from tithe.rules.binding import Binding
+from tithe.rules.theta import Binding
 from tithe.selection import Selection
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from tithe.rules.binding import Binding
+from tithe.rules.theta import Binding
 
 
 class Shared:

@@ -14,7 +14,7 @@ from tithe import distributed, ledger
 from tithe.batch import num_samples
 from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
-from tithe.rules.meter import ChannelProbe, Meter
+from tithe.rules.sparse.channel_probes import ChannelProbe, Meter
 from tithe.scoring.passes import check_loss
 from tithe.select.channel_costs import Layer
 

@@ -18,7 +18,7 @@ from tithe.batch import leaves, map_batch, num_samples, slice_batch
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
-from tithe.rules.probe import Listener, SampleProbe
+from tithe.rules.sparse.probes import Listener, SampleProbe
 from tithe.scoring.likelihood import Likelihood
 
 Loss = Callable[[Any, Any], Tensor]

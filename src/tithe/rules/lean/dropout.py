@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.catch import Leanness, asks, catch
-from tithe.rules.codes import chunks, flat, layout, num_bits, pack, same_layout, unpack
+from tithe.rules.lean.bitpack import chunks, flat, layout, num_bits, pack, same_layout, unpack
+from tithe.rules.lean.dispatch import Leanness, asks, catch
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 

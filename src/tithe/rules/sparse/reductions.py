@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tithe.rules.binding import Binding
+from tithe.rules.theta import Binding
 
 
 def selected_sum(binding: Binding, terms: Tensor, factor: Tensor | None = None) -> Tensor | None:

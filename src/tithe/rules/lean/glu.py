@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.activation import Sloped
-from tithe.rules.catch import Leanness, asks, catch
-from tithe.rules.codes import BLOCK, decode, encode
+from tithe.rules.lean.activation import Sloped
+from tithe.rules.lean.bitpack import BLOCK, decode, encode
+from tithe.rules.lean.dispatch import Leanness, asks, catch
 
 
 class Product(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.catch import Leanness, asks, catch
+from tithe.rules.lean.dispatch import Leanness, asks, catch
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 

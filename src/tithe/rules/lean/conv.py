@@ -11,10 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, raw
-from tithe.rules.catch import Leanness, catch, ordinary
-from tithe.rules.conv import ConvRule
-from tithe.rules.geometry import Geometry, per_axis
+from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, raw
+from tithe.rules.lean.dispatch import Leanness, catch, ordinary
+from tithe.rules.sparse.conv import ConvRule
+from tithe.rules.sparse.conv_kernels import Geometry, per_axis
 
 
 def _frozen(weight: Tensor) -> bool:

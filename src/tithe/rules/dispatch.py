@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from tithe.rules.binding import Binding
-from tithe.rules.probe import Probe, SquareProbe
-from tithe.rules.ruled import Rule, Ruled
+from tithe.rules.base import Rule, Ruled
+from tithe.rules.sparse.probes import Probe, SquareProbe
+from tithe.rules.theta import Binding
 from tithe.selection import Selection
 
 Handler = Callable[..., Any]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tithe.rules.codes import chunks, flat, longest, num_bits, pack, same_layout, truncate, unpack
+from tithe.rules.lean.bitpack import chunks, flat, longest, num_bits, pack, same_layout, truncate, unpack
 
 # pyright: reportUntypedFunctionDecorator=false
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tithe.rules.channels import Usage
+from tithe.rules.sparse.channels import Usage
 
 _CACHE = 1 << 18
 """Entries of a product that stay in a core's cache between the multiplication and the squaring."""

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.carrier import asking, autocast
-from tithe.rules.catch import Leanness, catch
-from tithe.rules.codes import BLOCK, decode, encode
-from tithe.rules.gated import coded
-from tithe.rules.linear import LinearRule, linear_rule
+from tithe.rules.dispatch import asking, autocast
+from tithe.rules.lean.bitpack import BLOCK, decode, encode
+from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.lean.glu import coded
+from tithe.rules.sparse.linear import LinearRule, linear_rule
 
 
 class _Shared(LinearRule):

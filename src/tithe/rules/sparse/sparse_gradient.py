@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tithe.rules.ruled import Cost
+from tithe.rules.base import Cost
 
 _SAMPLED_SLOWNESS = 16.0
 """Time of one multiply-add in `sampled_addmm` against one in a dense product (2048 × 384 … 4096², one core)."""

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.binding import Binding
-from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
-from tithe.rules.channels import Columns, Usage
-from tithe.rules.matrix import Way, cheapest
-from tithe.rules.probe import Probe
-from tithe.rules.ruled import Rule
-from tithe.rules.vector import selected_sum
+from tithe.rules.base import Rule
+from tithe.rules.dispatch import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.sparse.channels import Columns, Usage
+from tithe.rules.sparse.probes import Probe
+from tithe.rules.sparse.reductions import selected_sum
+from tithe.rules.sparse.sparse_gradient import Way, cheapest
+from tithe.rules.theta import Binding
 from tithe.selection import Channels
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.binding import Binding
-from tithe.rules.carrier import apply_rule, asking, needs_no_rule, register
-from tithe.rules.probe import SquareProbe
-from tithe.rules.ruled import Rule
+from tithe.rules.base import Rule
+from tithe.rules.dispatch import apply_rule, asking, needs_no_rule, register
+from tithe.rules.sparse.probes import SquareProbe
+from tithe.rules.theta import Binding
 
 
 class EmbeddingRule(Rule):

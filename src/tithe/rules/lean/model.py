@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Catch, Leanness
-from tithe.rules.own_norm import OwnNorm, recognise
+from tithe.rules.lean.custom_norm import OwnNorm, recognise
 
 
 class _Entry(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tithe.rules.catch import Leanness
-from tithe.rules.lean_norm import Norm, lean_norm
+from tithe.rules.lean.dispatch import Leanness
+from tithe.rules.lean.norm import Norm, lean_norm
 
 
 class OwnNorm:

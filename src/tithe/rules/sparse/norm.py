@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.binding import Binding
-from tithe.rules.carrier import Carrier, apply_rule, asking, autocast, fits, needs_no_rule, register
-from tithe.rules.catch import Leanness, catch
-from tithe.rules.ruled import Rule
-from tithe.rules.vector import selected_sum
+from tithe.rules.base import Rule
+from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.sparse.reductions import selected_sum
+from tithe.rules.theta import Binding
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
-from tithe.rules.matrix import Touch
+from tithe.rules.sparse.sparse_gradient import Touch
 from tithe.selection import Channels, Coordinates, Selection
 
 if TYPE_CHECKING:
     from tithe.rules.pool import Pool
-    from tithe.rules.probe import Probe
     from tithe.rules.shared import Shared
+    from tithe.rules.sparse.probes import Probe
 
 _SUFFIX = "@theta"
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.catch import Leanness, asks, catch
-from tithe.rules.codes import layout
-from tithe.rules.slopes import GATES, SLOPES
+from tithe.rules.lean.bitpack import layout
+from tithe.rules.lean.derivative_codes import GATES, SLOPES
+from tithe.rules.lean.dispatch import Leanness, asks, catch
 
 # pyright: reportIncompatibleMethodOverride=false
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-from tithe.rules.carrier import autocast
-from tithe.rules.catch import Leanness, asks, catch, ordinary
-from tithe.rules.codes import BLOCK, decode, encode, num_bits, pack, unpack
+from tithe.rules.dispatch import autocast
+from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
+from tithe.rules.lean.dispatch import Leanness, asks, catch, ordinary
 
 _AT_ONCE = 1 << 18
 """Probabilities that are worked on at a time."""

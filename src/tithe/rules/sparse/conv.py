@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.binding import Binding
-from tithe.rules.carrier import apply_rule, asking, autocast, fits, needs_no_rule, register
-from tithe.rules.channels import ChannelCut, Usage, members
-from tithe.rules.codes import layout
-from tithe.rules.geometry import Geometry, input_grad
-from tithe.rules.matrix import Touch
-from tithe.rules.ruled import Cost, Rule
-from tithe.rules.vector import selected_sum
+from tithe.rules.base import Cost, Rule
+from tithe.rules.dispatch import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.lean.bitpack import layout
+from tithe.rules.sparse.channels import ChannelCut, Usage, members
+from tithe.rules.sparse.conv_kernels import Geometry, input_grad
+from tithe.rules.sparse.reductions import selected_sum
+from tithe.rules.sparse.sparse_gradient import Touch
+from tithe.rules.theta import Binding
 from tithe.selection import Channels
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tithe.rules.channels import Usage
-from tithe.rules.probe import SumProbe
+from tithe.rules.sparse.channels import Usage
+from tithe.rules.sparse.probes import SumProbe
 
 
 class Meter(SumProbe):

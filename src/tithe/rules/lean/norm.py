@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
-from tithe.rules.binding import Binding
-from tithe.rules.carrier import Carrier, asking, raw
-from tithe.rules.catch import Leanness, asks, catch, ordinary
-from tithe.rules.codes import BLOCK, decode, encode
-from tithe.rules.ruled import saved_tensors
+from tithe.rules.base import saved_tensors
+from tithe.rules.dispatch import Carrier, asking, raw
+from tithe.rules.lean.bitpack import BLOCK, decode, encode
+from tithe.rules.lean.dispatch import Leanness, asks, catch, ordinary
+from tithe.rules.theta import Binding
 
 _AT_ONCE = 1 << 18
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
