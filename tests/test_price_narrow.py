@@ -12,7 +12,7 @@ from torch import nn
 
 import tithe
 from models import CASES, Case
-from tithe.checkpoint import write_network
+from tithe.delta import write_network
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.price import Quote, Subject, Terms, price

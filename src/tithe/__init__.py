@@ -2,7 +2,7 @@
 
 from tithe import rules, select
 from tithe.budget import Budget
-from tithe.checkpoint import DeltaInfo, apply, diff, inspect, merge
+from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.history import History, average
 from tithe.ledger import Ledger, measure

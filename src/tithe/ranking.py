@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tithe import names
-from tithe.checkpoint.file import replacing
 from tithe.choosing import first_batches
+from tithe.delta.file import replacing
 from tithe.errors import TitheError
 from tithe.mount import Mount
 from tithe.scoring import channel_norms, price_channels

@@ -18,9 +18,9 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.file import TensorFile
-from tithe.checkpoint.format import Header, decode, read_record
-from tithe.checkpoint.source import PICKLES, find_shards
+from tithe.delta.file import TensorFile
+from tithe.delta.format import Header, decode, read_record
+from tithe.delta.source import PICKLES, find_shards
 from tithe.errors import TitheError
 from tithe.history.flat import FlatFile, Form, check_plain, read_range
 

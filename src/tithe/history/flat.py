@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.file import CODES, DTYPES
+from tithe.delta.file import CODES, DTYPES
 from tithe.errors import TitheError
 
 _LONGEST_HEADER: Final = 100_000_000

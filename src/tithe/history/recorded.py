@@ -28,7 +28,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from tithe.checkpoint.fingerprint import state_tensors, ties
+from tithe.delta.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
 from tithe.history.flat import FlatFile, FlatWriter, Form, check_plain
 from tithe.history.packing import BLOCK, CARRIED, decode, encode

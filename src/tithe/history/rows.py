@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.apply import Match, check_base
+from tithe.delta.apply import Match, check_base
 from tithe.errors import TitheError
 from tithe.history.entries import DeltaEntry, Entry
 from tithe.history.flat import FlatFile, Form

@@ -20,10 +20,10 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.file import replacing, save_tensors
-from tithe.checkpoint.fingerprint import checksum
-from tithe.checkpoint.format import Header, encode, index_dtype
-from tithe.checkpoint.source import PICKLES
+from tithe.delta.file import replacing, save_tensors
+from tithe.delta.fingerprint import checksum
+from tithe.delta.format import Header, encode, index_dtype
+from tithe.delta.source import PICKLES
 from tithe.errors import TitheError
 from tithe.history.entries import DeltaEntry, Entry, FileEntry, PickleEntry, load
 from tithe.history.flat import FlatFile, FlatWriter, Form

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import checkpoint, distributed, ledger, names
+from tithe import delta, distributed, ledger, names
 from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
 from tithe.narrow import (
@@ -340,7 +340,7 @@ class AbsentPlan(Plan):
         """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it."""
         network = self.export()
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
-        checkpoint.write_network(path, network, self.stage.numbers(network), metadata=told)
+        delta.write_network(path, network, self.stage.numbers(network), metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here on a freshly built model: its tensors, probabilities, what is left."""
@@ -355,7 +355,7 @@ class AbsentPlan(Plan):
             "settled": self._settled,
             "alive": self._alive.clone(),
             "probabilities": self.probabilities.state(),
-            "tensors": {name: t.detach().clone() for name, t in checkpoint.state_tensors(self.model).items()},
+            "tensors": {name: t.detach().clone() for name, t in delta.state_tensors(self.model).items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -365,7 +365,7 @@ class AbsentPlan(Plan):
             TitheError: when the state is of another model, or of a method that keeps or counts otherwise.
         """
         self._check_live()
-        check_state(state, self.method, self._alive, self.stage, checkpoint.state_tensors(self.model))
+        check_state(state, self.method, self._alive, self.stage, delta.state_tensors(self.model))
         self._parts.close()
         alive = state["alive"][self._alive]
         if not bool(alive.all()):

@@ -6,7 +6,7 @@ data ─> score ─> pick ─> Selection ─> Rule bound to the layer           
          ^        (pure, seeded)     forward keeps only what it must          commit: w <- S θ
          │                           backward: θ.grad = Sᵀ∇w                          │
          └── Schedule says "again": carry optimizer state, swap indices in place <────┘
-Ledger watches: predicted == measured (live storages).   checkpoint writes θ, indices, step, seed.
+Ledger watches: predicted == measured (live storages).   delta writes θ, indices, step, seed.
 """
 
 from __future__ import annotations

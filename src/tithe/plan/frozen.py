@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import checkpoint, distributed, ledger, names
+from tithe import delta, distributed, ledger, names
 from tithe.choices import Choices
 from tithe.choosing import Choosing, Memory, Method, first_batches
 from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
@@ -218,7 +218,7 @@ class FrozenPlan(Plan):
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
-        checkpoint.write_delta(path, self.model, selections, dense, metadata=told)
+        delta.write_delta(path, self.model, selections, dense, metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""

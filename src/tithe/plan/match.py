@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tithe import checkpoint
-from tithe.checkpoint.source import prefix_hint
+from tithe import delta
+from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
 from tithe.history import History
 from tithe.names import Split
@@ -45,7 +45,7 @@ def find_places(history: History, model: nn.Module, split: Split) -> Places:
     Raises:
         TitheError: when the history is empty, lacks a parameter that is to move, or has it in another shape.
     """
-    state = checkpoint.state_tensors(model)
+    state = delta.state_tensors(model)
     history = history.on(state)
     forms, inside = history.rows.forms, history.rows.places
     spelled: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import checkpoint, distributed, ledger, names
+from tithe import delta, distributed, ledger, names
 from tithe.elementwise import check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError, TitheWarning
 from tithe.history import Basis, History, Spanning, TensorColumns, orthonormal, strips
@@ -253,14 +253,14 @@ class SpannedPlan(Plan):
         """
         self._check_live()
         self._settle()
-        state = checkpoint.state_tensors(self.model)
+        state = delta.state_tensors(self.model)
         places = {n: Coordinates(s.shape, s.places) for n, s in self._spans_by_name.items() if s.places is not None}
         if self.history.partial:  # of a delta, what it changes
             state = {name: state[name] for name in (*self._spans_by_name, *self._rest, *self._head)}
         aliases = {name for name, origin in self._alias.items() if name != origin}
         dense = {name: tensor for name, tensor in state.items() if name not in aliases and name not in places}
         told = {"method": type(self.method).__name__, "steps": str(self.num_steps), **(metadata or {})}
-        checkpoint.write_delta(path, self.model, places, dense, metadata=told)
+        delta.write_delta(path, self.model, places, dense, metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here: θ, the head, buffers, counters; the history is attached again."""

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.file import CODES
-from tithe.checkpoint.format import Entry, Header, encode, index_dtype
+from tithe.delta.file import CODES
+from tithe.delta.format import Entry, Header, encode, index_dtype
 
 _DIGEST = "0" * 16
 

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 
 import tithe
-from tithe.checkpoint import write_network
+from tithe.delta import write_network
 from tithe.errors import TitheError
 from tithe.train.course import AverageCourse, Course, OwnCourse
 from tithe.train.data import Batch, Examples, Samples, even_chunks, to_device

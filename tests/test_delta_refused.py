@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from deltas import Tied, bits, net, pick, train
-from tithe.checkpoint import apply, write_delta
-from tithe.checkpoint.file import TensorFile
-from tithe.checkpoint.format import seal
+from tithe.delta import apply, write_delta
+from tithe.delta.file import TensorFile
+from tithe.delta.format import seal
 from tithe.errors import TitheError
 from tithe.selection import Coordinates
 

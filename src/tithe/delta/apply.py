@@ -10,11 +10,11 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tithe.checkpoint.file import TensorFile
-from tithe.checkpoint.fingerprint import digest, state_tensors, storage_key, ties, words
-from tithe.checkpoint.format import Entry, Header, Record, decode, read_record
-from tithe.checkpoint.network import check_widths, make_narrow
-from tithe.checkpoint.source import prefix_hint
+from tithe.delta.file import TensorFile
+from tithe.delta.fingerprint import digest, state_tensors, storage_key, ties, words
+from tithe.delta.format import Entry, Header, Record, decode, read_record
+from tithe.delta.network import check_widths, make_narrow
+from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
 
 Model = TypeVar("Model", bound=nn.Module)

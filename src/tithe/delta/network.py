@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tithe.checkpoint.file import replacing, save_tensors
-from tithe.checkpoint.fingerprint import checksum, state_tensors, ties, words
-from tithe.checkpoint.format import Entry, Header, encode
+from tithe.delta.file import replacing, save_tensors
+from tithe.delta.fingerprint import checksum, state_tensors, ties, words
+from tithe.delta.format import Entry, Header, encode
 from tithe.errors import TitheError
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltas import Tied, net, pick, train
-from tithe.checkpoint import apply, diff, merge, write_delta, write_network
+from tithe.delta import apply, diff, merge, write_delta, write_network
 from tithe.errors import TitheError
 
 

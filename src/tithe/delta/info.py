@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tithe.checkpoint.file import CODES, TensorFile
-from tithe.checkpoint.format import Entry, Kind, decode
+from tithe.delta.file import CODES, TensorFile
+from tithe.delta.format import Entry, Kind, decode
 
 _NAME = 36
 

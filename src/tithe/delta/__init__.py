@@ -6,12 +6,12 @@ network  a narrow network, whole, with its widths
 format  the versioned header                              fingerprint  the digest of what a delta leaves alone
 """
 
-from tithe.checkpoint.apply import apply
-from tithe.checkpoint.fingerprint import state_tensors
-from tithe.checkpoint.info import DeltaInfo, TensorInfo, inspect
-from tithe.checkpoint.merge import merge
-from tithe.checkpoint.network import write_network
-from tithe.checkpoint.write import diff, write_delta
+from tithe.delta.apply import apply
+from tithe.delta.fingerprint import state_tensors
+from tithe.delta.info import DeltaInfo, TensorInfo, inspect
+from tithe.delta.merge import merge
+from tithe.delta.network import write_network
+from tithe.delta.write import diff, write_delta
 
 __all__ = [
     "DeltaInfo",

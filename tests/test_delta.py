@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tithe
 from deltas import Tied, bits, net, pick, train
-from tithe.checkpoint import apply, diff, inspect, write_delta
+from tithe.delta import apply, diff, inspect, write_delta
 from tithe.errors import TitheError
 from tithe.selection import Coordinates
 

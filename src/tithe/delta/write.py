@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tithe.checkpoint.file import replacing, save_tensors
-from tithe.checkpoint.fingerprint import checksum, digest, state_tensors, ties, words
-from tithe.checkpoint.format import Entry, Header, encode, index_dtype
-from tithe.checkpoint.source import Source, open_source, prefix_hint
+from tithe.delta.file import replacing, save_tensors
+from tithe.delta.fingerprint import checksum, digest, state_tensors, ties, words
+from tithe.delta.format import Entry, Header, encode, index_dtype
+from tithe.delta.source import Source, open_source, prefix_hint
 from tithe.errors import TitheError
 from tithe.selection import Selection
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from tithe.checkpoint.file import TensorFile
-from tithe.checkpoint.fingerprint import state_tensors, ties
+from tithe.delta.file import TensorFile
+from tithe.delta.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

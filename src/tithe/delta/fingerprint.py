@@ -12,7 +12,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from tithe.checkpoint.file import CODES
+from tithe.delta.file import CODES
 from tithe.errors import TitheError
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,10 +12,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.apply import Match, check_base, check_form, write_record
-from tithe.checkpoint.file import DTYPES, TensorFile, replacing, save_tensors
-from tithe.checkpoint.format import Header, Record, decode, read_record
-from tithe.checkpoint.source import PICKLES, Shards, find_shards, prefix_hint
+from tithe.delta.apply import Match, check_base, check_form, write_record
+from tithe.delta.file import DTYPES, TensorFile, replacing, save_tensors
+from tithe.delta.format import Header, Record, decode, read_record
+from tithe.delta.source import PICKLES, Shards, find_shards, prefix_hint
 from tithe.errors import TitheError
 
 _STALE: Final = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")

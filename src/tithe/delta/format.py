@@ -31,8 +31,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from tithe.checkpoint.file import CODES, DTYPES, TensorFile
-from tithe.checkpoint.fingerprint import checksum
+from tithe.delta.file import CODES, DTYPES, TensorFile
+from tithe.delta.fingerprint import checksum
 from tithe.errors import TitheError
 
 VERSION: Final = 2
