@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import tithe
-from tithe.history.flat import FlatWriter
-from tithe.history.history import spans
+from tithe.averages.history import spans
+from tithe.averages.safetensors_ranges import FlatWriter
 
 POINTS: dict[str, tuple[object, str, int, bool]] = {
     "before it begins": (Path, "open", 1, False),

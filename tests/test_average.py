@@ -22,8 +22,8 @@ from narrow_plans import FAMILIES, bound, step
 from narrow_plans import attach as attach_narrow
 from oracles import adamw, sgd
 from tithe import History, TitheError
-from tithe.history import stream
-from tithe.history.write import average
+from tithe.averages import weighted_sum
+from tithe.averages.average import average
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -123,7 +123,7 @@ def test_blocks_of_any_size_give_the_same(
 ) -> None:
     """The order of tensors in a file may differ, too: a file by safetensors begins with the widest."""
     for name, value in (("_LONGEST", longest), ("_SHORTEST", 16), ("_CHUNK", 50)):
-        monkeypatch.setattr(stream, name, value)
+        monkeypatch.setattr(weighted_sum, name, value)
     draw = torch.Generator().manual_seed(seed)
     models = [
         {f"t{i}": (9 * torch.randn(size, generator=draw)).to(dtype) for i, (size, dtype) in enumerate(sizes)}

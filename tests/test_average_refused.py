@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tithe import TitheError, TitheWarning
-from tithe.history.write import average
+from tithe.averages.average import average
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
 FULL = """
     import resource, signal, sys
     from tithe import TitheError
-    from tithe.history.write import average
+    from tithe.averages.average import average
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
@@ -141,7 +141,7 @@ def test_too_little_room_is_said_before_anything_is_read(tmp_path: Path, monkeyp
 
 SLOW = """
     import sys, time
-    from tithe.history.write import average
+    from tithe.averages.average import average
     def wait(done, total):
         print(done, flush=True)
         time.sleep(0.02)
@@ -173,7 +173,7 @@ def test_a_kill_leaves_no_output_and_the_inputs_as_they_were(number: signal.Sign
 PEAK = """
     import sys, time
     from pathlib import Path
-    from tithe.history.write import average
+    from tithe.averages.average import average
     def peak():
         told = Path("/proc/self/status").read_text()
         return int(told.split("VmHWM:")[1].split()[0]) * 1024

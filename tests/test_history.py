@@ -22,7 +22,7 @@ from models import CASES
 from narrow_plans import attach as attach_narrow
 from oracles import adamw
 from tithe import FISH, TWA, Budget, History, TitheError, TraDy
-from tithe.history.packing import decode, encode
+from tithe.averages.quantize import decode, encode
 
 ALL_BITS = [None, 8, 4, 1]
 each_bits = pytest.mark.parametrize("bits", ALL_BITS)

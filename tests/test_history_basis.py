@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from histories import checkpoints, recorded, walk
 from tithe import History
-from tithe.history import Basis, strips
-from tithe.history.basis import centred_paths, edges
-from tithe.history.packing import CARRIED
+from tithe.averages import Basis, strips
+from tithe.averages.basis import centred_paths, edges
+from tithe.averages.quantize import CARRIED
 
 N = 12
 

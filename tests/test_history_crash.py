@@ -17,7 +17,7 @@ import tithe
 from deltas import net
 from histories import checkpoints, perturbed, recorded
 from tithe import TWA, History, TitheError
-from tithe.history.recorded import Recorder, link, weights_of
+from tithe.averages.recorder import Recorder, link, weights_of
 
 ALL_BITS = [None, 8, 1]
 

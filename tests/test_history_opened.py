@@ -21,7 +21,7 @@ from narrow_plans import FAMILIES, bound, step
 from narrow_plans import attach as attach_narrow
 from oracles import adamw, sgd
 from tithe import FISH, TWA, History, TitheError
-from tithe.history.entries import PickleEntry
+from tithe.averages.formats import PickleEntry
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
-PARTS |= {"carry", "chance", "delta", "history", "ranking", "statistics"}
+PARTS |= {"carry", "chance", "delta", "averages", "ranking", "statistics"}
 ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
 CORE = VALUES | PARTS | ATTACHED | {"plan"}
 
@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "carry": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "batch", "selection", "budget", "rules"},
-    "history": {"errors", "batch", "selection", "budget", "rules", "delta"},
+    "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
     "choices": {"errors", "batch", "selection", "rules", "carry", "distributed", "mount"},
@@ -65,12 +65,12 @@ ROOMS: dict[str, set[str]] = {
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
-    "train": {"tithe", "errors", "select", "delta", "history"},
+    "train": {"tithe", "errors", "select", "delta", "averages"},
     "integrations": {"tithe", "errors", "select"},
     "demo": {"tithe", "errors", "select", "train"},
     "price": {"tithe", "errors", "select", "train", "ledger", "delta", "choosing"}
-    | {"history", "mount", "names", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "averaging": {"tithe", "errors", "select", "train", "history", "statistics"},
+    | {"averages", "mount", "names", "plan", "rules"},  # what a plan holds, set up on shapes alone
+    "averaging": {"tithe", "errors", "select", "train", "averages", "statistics"},
     "cli": {"tithe", "errors", "select", "train", "demo", "price", "averaging"},
     "__main__": {"cli"},
 }

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import tithe
 from histories import checkpoints, recorded
 from models import CASES, LARGE, Batch, Case
+from tithe.averages import BLOCK
 from tithe.errors import TitheError
-from tithe.history import BLOCK
 from tithe.ledger import measure
 from tithe.price import Quote, Subject, Terms, price
 from tithe.price.spanned import working_bytes

@@ -1,10 +1,10 @@
 """Train only part of a PyTorch network, and really save the memory, the compute and the communication."""
 
 from tithe import rules, select
+from tithe.averages import History, average
 from tithe.budget import Budget
 from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
-from tithe.history import History, average
 from tithe.ledger import Ledger, measure
 from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
 from tithe.plan import AbsentPlan, FrozenPlan, Plan, SpannedPlan, attach

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from tithe import History, TitheError, TitheWarning
+from tithe.averages.average import average, check_output, check_weights
 from tithe.averaging.plot import plot
 from tithe.averaging.watch import Watch
 from tithe.averaging.ways import Comparison, Fixed, Settings, fixed_weights
-from tithe.history.write import average, check_output, check_weights
 
 _WITH_DATA = ("bits", "granularity", "epochs", "lr")
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import tithe
 from tithe import History
+from tithe.averages.average import average, check_output, write_like
 from tithe.averaging.bench import Bench, split_sizes
 from tithe.averaging.soup import greedy_soup
 from tithe.averaging.trained import Trained, Trainer, rates
 from tithe.averaging.watch import Watch
 from tithe.averaging.ways import METHODS, Comparison, Row, Settings, ema_weights, one_hot
-from tithe.history.write import average, check_output, write_like
 from tithe.train.recipe import Recipe
 
 

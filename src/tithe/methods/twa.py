@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from tithe.averages import History
+from tithe.averages.spanning import Granularity, Spanning, Start
 from tithe.errors import TitheError
-from tithe.history import History
-from tithe.history.spanning import Granularity, Spanning, Start
 
 
 @dataclass(frozen=True)

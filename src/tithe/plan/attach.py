@@ -16,9 +16,9 @@ from typing import Any, TypedDict, Unpack, overload
 
 from torch import nn
 
+from tithe.averages import Spanning
 from tithe.choosing import Method
 from tithe.errors import TitheError
-from tithe.history import Spanning
 from tithe.narrow import Outside, Structure
 from tithe.plan.absent import AbsentPlan
 from tithe.plan.frozen import FrozenPlan

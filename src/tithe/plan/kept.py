@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tithe import distributed
+from tithe.averages import BLOCK, Basis, Strip
 from tithe.errors import TitheError
-from tithe.history import BLOCK, Basis, Strip
 from tithe.selection import Columns
 
 

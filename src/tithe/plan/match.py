@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tithe import delta
+from tithe.averages import History
 from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
-from tithe.history import History
 from tithe.names import Split
 
 

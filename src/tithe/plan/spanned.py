@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger, names
+from tithe.averages import Basis, History, Spanning, TensorColumns, orthonormal, strips
 from tithe.elementwise import check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError, TitheWarning
-from tithe.history import Basis, History, Spanning, TensorColumns, orthonormal, strips
 from tithe.mount import Mount
 from tithe.plan.base import Plan
 from tithe.plan.match import find_places, start_weights

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tithe import distributed
-from tithe.history import BLOCK, Basis
+from tithe.averages import BLOCK, Basis
 from tithe.plan.kept import Kept, SharedOut
 from tithe.rules import Binding, Shared
 from tithe.selection import Span, without_values

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import tithe
 from tithe import names
-from tithe.history import BLOCK, Basis, Strip, TensorColumns
-from tithe.history.packing import block_bytes, code_bytes, combine, encode, project
+from tithe.averages import BLOCK, Basis, Strip, TensorColumns
+from tithe.averages.quantize import block_bytes, code_bytes, combine, encode, project
 from tithe.ledger import Blank
 from tithe.mount import Mount
 from tithe.plan.spread import Spread, in_order

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 import tithe
+from tithe.averages.recorder import is_full
 from tithe.errors import TitheError, TitheWarning
-from tithe.history.recorded import is_full
 from tithe.train.ending import records_deltas
 from tithe.train.recipe import Recipe
 from tithe.train.trainee import Trainee

@@ -28,11 +28,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from tithe.averages.quantize import BLOCK, CARRIED, decode, encode
+from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form, check_plain
+from tithe.averages.stacked import CODES, SCALES, CodedRows, coded_shorter, computed_dtype
 from tithe.delta.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
-from tithe.history.flat import FlatFile, FlatWriter, Form, check_plain
-from tithe.history.packing import BLOCK, CARRIED, decode, encode
-from tithe.history.rows import CODES, SCALES, CodedRows, coded_shorter, computed_dtype
 
 KEY: Final = "tithe_history"
 VERSION: Final = 1

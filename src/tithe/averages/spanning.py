@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from tithe.history.history import History
+from tithe.averages.history import History
 
 Granularity = Literal["model", "tensor"]
 Start = Literal["mean", "last", "best"]

@@ -11,13 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from tithe.averages.formats import FileEntry
+from tithe.averages.opened import none_left, open_found
+from tithe.averages.quantize import BLOCK
+from tithe.averages.recorder import Note, Recorder, begun, read_recorded, recorded, weights_of
+from tithe.averages.safetensors_ranges import FlatFile, Form
+from tithe.averages.stacked import CodedRows, DeltaRows, PlainRows, Rows
 from tithe.errors import TitheError, TitheWarning
-from tithe.history.entries import FileEntry
-from tithe.history.flat import FlatFile, Form
-from tithe.history.opened import none_left, open_found
-from tithe.history.packing import BLOCK
-from tithe.history.recorded import Note, Recorder, begun, read_recorded, recorded, weights_of
-from tithe.history.rows import CodedRows, DeltaRows, PlainRows, Rows
 
 COLUMNS: Final = 1 << 22
 """Entries, over all rows, that are in memory at a time: 16 MB of float32."""

@@ -20,17 +20,17 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from tithe.averages.formats import DeltaEntry, Entry, FileEntry, PickleEntry, load
+from tithe.averages.history import History, spans
+from tithe.averages.recorder import KEY, is_full
+from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form
+from tithe.averages.stacked import DeltaRows, PlainRows
+from tithe.averages.weighted_sum import Block, Given, Piece, Progress, Stream, Sums
 from tithe.delta.file import replacing, save_tensors
 from tithe.delta.fingerprint import checksum
 from tithe.delta.format import Header, encode, index_dtype
 from tithe.delta.source import PICKLES
 from tithe.errors import TitheError
-from tithe.history.entries import DeltaEntry, Entry, FileEntry, PickleEntry, load
-from tithe.history.flat import FlatFile, FlatWriter, Form
-from tithe.history.history import History, spans
-from tithe.history.recorded import KEY, is_full
-from tithe.history.rows import DeltaRows, PlainRows
-from tithe.history.stream import Block, Given, Piece, Progress, Stream, Sums
 
 _WEIGHTS: Final = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 _OF_A_RUN: Final = ("trainer_state.json",)

@@ -14,9 +14,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from tithe.averages.formats import Entry, FileEntry
+from tithe.averages.safetensors_ranges import FlatFile, Form, fill
 from tithe.errors import TitheError
-from tithe.history.entries import Entry, FileEntry
-from tithe.history.flat import FlatFile, Form, fill
 
 _LONGEST: Final = 16 << 20
 _SHORTEST: Final = 1 << 18

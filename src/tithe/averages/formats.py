@@ -18,11 +18,11 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from tithe.averages.safetensors_ranges import FlatFile, Form, check_plain, read_range
 from tithe.delta.file import TensorFile
 from tithe.delta.format import Header, decode, read_record
 from tithe.delta.source import PICKLES, find_shards
 from tithe.errors import TitheError
-from tithe.history.flat import FlatFile, Form, check_plain, read_range
 
 _NESTED: Final = ("state_dict", "model_state_dict", "model", "module", "net", "ema_state_dict")
 """Keys under which training scripts keep a model's tensors, beside the optimizer's."""

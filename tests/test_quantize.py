@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tithe.errors import TitheError
-from tithe.history import packing
-from tithe.history.packing import (
+from tithe.averages import quantize
+from tithe.averages.quantize import (
     BLOCK,
     block_bytes,
     code_bytes,
@@ -25,6 +24,7 @@ from tithe.history.packing import (
     project,
     unpacked_by_arithmetic,
 )
+from tithe.errors import TitheError
 
 BITS = (8, 4, 1)
 every = pytest.mark.parametrize("bits", BITS)
@@ -159,8 +159,8 @@ def test_products_are_those_of_what_they_decode_to(
     bits: int | None, blocks: int, n: int, chunk: int, span: int, seed: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:  # so little at a time that few blocks are many chunks
-        patch.setattr(packing, "_CPU_CHUNK", chunk * n * BLOCK * 4)
-        patch.setattr(packing, "_SPAN", span)
+        patch.setattr(quantize, "_CPU_CHUNK", chunk * n * BLOCK * 4)
+        patch.setattr(quantize, "_SPAN", span)
         check_products(*encode(drawn(blocks, n, seed), bits), bits)
 
 
@@ -269,7 +269,7 @@ def test_blocks_of_several_weights(bits: int | None) -> None:
     codes, scales = encode(drawn(1100, 2), bits)
     values, gradient = wide(codes, scales, bits), torch.randn(1100, BLOCK)
     owners = torch.arange(1100) // 7 % 5
-    found = packing.products(codes, scales, bits, gradient, owners, 5)
+    found = quantize.products(codes, scales, bits, gradient, owners, 5)
     assert found.dtype == torch.float64
     by_block = torch.einsum("bnc,bc->bn", values, gradient.double())
     expected = torch.zeros(5, 2, dtype=torch.float64).index_add_(0, owners, by_block)
@@ -278,4 +278,4 @@ def test_blocks_of_several_weights(bits: int | None) -> None:
     combined = combine(codes, scales, bits, weights, owners)
     assert torch.allclose(combined.double(), torch.einsum("bnc,bn->bc", values, weights[owners]), rtol=1e-5, atol=1e-5)
     none = None if scales is None else scales[:0]
-    assert not packing.products(codes[:0], none, bits, gradient[:0], owners[:0], 5).any()
+    assert not quantize.products(codes[:0], none, bits, gradient[:0], owners[:0], 5).any()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tithe.averages.formats import DeltaEntry, Entry, FileEntry, find_entries, open_entry
+from tithe.averages.recorder import Note
+from tithe.averages.stacked import DeltaRows, PlainRows, Rows
 from tithe.errors import TitheError
-from tithe.history.entries import DeltaEntry, Entry, FileEntry, find_entries, open_entry
-from tithe.history.recorded import Note
-from tithe.history.rows import DeltaRows, PlainRows, Rows
 
 
 def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows, list[Note]]:

@@ -19,11 +19,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tithe.averages.formats import DeltaEntry, Entry
+from tithe.averages.quantize import BLOCK, code_bytes, decode
+from tithe.averages.safetensors_ranges import FlatFile, Form
 from tithe.delta.apply import Match, check_base
 from tithe.errors import TitheError
-from tithe.history.entries import DeltaEntry, Entry
-from tithe.history.flat import FlatFile, Form
-from tithe.history.packing import BLOCK, code_bytes, decode
 
 CODES: Final = "#codes"
 SCALES: Final = "#scales"

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tithe.history.history import COLUMNS, History, spans
-from tithe.history.packing import BLOCK, CARRIED, code_bytes, combine, decode, encode, products, project
-from tithe.history.packing import gram as products_of_rows
+from tithe.averages.history import COLUMNS, History, spans
+from tithe.averages.quantize import BLOCK, CARRIED, code_bytes, combine, decode, encode, products, project
+from tithe.averages.quantize import gram as products_of_rows
 from tithe.selection import Columns
 
 CPU = torch.device("cpu")
