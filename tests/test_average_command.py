@@ -23,7 +23,7 @@ from tithe.averaging import METHODS, Settings
 from tithe.averaging.bench import Bench
 from tithe.averaging.ways import ema_weights
 from tithe.cli import app
-from tithe.statistics import estimate_statistics
+from tithe.forward import estimate_statistics
 from tithe.train import read_recipe
 from tithe.train.data import to_device
 from workplace import editor, fill, make_tiny, write_images

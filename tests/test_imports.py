@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
-PARTS |= {"carry", "chance", "delta", "averages", "ranking", "statistics"}
+PARTS |= {"carry", "delta", "averages", "ranking", "forward"}
 ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
 CORE = VALUES | PARTS | ATTACHED | {"plan"}
 
@@ -35,9 +35,8 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
     "coupling": {"errors"},
-    "chance": set(),
-    "statistics": {"errors", "chance"},
-    "narrow": {"errors", "batch", "selection", "select", "coupling", "chance", "statistics"},
+    "forward": {"errors"},
+    "narrow": {"errors", "batch", "selection", "select", "coupling", "forward"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "carry": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "batch", "selection", "budget", "rules"},
@@ -70,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
     "demo": {"tithe", "errors", "select", "train"},
     "price": {"tithe", "errors", "select", "train", "ledger", "delta", "choosing"}
     | {"averages", "mount", "names", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "averaging": {"tithe", "errors", "select", "train", "averages", "statistics"},
+    "averaging": {"tithe", "errors", "select", "train", "averages", "forward"},
     "cli": {"tithe", "errors", "select", "train", "demo", "price", "averaging"},
     "__main__": {"cli"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tithe
 from tithe import History, TitheError
-from tithe.statistics import estimate_statistics, tracked, training
+from tithe.forward import estimate_statistics, tracked, training
 from tithe.train.data import Batch, Samples, chunks, epoch_order, even_chunks, read_examples, to_device
 from tithe.train.metrics import chosen_metrics, score
 from tithe.train.models import build, classification_loss, find_model, logits, regression_loss

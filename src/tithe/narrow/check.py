@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tithe.batch import num_samples, slice_batch
-from tithe.chance import Chance
 from tithe.coupling import couple
 from tithe.errors import TitheError
+from tithe.forward import RandomStates, evaluating
 from tithe.narrow.stage import Stage
 
 _SAMPLES = 2
@@ -67,8 +67,8 @@ def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:
     mask = torch.ones(stage.coupling.num_units, dtype=torch.bool)
     for group in stage.coupling.groups:
         mask[group.start + 1 : group.stop : 2] = False
-    grids, chance = stage.grids(mask), Chance()
-    with torch.no_grad(), _evaluating(stage.model), _running(stage.model) as path:
+    grids, states = stage.grids(mask), RandomStates()
+    with torch.no_grad(), evaluating(stage.model), _running(stage.model) as path:
         live = stage.live(grids)
         try:
             with stage.run(grids, live, spare=True):
@@ -82,13 +82,13 @@ def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:
                 remedy=_REMEDY.format(place),
             ) from error
         finally:
-            chance.again()
+            states.restore()
         zeroed = {name: torch.zeros_like(tensor) for name, tensor in stage.tensors.items()}
         for name, grid in grids.items():
             grid.scatter_(zeroed[name], live[name])
         with stage.run({}, zeroed, spare=True):
             whole = float(run())
-        chance.again()
+        states.restore()
     tolerance = max(1e-4, 20 * max(torch.finfo(t.dtype).eps for t in live.values()) if live else 0.0)
     if (
         math.isfinite(narrow)
@@ -101,18 +101,6 @@ def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:
             expected=f"{whole:g}, as with zeros in their place",
             remedy=_REMEDY.format("name") + "; groups: " + ", ".join(group.name for group in stage.coupling.groups[:3]),
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Inside, nothing is drawn at random and no statistic moves."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextmanager

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tithe.batch import num_samples
-from tithe.chance import Chance
 from tithe.errors import TitheError
+from tithe.forward import RandomStates, evaluating, training
 from tithe.narrow.stage import Stage
-from tithe.statistics import training
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -31,12 +30,12 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
         TitheError: when it is not, or is no scalar.
     """
     fit, found = stage.fit(mask), list[float]()
-    chance = Chance()
+    states = RandomStates()
     with torch.no_grad():
         for _ in range(1 + twice):
             with stage.run(fit.read, stage.filled(fit), spare=True):
                 found.append(_number(closure()))
-            chance.again()
+            states.restore()
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
             "loss",
@@ -80,11 +79,11 @@ def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequen
 
 
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
-    grids, chance, total = stage.grids(mask), Chance(), 0.0
+    grids, states, total = stage.grids(mask), RandomStates(), 0.0
     with torch.no_grad(), training(stage.model), stage.run(grids, stage.live(grids), spare=True):
         for batch in batches:
             total += float(loss(stage.model, batch)) * num_samples(batch)
-    chance.again()
+    states.restore()
     return total / sum(map(num_samples, batches))
 
 
@@ -96,12 +95,8 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
     """
     found: list[float] = []
     for model in (one, other):
-        flags = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             found.append(float(loss(model, example)))
-        for module, was in flags:
-            module.training = was
     if not math.isclose(*found, rel_tol=1e-3, abs_tol=1e-5):
         raise TitheError(
             "export",

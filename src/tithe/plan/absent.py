@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tithe import delta, distributed, ledger, names
 from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
+from tithe.forward import estimate_statistics
 from tithe.narrow import (
     Outside,
     Parts,
@@ -40,7 +41,6 @@ from tithe.plan.base import Plan
 from tithe.rules.lean.model import Lean
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Grid, Selection
-from tithe.statistics import estimate_statistics
 
 
 class AbsentPlan(Plan):

@@ -15,6 +15,7 @@ from tithe import delta, distributed, ledger, names
 from tithe.averages import Basis, History, Spanning, TensorColumns, orthonormal, strips
 from tithe.elementwise import check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError, TitheWarning
+from tithe.forward import estimate_statistics, tracked, training
 from tithe.mount import Mount
 from tithe.plan.base import Plan
 from tithe.plan.match import find_places, start_weights
@@ -22,7 +23,6 @@ from tithe.plan.spread import Spread, in_order
 from tithe.rules import Shared
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Coordinates, Selection, Span
-from tithe.statistics import estimate_statistics, tracked, training
 
 FORMAT = 1
 

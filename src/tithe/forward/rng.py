@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 
-class Chance:
-    """The states of torch, Python and NumPy when this was made; `again` goes back to them."""
+class RandomStates:
+    """The states of torch, Python and NumPy when this was made; `restore` goes back to them."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
-    def again(self) -> None:
+    def restore(self) -> None:
         """Draw from here on what was drawn before."""
         torch.set_rng_state(self._torch)
         if self._cuda:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
-from tithe.chance import Chance
 from tithe.errors import TitheError
+from tithe.forward.modes import training
+from tithe.forward.rng import RandomStates
 
 
 def tracked(model: nn.Module) -> list[_NormBase]:
@@ -45,7 +45,7 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
         if first is None:
             raise TitheError("statistics", found="no batch", expected="training data", remedy="pass batches")
         momenta = [norm.momentum for norm in norms]
-        chance = Chance()
+        states = RandomStates()
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -57,18 +57,5 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-            chance.again()
+            states.restore()
     return count
-
-
-@contextmanager
-def training(model: nn.Module) -> Generator[None]:
-    """Inside, the model is in training mode; one that is already stays as it is, frozen norms included."""
-    flags = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
-        yield
-    finally:
-        for module, was in flags:
-            module.training = was

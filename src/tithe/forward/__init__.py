@@ -1,0 +1,11 @@
+"""What a forward pass draws and changes beside its output, so that another one leaves the model as it was.
+
+rng    random states to go back to              modes  training or evaluation for the time of a pass
+norm_statistics  running statistics, estimated anew over data
+"""
+
+from tithe.forward.modes import evaluating, training
+from tithe.forward.norm_statistics import estimate_statistics, tracked
+from tithe.forward.rng import RandomStates
+
+__all__ = ["RandomStates", "estimate_statistics", "evaluating", "tracked", "training"]
