@@ -96,14 +96,14 @@ def train(way: Way, keep: float, rate: float, seed: int, data: Path) -> Record:
     }
 
 
-def shuffle(plan: tithe.AbsentPlan, seed: int) -> None:
+def shuffle(plan: tithe.NarrowPlan, seed: int) -> None:
     """Random probabilities, so that the likeliest network of the share is one drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     for chances in plan.structure_parameters():
         chances.data.copy_(torch.rand(chances.shape, generator=generator))
 
 
-def step(plan: tithe.AbsentPlan, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def step(plan: tithe.NarrowPlan, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One training step, as a user writes it."""
     plan.backward(lambda: loss_of(model, batch))
     torch.nn.utils.clip_grad_norm_(plan.parameters(), 1.0)

@@ -14,7 +14,7 @@ import tithe
 from models import CASES, Batch, Case
 from narrow_networks import NETWORKS
 from slicing import zeroed
-from tithe import VRPGE, AbsentPlan
+from tithe import VRPGE, NarrowPlan
 from tithe.select import bernoulli_masks
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -73,7 +73,7 @@ def every(quick: Iterable[str] = KINDS) -> list[Any]:
 
 def attach(
     case: Case, model: nn.Module | None = None, method: VRPGE | None = None, *, keep: float = 0.5, **settings: Any
-) -> AbsentPlan:
+) -> NarrowPlan:
     """A plan on a fresh model of the case; data in the dtype of its weights."""
     model = case.model() if model is None else model
     dtype = next(model.parameters()).dtype
@@ -81,14 +81,14 @@ def attach(
     return tithe.attach(model, VRPGE(keep) if method is None else method, **given)
 
 
-def bound(plan: AbsentPlan, optimizer: Optimizer) -> torch.optim.Optimizer:
+def bound(plan: NarrowPlan, optimizer: Optimizer) -> torch.optim.Optimizer:
     """An optimizer over the plan, bound to it."""
     opt = optimizer(plan.parameters())
     plan.bind(opt)
     return opt
 
 
-def step(plan: AbsentPlan, opt: torch.optim.Optimizer, case: Case, batch: Batch) -> float:
+def step(plan: NarrowPlan, opt: torch.optim.Optimizer, case: Case, batch: Batch) -> float:
     """One step of the loop in the documentation; its loss."""
     loss = plan.backward(lambda: case.loss(plan.model, batch))
     opt.step()
@@ -97,19 +97,19 @@ def step(plan: AbsentPlan, opt: torch.optim.Optimizer, case: Case, batch: Batch)
     return loss.item()
 
 
-def plain(plan: AbsentPlan, case: Case) -> nn.Module:
+def plain(plan: NarrowPlan, case: Case) -> nn.Module:
     """A model of the present values and full width that no plan is attached to."""
     fresh = case.model(dtype=next(plan.model.parameters()).dtype).train(plan.model.training)
     fresh.load_state_dict(plan.model.state_dict())
     return fresh
 
 
-def drawn(plan: AbsentPlan) -> tuple[Tensor, Tensor]:
+def drawn(plan: NarrowPlan) -> tuple[Tensor, Tensor]:
     """The two networks of the coming step, bool (n,)."""
     return plan.probabilities.draw(plan.seed, plan.num_steps)
 
 
-def live_entries(plan: AbsentPlan, mask: Tensor) -> dict[str, Tensor]:
+def live_entries(plan: NarrowPlan, mask: Tensor) -> dict[str, Tensor]:
     """Name → bool, which entries of a parameter or buffer exist; the tensors that are always whole are left out."""
     found: dict[str, Tensor] = {}
     for name, grid in plan.stage.grids(mask).items():
@@ -128,7 +128,7 @@ class Masked:
         optimizer: of the weights.
     """
 
-    def __init__(self, plan: AbsentPlan, model: nn.Module, case: Case, optimizer: Optimizer) -> None:
+    def __init__(self, plan: NarrowPlan, model: nn.Module, case: Case, optimizer: Optimizer) -> None:
         self.model, self.case = model, case
         self.coupling, self.method, self.seed = plan.stage.coupling, plan.method, plan.seed
         self.live = lambda mask: live_entries(plan, mask)

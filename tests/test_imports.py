@@ -20,9 +20,8 @@ MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
-PARTS |= {"carry", "delta", "averages", "ranking", "forward"}
-ATTACHED = {"mount", "names", "elementwise", "state", "choices"}  # what plan.py is made of
-CORE = VALUES | PARTS | ATTACHED | {"plan"}
+PARTS |= {"delta", "averages", "forward"}
+CORE = VALUES | PARTS | {"plan", "ranking"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
 ROOMS: dict[str, set[str]] = {
@@ -38,29 +37,12 @@ ROOMS: dict[str, set[str]] = {
     "forward": {"errors"},
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
-    "carry": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "batch", "selection", "budget", "rules"},
     "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
-    "choices": {"errors", "batch", "selection", "rules", "carry", "distributed", "mount"},
-    "ranking": {
-        "errors",
-        "batch",
-        "selection",
-        "rules",
-        "delta",
-        "choosing",
-        "mount",
-        "names",
-        "scoring",
-        "select",
-    },
-    "names": {"errors", "selection"},
-    "elementwise": {"errors"},
-    "mount": {"errors", "batch", "selection", "rules", "names"},
-    "state": {"errors", "selection", "schedule", "names"},
-    "plan": VALUES | PARTS | ATTACHED,  # never a method, nor anything above it
+    "ranking": {"errors", "batch", "selection", "rules", "delta", "choosing", "plan", "scoring", "select"},
+    "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
@@ -68,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"tithe", "errors", "select"},
     "demo": {"tithe", "errors", "select", "train"},
     "price": {"tithe", "errors", "select", "train", "ledger", "delta", "choosing"}
-    | {"averages", "mount", "names", "plan", "rules"},  # what a plan holds, set up on shapes alone
+    | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
     "averaging": {"tithe", "errors", "select", "train", "averages", "forward"},
     "cli": {"tithe", "errors", "select", "train", "demo", "price", "averaging"},
     "__main__": {"cli"},

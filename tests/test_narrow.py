@@ -19,7 +19,7 @@ from models import Batch, Case
 from narrow_plans import FAMILIES, Masked, Optimizer, attach, bound, drawn, every, live_entries, plain, step
 from oracles import adamw, bits, sgd
 from slicing import zeroed
-from tithe import VRPGE, AbsentPlan
+from tithe import VRPGE, NarrowPlan
 
 QUICK = [name for name in FAMILIES if name not in ("mobilenet_v2", "swin", "convnext", "gpt2_classifier", "llama")]
 DOUBLE = {"rtol": 1e-9, "atol": 1e-11}
@@ -55,7 +55,7 @@ def test_a_step_of_any_widths_is_too(widths: list[int], groups: int, samples: in
     _compare_step(attach(case, case.model(dtype=torch.float64), keep=keep, seed=seed), case, samples)
 
 
-def _compare_step(plan: AbsentPlan, case: Case, samples: int = 4) -> None:
+def _compare_step(plan: NarrowPlan, case: Case, samples: int = 4) -> None:
     """With a dense network that has zeros where channels are absent."""
     model, mask, batch = plan.model, drawn(plan)[0], case.batch(samples, seed=5, dtype=torch.float64)
     live, before = live_entries(plan, mask), bits(model)

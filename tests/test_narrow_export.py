@@ -13,10 +13,10 @@ import tithe
 from models import Case
 from narrow_plans import FAMILIES, KINDS, attach, bound, every, step
 from oracles import adamw, bits, equal_bits, sgd
-from tithe import VRPGE, AbsentPlan, TitheError
+from tithe import VRPGE, NarrowPlan, TitheError
 
 
-def _trained(case: Case, *, settle: bool = True, **settings: object) -> AbsentPlan:
+def _trained(case: Case, *, settle: bool = True, **settings: object) -> NarrowPlan:
     """A few steps, settled, and a step of the weights alone."""
     plan = attach(case, **settings)
     opt = bound(plan, sgd)
@@ -244,7 +244,7 @@ def test_the_best_of_the_candidates_stays_and_statistics_are_means_over_the_batc
     assert len(before) == len(bits(model))
 
 
-def _copy(model: nn.Module, case: Case, narrow: AbsentPlan | None = None) -> nn.Module:
+def _copy(model: nn.Module, case: Case, narrow: NarrowPlan | None = None) -> nn.Module:
     """The same network without the plan that is attached."""
     if narrow is not None:
         return narrow.export()

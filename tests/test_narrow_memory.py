@@ -10,10 +10,10 @@ import tithe
 from models import Case
 from narrow_plans import FAMILIES, Optimizer, attach, bound, drawn, every, live_entries, step
 from oracles import adamw, bits, equal_bits, sgd
-from tithe import VRPGE, AbsentPlan
+from tithe import VRPGE, NarrowPlan
 
 
-def _kill(plan: AbsentPlan, share: float = 0.5) -> Tensor:
+def _kill(plan: NarrowPlan, share: float = 0.5) -> Tensor:
     """Send every second unit, or so, to probability 0; returns bool (n,), which are alive."""
     generator = torch.Generator().manual_seed(1)
     alive = torch.rand(plan.probabilities.s.numel(), generator=generator) >= share
@@ -24,7 +24,7 @@ def _kill(plan: AbsentPlan, share: float = 0.5) -> Tensor:
     return alive
 
 
-def _tensors(plan: AbsentPlan, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(plan: NarrowPlan, opt: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that has the shape of a tensor of the model: the tensor, and what the optimizer remembers of it."""
     found = bits(plan.model)
     for name, theta in plan.named_parameters():
@@ -117,7 +117,7 @@ def test_training_itself_drives_units_to_zero_and_the_model_shrinks() -> None:
     assert plan.predict(case.batch()).weights == sum(t.nbytes for t in plan.model.state_dict().values())
 
 
-def _bytes(plan: AbsentPlan, opt: torch.optim.Optimizer) -> int:
+def _bytes(plan: NarrowPlan, opt: torch.optim.Optimizer) -> int:
     """The model and the optimizer's state."""
     return sum(value.nbytes for value in _tensors(plan, opt).values())
 

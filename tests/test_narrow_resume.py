@@ -13,7 +13,7 @@ import tithe
 from models import CASES, Case
 from narrow_plans import FAMILIES, Optimizer, attach, bound, drawn, step
 from oracles import adamw, bits, equal_bits, sgd
-from tithe import VRPGE, AbsentPlan, TitheError
+from tithe import VRPGE, NarrowPlan, TitheError
 from tithe.testing import check_method
 
 METHOD = VRPGE(0.5, structure_lr=0.4, gradual=(1, 5))
@@ -113,25 +113,25 @@ def test_an_earlier_state_is_taken_up_in_the_same_plan() -> None:
         plan.load_state_dict(saved)
 
 
-def _other_keep(plan: AbsentPlan) -> AbsentPlan:
+def _other_keep(plan: NarrowPlan) -> NarrowPlan:
     return attach(FAMILIES["vgg"], keep=0.6)
 
 
-def _other_cost(plan: AbsentPlan) -> AbsentPlan:
+def _other_cost(plan: NarrowPlan) -> NarrowPlan:
     return attach(FAMILIES["vgg"], method=VRPGE(0.5, cost="params"))
 
 
-def _other_model(plan: AbsentPlan) -> AbsentPlan:
+def _other_model(plan: NarrowPlan) -> NarrowPlan:
     return attach(FAMILIES["residual"])
 
 
-def _other_width(plan: AbsentPlan) -> AbsentPlan:
+def _other_width(plan: NarrowPlan) -> NarrowPlan:
     model = FAMILIES["vgg"].model()
     model[10], model[12] = nn.Linear(24, 12), nn.Linear(12, 3)
     return attach(FAMILIES["vgg"], model)
 
 
-def _fewer_may_be_absent(plan: AbsentPlan) -> AbsentPlan:
+def _fewer_may_be_absent(plan: NarrowPlan) -> NarrowPlan:
     return attach(FAMILIES["vgg"], where="!12.*")
 
 

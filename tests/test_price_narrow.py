@@ -33,7 +33,7 @@ def quote(case: Case, batch: int = 4) -> Quote:
     return row
 
 
-def attach(case: Case, model: nn.Module) -> tithe.AbsentPlan:
+def attach(case: Case, model: nn.Module) -> tithe.NarrowPlan:
     method = tithe.VRPGE(keep=0.8, cost="flops", structure_lr=0.0)
     return tithe.attach(model, method, loss=case.loss, data=[case.batch(4)], head=case.head)
 
@@ -62,7 +62,7 @@ def test_a_first_step_takes_what_was_said(case: Case, tmp_path: Path) -> None:
     assert row.flops.forward > row.flops.weight_gradient  # two networks run, one is differentiated
 
 
-def _written(folder: Path, model: nn.Module, plan: tithe.AbsentPlan, shapes: Mapping[str, tithe.Grid]) -> int:
+def _written(folder: Path, model: nn.Module, plan: tithe.NarrowPlan, shapes: Mapping[str, tithe.Grid]) -> int:
     """Bytes of the file of a copy of the model at these shapes."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in shapes:

@@ -65,13 +65,13 @@ def quote(case: Case, batch: int = 4, **terms: Any) -> Quote:
     return row
 
 
-def attach(case: Case, folder: Path, *, bits: int = 8) -> tithe.SpannedPlan:
+def attach(case: Case, folder: Path, *, bits: int = 8) -> tithe.SubspacePlan:
     model = case.model()
     history = recorded(folder / "run", checkpoints(model, N))
     return tithe.attach(model, tithe.TWA(history, bits=bits), loss=case.loss, data=case.batches(2))
 
 
-def check_backward(row: Quote, plan: tithe.SpannedPlan, case: Case) -> None:
+def check_backward(row: Quote, plan: tithe.SubspacePlan, case: Case) -> None:
     """Forward and backward take what was said, to the byte; where writing the weights takes more, no more than that."""
     batch = case.batch(4)
     ledger = measure(lambda: plan.backward(lambda: case.loss(plan.model, batch)), model=plan.model)

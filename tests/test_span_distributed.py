@@ -38,7 +38,7 @@ def _train(name: str, granularity: str, bits: int | None, folder: Path, world: i
         optimizer.step()
         optimizer.zero_grad()
         plan.step()
-    assert isinstance(plan, tithe.SpannedPlan)
+    assert isinstance(plan, tithe.SubspacePlan)
     return {
         "weights": flat(model),
         "theta": next(plan.parameters()).detach().double(),

@@ -7,7 +7,7 @@ from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger, measure
 from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
-from tithe.plan import AbsentPlan, FrozenPlan, Plan, SpannedPlan, attach
+from tithe.plan import NarrowPlan, Plan, SparsePlan, SubspacePlan, attach
 from tithe.ranking import Ranking
 from tithe.rules.lean.model import Lean, lean
 from tithe.schedule import Schedule, each_step, every, once
@@ -17,23 +17,23 @@ __all__ = [
     "FISH",
     "TWA",
     "VRPGE",
-    "AbsentPlan",
     "Budget",
     "Channels",
     "Coordinates",
     "DeltaInfo",
-    "FrozenPlan",
     "Grid",
     "History",
     "Lean",
     "Ledger",
+    "NarrowPlan",
     "Plan",
     "Ranking",
     "Schedule",
     "Selection",
     "Span",
-    "SpannedPlan",
+    "SparsePlan",
     "SparseUpdate",
+    "SubspacePlan",
     "TitheError",
     "TitheWarning",
     "TraDy",

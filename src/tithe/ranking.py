@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tithe import names
 from tithe.choosing import first_batches
 from tithe.delta.file import replacing
 from tithe.errors import TitheError
-from tithe.mount import Mount
+from tithe.plan.mount import Mount
+from tithe.plan.parameters import split_parameters
 from tithe.scoring import channel_norms, price_channels
 from tithe.select.channel_costs import Layer, cover
 
@@ -78,7 +78,7 @@ class Ranking:
         Raises:
             TitheError: as `tithe.attach`, or when no weight has input channels.
         """
-        split = names.split(model, where=where, head=head)
+        split = split_parameters(model, where=where, head=head)
         batches = first_batches(iter(data), samples)
         if not batches:
             raise TitheError("data", found="no batch", expected="at least one", remedy="pass data= some batches")

@@ -93,7 +93,7 @@ class Attached:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.plan.step()
-        if isinstance(self.plan, tithe.AbsentPlan) and self.plan.num_steps == self._fixed_from:
+        if isinstance(self.plan, tithe.NarrowPlan) and self.plan.num_steps == self._fixed_from:
             self.plan.settle()  # on all training images, as in the paper
 
     def end_epoch(self) -> None:
@@ -102,7 +102,7 @@ class Attached:
 
     def attached_bytes(self, batch: Batch) -> int:
         """Bytes of θ (the head's tensors are the model's own) and of the indices."""
-        if isinstance(self.plan, tithe.AbsentPlan):  # between steps θ is the weights' own memory
+        if isinstance(self.plan, tithe.NarrowPlan):  # between steps θ is the weights' own memory
             return self.plan.index_bytes + sum(s.nbytes for s in self.plan.structure_parameters())
         predicted, named = self.plan.predict(batch), dict(self.plan.named_parameters())
         return predicted.theta - sum(named[name].nbytes for name in self.plan.head) + predicted.index

@@ -1,23 +1,23 @@
 """Narrow networks: some channels of a model do not exist while it runs.
 
-stage    the model's own forward on smaller tensors        widths  what its modules say of their own width
-part     θ of a weight for the time of a step              check   from a model to a stage that works
-outside  the model between steps: the likeliest network    trial   networks tried out on data
-probabilities  of units, learned                           state   what is saved, checked
+stage      the model's own forward on smaller tensors    widths       what its modules say of their own width
+live_weight  θ of a weight for the time of a step          build        from a model to a stage that works
+inference  between steps: the likeliest network          subnet_loss  networks tried out on data
+probabilities  of units, learned                         state        what is saved, checked
 """
 
-from tithe.narrow.check import make_stage
-from tithe.narrow.outside import Outside
-from tithe.narrow.part import Part, Parts
+from tithe.narrow.build import make_stage
+from tithe.narrow.inference import InferenceNetwork
+from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Cost, Probabilities, Structure
 from tithe.narrow.stage import Stage
-from tithe.narrow.trial import check_same_loss, find_best, loss_without_gradient
+from tithe.narrow.subnet_loss import check_same_loss, find_best, loss_without_gradient
 
 __all__ = [
     "Cost",
-    "Outside",
-    "Part",
-    "Parts",
+    "InferenceNetwork",
+    "LiveWeight",
+    "LiveWeights",
     "Probabilities",
     "Stage",
     "Structure",

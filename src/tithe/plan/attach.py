@@ -19,10 +19,10 @@ from torch import nn
 from tithe.averages import Spanning
 from tithe.choosing import Method
 from tithe.errors import TitheError
-from tithe.narrow import Outside, Structure
-from tithe.plan.absent import AbsentPlan
-from tithe.plan.frozen import FrozenPlan
-from tithe.plan.spanned import SpannedPlan
+from tithe.narrow import InferenceNetwork, Structure
+from tithe.plan.narrow import NarrowPlan
+from tithe.plan.sparse import SparsePlan
+from tithe.plan.subspace import SubspacePlan
 from tithe.rules import Carrier
 from tithe.scoring import Loss
 
@@ -39,15 +39,15 @@ class Settings(TypedDict, total=False):
 
 
 @overload
-def attach(model: nn.Module, method: Method, **settings: Unpack[Settings]) -> FrozenPlan: ...
+def attach(model: nn.Module, method: Method, **settings: Unpack[Settings]) -> SparsePlan: ...
 
 
 @overload
-def attach(model: nn.Module, method: Structure, **settings: Unpack[Settings]) -> AbsentPlan: ...
+def attach(model: nn.Module, method: Structure, **settings: Unpack[Settings]) -> NarrowPlan: ...
 
 
 @overload
-def attach(model: nn.Module, method: Spanning, **settings: Unpack[Settings]) -> SpannedPlan: ...
+def attach(model: nn.Module, method: Spanning, **settings: Unpack[Settings]) -> SubspacePlan: ...
 
 
 def attach(
@@ -60,7 +60,7 @@ def attach(
     head: str | Sequence[str] = (),
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
-) -> FrozenPlan | AbsentPlan | SpannedPlan:
+) -> SparsePlan | NarrowPlan | SubspacePlan:
     """Choose what to train in `model`, and train nothing else from now on.
 
     The model is not wrapped, its class and its `state_dict` keys stay as they are, and `plan.release()` gives it back.
@@ -93,15 +93,15 @@ def attach(
     """
     _check_free(model)
     if isinstance(method, Spanning):
-        plan = SpannedPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+        plan = SubspacePlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     elif isinstance(method, Structure):
-        plan = AbsentPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+        plan = NarrowPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     else:
-        plan = FrozenPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+        plan = SparsePlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
     try:
         if state is not None:
             plan.load_state_dict(state)
-        elif isinstance(plan, FrozenPlan):
+        elif isinstance(plan, SparsePlan):
             plan.start()
     except BaseException:
         plan.release()
@@ -118,7 +118,7 @@ def _check_free(model: nn.Module) -> None:
     for path, module in model.named_modules():
         hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
         carried = any(isinstance(value, Carrier) for value in vars(module).values())
-        if carried or any(isinstance(owner, Outside) for owner in hooks):
+        if carried or any(isinstance(owner, InferenceNetwork) for owner in hooks):
             raise TitheError(
                 path or "model",
                 found="a plan already attached",

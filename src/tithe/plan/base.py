@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tithe.errors import TitheError
 from tithe.ledger import Ledger
-from tithe.names import Split
+from tithe.plan.parameters import Split
 from tithe.selection import Coordinates, Selection
 
 

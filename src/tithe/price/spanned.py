@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from tithe import names
 from tithe.averages import BLOCK, Basis, Strip, TensorColumns
 from tithe.averages.quantize import block_bytes, code_bytes, combine, encode, project
 from tithe.ledger import Blank
-from tithe.mount import Mount
-from tithe.plan.spread import Spread, in_order
+from tithe.plan.mount import Mount
+from tithe.plan.parameters import split_parameters
+from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.price.flops import uncounted
 from tithe.rules import Shared
 
@@ -108,7 +108,7 @@ class OutlinedSpan(tithe.Span):
 
 
 @final
-class OutlinedSpread(Spread):
+class OutlinedSpread(ThetaSharing):
     """A shared θ over weights whose basis has no numbers."""
 
     def _collect(self, grad: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def span(model: nn.Module, blank: Blank, *, num_vectors: int, bits: int) -> Outl
     Raises:
         TitheError: when the model has no weight that can move.
     """
-    weights = names.split(model, where="*", head=()).candidates
+    weights = split_parameters(model, where="*", head=()).candidates
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     moving = {name: weights[name] for name in in_order({name: p.numel() for name, p in weights.items()})}
     strips: list[Strip] = []

@@ -85,7 +85,7 @@ def leave(trainee: Trainee, folder: Path, *, is_main: bool) -> dict[str, dict[st
         Module path → attribute → number, of every number that follows a width; None where all widths are full.
     """
     widths = None
-    if isinstance(trainee, tithe.AbsentPlan):
+    if isinstance(trainee, tithe.NarrowPlan):
         widths = trainee.stage.numbers(trainee.model)
         if is_main:
             trainee.save(folder / NARROW)
@@ -101,7 +101,7 @@ def attach_average(
     state: Mapping[str, Any] | None,
     *,
     narrow: bool,
-) -> tithe.SpannedPlan:
+) -> tithe.SubspacePlan:
     """Make the average of the run's history ready to train.
 
     Args:
@@ -147,7 +147,7 @@ def save(
         widths: what `leave` returned.
         metadata: for the file's header.
     """
-    if widths is None or not isinstance(trainee, tithe.SpannedPlan):
+    if widths is None or not isinstance(trainee, tithe.SubspacePlan):
         trainee.save(path, metadata=metadata)
         return
     method, steps = type(trainee.method).__name__, str(trainee.num_steps)

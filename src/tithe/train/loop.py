@@ -79,7 +79,7 @@ class Run(Prepared):
         self._attach(None)
         self._begin()
         at.seconds += time.monotonic() - started
-        assert isinstance(self.trainee, tithe.SpannedPlan)
+        assert isinstance(self.trainee, tithe.SubspacePlan)
         self._refresh()
         mean, count = self.scores(), len(self.trainee.history)
         at.average |= {"mean": mean, "checkpoints": count}
@@ -204,7 +204,7 @@ class Run(Prepared):
     def _narrow(self, reporter: Reporter, *, ended: bool) -> None:
         """Fix the widths of a network that gets narrower when it is time, and say how narrow it is."""
         at, plan, method, last = self.position, self.trainee, self.recipe.method, self.course.fixed_from
-        if not isinstance(plan, tithe.AbsentPlan) or not isinstance(method, VrpgeMethod) or at.step > last:
+        if not isinstance(plan, tithe.NarrowPlan) or not isinstance(method, VrpgeMethod) or at.step > last:
             return
         if at.step == last:
             samples, size = self.samples["held_out"], self.recipe.run.batch_size
@@ -226,7 +226,7 @@ class Run(Prepared):
 
     def _refresh(self) -> None:
         """Weights that were averaged have never seen a batch: their norms get statistics of their own."""
-        if isinstance(self.trainee, tithe.SpannedPlan):
+        if isinstance(self.trainee, tithe.SubspacePlan):
             started = time.monotonic()
             self.trainee.refresh_statistics()
             self.position.seconds += time.monotonic() - started

@@ -39,7 +39,7 @@ class Narrowing:
         return f"{self.spent:.3f} of the {self.cost}  {self.units:,} units  {self.weights:,} weights left"
 
 
-def narrowing(plan: tithe.AbsentPlan) -> Narrowing:
+def narrowing(plan: tithe.NarrowPlan) -> Narrowing:
     """How narrow a plan's network is now."""
     groups = plan.structure_parameters()
     names = [group.name for group in plan.stage.coupling.groups]

@@ -122,7 +122,7 @@ class Prepared:
         gradients of its own: their plans average what they learn from.
         """
         self.wrapped = self.model
-        alone = isinstance(self.trainee, (tithe.AbsentPlan, tithe.SpannedPlan))
+        alone = isinstance(self.trainee, (tithe.NarrowPlan, tithe.SubspacePlan))
         if self.accelerator.num_processes > 1 and not alone:
             # The wrapper before has hooks on the same parameters, and it is part of a cycle.
             gc.collect()
@@ -132,7 +132,7 @@ class Prepared:
     def _go_back(self, step: int) -> None:
         """Take an earlier checkpoint; on a fresh base, where choices since then may have moved other weights."""
         state = self.checkpoints.load(step)
-        if isinstance(self.trainee, tithe.SpannedPlan):
+        if isinstance(self.trainee, tithe.SubspacePlan):
             self.trainee.load_state_dict(state["trainee"])
             return
         self.wrapped = self.model  # lets the wrapper go

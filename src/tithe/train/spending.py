@@ -67,7 +67,7 @@ def spending(trainee: Trainee, batches: Iterable[Batch]) -> Spending | None:
         trainee: what is trained.
         batches: as it was attached with; the first is the one that prices were made for.
     """
-    if not isinstance(trainee, tithe.FrozenPlan) or not isinstance(trainee.method, tithe.TraDy):
+    if not isinstance(trainee, tithe.SparsePlan) or not isinstance(trainee.method, tithe.TraDy):
         return None
     choosing, method, selections = trainee.choosing(), trainee.method, trainee.selections
     spent, limit = method.spending(choosing, selections)

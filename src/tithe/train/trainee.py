@@ -222,7 +222,7 @@ def train_mode(model: nn.Module, trainee: Trainee) -> None:
     model.train()
     if isinstance(trainee, Dense):
         moving = {name for name, _ in trainee.named_parameters()}
-    elif isinstance(trainee, tithe.SpannedPlan):
+    elif isinstance(trainee, tithe.SubspacePlan):
         moving = set(trainee.selections)
     else:
         return

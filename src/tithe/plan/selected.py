@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from tithe import distributed
-from tithe.carry import carry
-from tithe.mount import Mount
+from tithe.plan.mount import Mount
+from tithe.plan.optimizer_state import carry_state
 from tithe.rules import Binding, Pool
 from tithe.selection import Coordinates, Selection
 
 
-class Choices:
+class SelectedWeights:
     """The selections of the weights to choose from, and the flat θ under them where they will change.
 
     Args:
@@ -82,7 +82,7 @@ class Choices:
     def _carry(self, binding: Binding, old: Selection) -> None:
         for optimizer in self.optimizers:
             if binding.theta in optimizer.state:
-                carry(optimizer.state[binding.theta], old, binding.selection)
+                carry_state(optimizer.state[binding.theta], old, binding.selection)
             elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.param_groups[0]["params"].append(binding.theta)
 

@@ -13,7 +13,7 @@ from tithe.errors import TitheError
 from tithe.selection import Columns
 
 
-class Kept:
+class GradientBuffer:
     """Small weights of one process: a call for each would cost more than its products.
 
     Args:
@@ -72,7 +72,7 @@ class Kept:
         return torch.searchsorted(starts, torch.arange(first, stop), right=True) - 1
 
 
-class SharedOut(Kept):
+class ShardedGradientBuffer(GradientBuffer):
     """All weights, on several ranks: each rank holds an equal part of the columns.
 
     A step is one reduce-scatter of the gradient, one sum of n numbers (a weight), one all-gather of the weights.
@@ -99,7 +99,7 @@ class SharedOut(Kept):
 class _Aside(Columns):
     """The columns of a weight whose gradient waits for the others."""
 
-    def __init__(self, kept: Kept, start: int, stop: int) -> None:
+    def __init__(self, kept: GradientBuffer, start: int, stop: int) -> None:
         self.num_vectors = kept.basis.num_vectors
         self._kept, self._start, self._stop = kept, start, stop
 

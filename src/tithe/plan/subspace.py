@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import delta, distributed, ledger, names
+from tithe import delta, distributed, ledger
 from tithe.averages import Basis, History, Spanning, TensorColumns, orthonormal, strips
-from tithe.elementwise import check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError, TitheWarning
 from tithe.forward import estimate_statistics, tracked, training
-from tithe.mount import Mount
+from tithe.plan.align import find_places, start_weights
 from tithe.plan.base import Plan
-from tithe.plan.match import find_places, start_weights
-from tithe.plan.spread import Spread, in_order
+from tithe.plan.mount import Mount
+from tithe.plan.optimizers import check_holds, inner_optimizer, num_states
+from tithe.plan.parameters import split_parameters
+from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.rules import Shared
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Coordinates, Selection, Span
@@ -27,7 +28,7 @@ from tithe.selection import Coordinates, Selection, Span
 FORMAT = 1
 
 
-class SpannedPlan(Plan):
+class SubspacePlan(Plan):
     """A model whose weights are coordinates in the span of checkpoints. Made by `attach`.
 
     On several ranks each holds an equal part of the columns of all checkpoints, and gradients are averaged by
@@ -45,7 +46,7 @@ class SpannedPlan(Plan):
         head: str | Sequence[str],
         seed: int,
     ) -> None:
-        split = names.split(model, where=where, head=head)
+        split = split_parameters(model, where=where, head=head)
         super().__init__(model, split, seed)
         self.method, self._loss, self._data = method, loss, data
         self.history = method.history if isinstance(method.history, History) else History(method.history)
@@ -74,12 +75,12 @@ class SpannedPlan(Plan):
         for binding in bindings:
             binding.pool = shared
         self._mount.show_root(self.theta)
-        self._spread = Spread(shared, bindings, spans, self.basis)
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._spread)]
+        self._sharing = ThetaSharing(shared, bindings, spans, self.basis)
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._sharing)]
         self._bound = list[torch.optim.Optimizer]()
         for name, parameter in split.floats.items():
             parameter.requires_grad_(name in self._head)
-        self._spread.commit(force=True)
+        self._sharing.commit(force=True)
         with training(model):
             self._norms = len(tracked(model))
         self._stale = self._norms > 0
@@ -306,7 +307,7 @@ class SpannedPlan(Plan):
                 if name in state["buffers"]:
                     buffer.copy_(state["buffers"][name])
         self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
-        self._spread.commit(force=True)
+        self._sharing.commit(force=True)
         self._stale = state["stale"]
 
     def release(self) -> None:
@@ -325,7 +326,7 @@ class SpannedPlan(Plan):
         self._commit(force=True)
 
     def _commit(self, *, force: bool = False) -> None:
-        if self._spread.commit(force=force):
+        if self._sharing.commit(force=force):
             self._stale = self._norms > 0
 
     def _settle(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tithe import distributed
 from tithe.averages import BLOCK, Basis
-from tithe.plan.kept import Kept, SharedOut
+from tithe.plan.gradient_buffer import GradientBuffer, ShardedGradientBuffer
 from tithe.rules import Binding, Shared
 from tithe.selection import Span, without_values
 
@@ -28,7 +28,7 @@ def in_order(sizes: Mapping[str, int]) -> list[str]:
     return sorted(sizes, key=lambda name: sizes[name] <= SMALL)
 
 
-class Spread:
+class ThetaSharing:
     """A shared θ over the weights of a model.
 
     Args:
@@ -43,9 +43,9 @@ class Spread:
         ranks = distributed.world_size() > 1
         self.num_large = 0 if ranks else sum(strip.numel > SMALL for strip in basis.columns)
         strips = basis.columns[self.num_large :]
-        self.kept: Kept | None = None
+        self.kept: GradientBuffer | None = None
         if strips:
-            self.kept = (SharedOut if ranks else Kept)(basis, strips, bindings[0].weight.device)
+            self.kept = (ShardedGradientBuffer if ranks else GradientBuffer)(basis, strips, bindings[0].weight.device)
         for binding, span in zip(bindings, spans, strict=True):
             binding.selection = span
         for binding, span, strip in zip(bindings[self.num_large :], spans[self.num_large :], strips, strict=True):
@@ -88,7 +88,7 @@ class Spread:
         self._committed = self.shared.parameter._version
         return True
 
-    def _write_kept(self, kept: Kept) -> None:
+    def _write_kept(self, kept: GradientBuffer) -> None:
         bindings, spans = self.bindings[self.num_large :], self.spans[self.num_large :]
         if self.shared.parameter.dim() == 1:  # one row of numbers for all
             weights = spans[0].weights(self.shared.values(bindings[0].name))

@@ -11,7 +11,7 @@ from tithe import delta
 from tithe.averages import History
 from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
-from tithe.names import Split
+from tithe.plan.parameters import Split
 
 
 @dataclass(frozen=True)

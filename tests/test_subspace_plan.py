@@ -38,9 +38,9 @@ def _train(plan: tithe.Plan, case: Case, optimizer: torch.optim.Optimizer, batch
         plan.step()
 
 
-def _run(model: nn.Module, case: Case, method: tithe.TWA, steps: int = 3) -> tithe.SpannedPlan:
+def _run(model: nn.Module, case: Case, method: tithe.TWA, steps: int = 3) -> tithe.SubspacePlan:
     plan = tithe.attach(model, method, loss=case.loss, data=case.batches(2))
-    assert isinstance(plan, tithe.SpannedPlan)
+    assert isinstance(plan, tithe.SubspacePlan)
     optimizer = adamw(plan.parameters())
     plan.bind(optimizer)
     _train(plan, case, optimizer, case.batches(steps))
@@ -110,7 +110,7 @@ def test_starts_at_the_last_and_at_the_best(case: Case, tmp_path: Path) -> None:
         fresh = copy.deepcopy(model)
         plan = tithe.attach(fresh, tithe.TWA(history, start=start))
         assert equal_bits(bits(fresh), bits(expected)) == []
-        assert isinstance(plan, tithe.SpannedPlan)
+        assert isinstance(plan, tithe.SubspacePlan)
         weights = plan.coefficients()["span"]
         assert torch.allclose(weights, torch.eye(4, dtype=torch.float64)[3 if start == "last" else 1], atol=1e-6)
         with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def test_coefficients_rebuild_the_weights(case: Case, tmp_path: Path) -> None:
     models = checkpoints(model, 4)
     history = recorded(tmp_path / "run", models)
     plan = tithe.attach(model, tithe.TWA(history), loss=case.loss)
-    assert isinstance(plan, tithe.SpannedPlan)
+    assert isinstance(plan, tithe.SubspacePlan)
     optimizer = sgd(plan.parameters())
     plan.bind(optimizer)
     _train(plan, case, optimizer, case.batches(3, dtype=torch.float64))
@@ -188,7 +188,7 @@ def test_statistics_are_never_forgotten(tmp_path: Path) -> None:
     plan = tithe.attach(model, tithe.TWA(history), loss=case.loss, data=case.batches(3))
     plan.release()  # by itself, over data=
     by_hand = tithe.attach(alone, tithe.TWA(history), loss=case.loss)
-    assert isinstance(by_hand, tithe.SpannedPlan)
+    assert isinstance(by_hand, tithe.SubspacePlan)
     assert by_hand.refresh_statistics(case.batches(3)) == 3
     by_hand.release()
     assert equal_bits(bits(model), bits(alone)) == []

@@ -20,7 +20,7 @@ from tithe.narrow.stage import Fit, Stage
 from tithe.selection import Grid
 
 
-class Part:
+class LiveWeight:
     """One weight and its θ.
 
     Args:
@@ -122,7 +122,7 @@ class Part:
         self.weight.requires_grad_(self.trained)
 
 
-class Parts(dict[str, Part]):
+class LiveWeights(dict[str, LiveWeight]):
     """The weights of a model that may be narrow, by name; running statistics that may be are no parts of an optimizer.
 
     Args:
@@ -130,7 +130,7 @@ class Parts(dict[str, Part]):
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
-        super().__init__({name: Part(name, weight) for name, weight in weights.items()})
+        super().__init__({name: LiveWeight(name, weight) for name, weight in weights.items()})
 
     def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
         """The live tensors of a step, θ among them; a further micro-batch of the same step goes on with the same θ."""

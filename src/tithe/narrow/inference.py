@@ -12,7 +12,7 @@ from tithe.narrow.probabilities import Probabilities
 from tithe.narrow.stage import Stage
 
 
-class Outside:
+class InferenceNetwork:
     """Hooks around the root's forward pass; where no step is running they make it the likeliest narrow network.
 
     Its weights are read, not trained: a forward pass that is to be differentiated belongs into `plan.backward`. An

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import delta, distributed, ledger, names
-from tithe.choices import Choices
+from tithe import delta, distributed, ledger
 from tithe.choosing import Choosing, Memory, Method, first_batches
-from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
 from tithe.errors import TitheError
-from tithe.mount import Mount
 from tithe.plan.base import Plan
+from tithe.plan.mount import Mount
+from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe.plan.parameters import split_parameters
+from tithe.plan.selected import SelectedWeights
+from tithe.plan.state import Buffers, PlanState
 from tithe.rules.lean.model import Lean, lean
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Channels, Selection
-from tithe.state import Buffers, PlanState
 
 _CPU = torch.device("cpu")
 
 
-class FrozenPlan(Plan):
+class SparsePlan(Plan):
     """A model of which a selected part is trained while the rest keeps its bits. Made by `attach`."""
 
     def __init__(
@@ -39,7 +40,7 @@ class FrozenPlan(Plan):
         head: str | Sequence[str],
         seed: int,
     ) -> None:
-        split = names.split(model, where=where, head=head)
+        split = split_parameters(model, where=where, head=head)
         super().__init__(model, split, seed)
         self.method = method
         self._loss, self._data = loss, data
@@ -51,7 +52,7 @@ class FrozenPlan(Plan):
         self._mount = Mount(model, bound)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
         changes = method.reselect is not None or method.warmup > 0
-        self._choices = Choices(self._mount, self._candidates, changes=changes)
+        self._selected = SelectedWeights(self._mount, self._candidates, changes=changes)
         self._handles: list[Any] = []
         self._chosen = False
         self._memory, self._num_states = Memory(), 0
@@ -66,7 +67,7 @@ class FrozenPlan(Plan):
         Raises:
             TitheError: as `attach`.
         """
-        self._choices.set_room(self.method.num_selected(self.choosing()))
+        self._selected.set_room(self.method.num_selected(self.choosing()))
         if self.method.needs_data and (self._loss is None or self._data is None):
             self.choosing().scores("fisher")
         if self.method.warmup == 0:
@@ -116,8 +117,8 @@ class FrozenPlan(Plan):
         self._link()
         trained = [p for p in self.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
-        held = size + self._choices.unused_bytes
-        states = self._num_states if self._choices.optimizers else 2
+        held = size + self._selected.unused_bytes
+        states = self._num_states if self._selected.optimizers else 2
         return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=self.index_bytes)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -131,7 +132,7 @@ class FrozenPlan(Plan):
         try:
             loss.backward()
         except RuntimeError as error:
-            if self._choices.resized and "invalid gradient" in str(error):
+            if self._selected.resized and "invalid gradient" in str(error):
                 raise distributed.fixed_sizes_error() from error
             raise
         return loss
@@ -152,7 +153,7 @@ class FrozenPlan(Plan):
         check_holds(optimizer, self.named_parameters())
         if not elementwise and not all(isinstance(s, Channels) for s in self.selections.values()):
             check_elementwise(optimizer)
-        self._choices.optimizers.append(optimizer)
+        self._selected.optimizers.append(optimizer)
         self._charge(num_states(optimizer))
         self._handles.append(optimizer.register_step_pre_hook(self._link))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -160,7 +161,7 @@ class FrozenPlan(Plan):
     def step(self) -> bool:
         """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
         self._check_live()
-        self._choices.commit()
+        self._selected.commit()
         self.num_steps += 1
         if not self._chosen:
             return self.num_steps >= self.method.warmup and self.reselect()
@@ -179,12 +180,12 @@ class FrozenPlan(Plan):
         value. Returns whether anything changed.
         """
         self._check_live()
-        self._choices.commit()
+        self._selected.commit()
         return self._take(self.method.choose(self.choosing()))
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
-        return self._choices.take(chosen, self._memory.tensors.get("rooms")) or first
+        return self._selected.take(chosen, self._memory.tensors.get("rooms")) or first
 
     def choosing(self) -> Choosing:
         """What the method is handed when it chooses now, for example to ask it what the present choice costs."""
@@ -199,7 +200,7 @@ class FrozenPlan(Plan):
             step=self.num_steps,
             epoch=self.num_epochs,
             num_states=self._num_states,
-            room=self._choices.room,
+            room=self._selected.room,
             memory=self._memory,
         )
 
@@ -214,7 +215,7 @@ class FrozenPlan(Plan):
             TitheError: when the file cannot be written.
         """
         self._check_live()
-        self._choices.commit()
+        self._selected.commit()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
@@ -223,13 +224,13 @@ class FrozenPlan(Plan):
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
-        self._choices.commit()
+        self._selected.commit()
         return PlanState(
             num_steps=self.num_steps,
             num_epochs=self.num_epochs,
             seed=self.seed,
             chosen=self._chosen,
-            room=self._choices.room or 0,
+            room=self._selected.room or 0,
             num_states=self._num_states,
             selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
             moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
@@ -248,7 +249,7 @@ class FrozenPlan(Plan):
         self._check_live()
         found = PlanState.of(state)
         selected, moved = found.read({b.name: b.moved for b in self._candidates}, self._head)
-        self._choices.commit()
+        self._selected.commit()
         with torch.no_grad():
             for binding in self._candidates:
                 moved[binding.name].scatter_(binding.weight, found.values[binding.name].to(binding.weight.device))
@@ -258,8 +259,8 @@ class FrozenPlan(Plan):
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen, self._num_states = found.chosen, found.num_states
         self._memory.tensors = dict(found.memory)
-        self._choices.set_room(found.room)
-        self._choices.take(selected, self._memory.tensors.get("rooms"))
+        self._selected.set_room(found.room)
+        self._selected.take(selected, self._memory.tensors.get("rooms"))
         for binding in self._candidates:
             binding.refresh()
             binding.moved = moved[binding.name].to(binding.weight.device)
@@ -268,7 +269,7 @@ class FrozenPlan(Plan):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
-        self._choices.commit()
+        self._selected.commit()
         for handle in self._handles:
             handle.remove()
         self._mount.release()
@@ -287,17 +288,17 @@ class FrozenPlan(Plan):
             self._num_states = states
             return
         self._num_states = states
-        self._choices.commit()
+        self._selected.commit()
         choosing = self.choosing()
         size = self.method.num_selected(choosing)
         choosing.room = None if choosing.room is None else size
         chosen = self.method.choose(choosing)  # before the room is another, while the present choice still runs
-        self._choices.set_room(size)
+        self._selected.set_room(size)
         self._take(chosen)
 
     def _link(self, *_: Any) -> None:
-        self._choices.link()
+        self._selected.link()
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._choices.commit()
-        self._choices.check_ranks()
+        self._selected.commit()
+        self._selected.check_ranks()

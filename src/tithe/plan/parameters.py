@@ -30,7 +30,7 @@ class Split:
     alias: dict[str, str]
 
 
-def split(model: nn.Module, *, where: str | Sequence[str], head: str | Sequence[str]) -> Split:
+def split_parameters(model: nn.Module, *, where: str | Sequence[str], head: str | Sequence[str]) -> Split:
     """Sort a model's parameters into head, candidates and the rest.
 
     Raises:

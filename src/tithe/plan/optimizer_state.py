@@ -10,7 +10,7 @@ from torch import Tensor
 from tithe.selection import Selection
 
 
-def carry(state: dict[str, Any], old: Selection, new: Selection) -> None:
+def carry_state(state: dict[str, Any], old: Selection, new: Selection) -> None:
     """Rearrange one parameter's optimizer state, in place, from the old selection to the new.
 
     A state tensor of one value per selected weight (a moment, a momentum buffer) is rearranged; anything else (a step
@@ -26,7 +26,7 @@ def carry(state: dict[str, Any], old: Selection, new: Selection) -> None:
         >>> from tithe import Coordinates
         >>> before, after = (Coordinates((9,), torch.tensor(at)) for at in ([3, 5], [5, 7]))
         >>> state = {"momentum_buffer": torch.tensor([1.0, 2.0])}
-        >>> carry(state, before, after)
+        >>> carry_state(state, before, after)
         >>> state["momentum_buffer"]
         tensor([2., 0.])
     """

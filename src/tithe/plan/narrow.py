@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe import delta, distributed, ledger, names
-from tithe.elementwise import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
 from tithe.forward import estimate_statistics
 from tithe.narrow import (
-    Outside,
-    Parts,
+    InferenceNetwork,
+    LiveWeights,
     Probabilities,
     Stage,
     Structure,
@@ -38,12 +37,14 @@ from tithe.narrow import (
 )
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan
+from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe.plan.parameters import split_parameters
 from tithe.rules.lean.model import Lean
 from tithe.scoring import Loss, check_loss
 from tithe.selection import Grid, Selection
 
 
-class AbsentPlan(Plan):
+class NarrowPlan(Plan):
     """A model of which a drawn part exists and is trained in each step. Made by `attach`."""
 
     def __init__(
@@ -57,7 +58,7 @@ class AbsentPlan(Plan):
         head: str | Sequence[str],
         seed: int,
     ) -> None:
-        split = names.split(model, where=where, head=head)
+        split = split_parameters(model, where=where, head=head)
         super().__init__(model, split, seed)
         self.method = method
         if loss is None or data is None:
@@ -80,10 +81,10 @@ class AbsentPlan(Plan):
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
-        self._parts = Parts({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
+        self._parts = LiveWeights({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
         self._handles: list[Any] = []
-        self._outside = Outside(self.stage, self.probabilities)
-        self._outside.hook()
+        self._inference = InferenceNetwork(self.stage, self.probabilities)
+        self._inference.hook()
         self._draw()
 
     # ------------------------------------------------------------------------------------------------ what is trained
@@ -196,7 +197,7 @@ class AbsentPlan(Plan):
         else:
             self._masks = self.probabilities.draw(self.seed, self.num_steps)
         self._fit = self.stage.fit(self._masks[0])
-        self._outside.follow(self.stage, None if self._settled else self.num_steps)
+        self._inference.follow(self.stage, None if self._settled else self.num_steps)
 
     def reselect(self) -> bool:
         """Nothing to do: every step draws. Returns False."""
@@ -318,11 +319,11 @@ class AbsentPlan(Plan):
             TitheError: when the losses differ.
         """
         self._check_live()
-        self._outside.unhook()
+        self._inference.unhook()
         try:
             network = copy.deepcopy(self.model)
         finally:
-            self._outside.hook()
+            self._inference.hook()
         inner = Lean.of(network)
         if inner is not None:
             inner.release()
@@ -380,7 +381,7 @@ class AbsentPlan(Plan):
         """Give the model back, at the widths that are left: trained values stay, no attribute, hook or flag does."""
         if self._released:
             return
-        self._outside.unhook()
+        self._inference.unhook()
         for handle in self._handles:
             handle.remove()
         for part in self._parts.values():
