@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tithe
 from benchmarks.records import Record, Store, parse
-from tithe.demo.digits import NUM_CLASSES, Batch, Task, tasks
+from tithe.app.demo.digits import NUM_CLASSES, Batch, Task, tasks
 
 WIDTH, NUM_UNITS = 6, 12
 KEEP = 0.5

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tithe.demo.digits import tasks
-from tithe.demo.network import WIDTH, Digits, classification_loss
+from tithe.app.demo.digits import tasks
+from tithe.app.demo.network import WIDTH, Digits, classification_loss
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "digits"
 BATCH, STEPS = 64, 240

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import Batch, Case, samples
 from tithe import Schedule
-from tithe.choosing import Choosing
+from tithe.method import Choosing
 from tithe.selection import Coordinates, Selection
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]

@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import tithe
 from tithe import History
-from tithe.averaging import METHODS, Settings
-from tithe.averaging.bench import Bench
-from tithe.averaging.ways import ema_weights
-from tithe.cli import app
+from tithe.app.average import METHODS, Settings
+from tithe.app.average.bench import Bench
+from tithe.app.average.ways import ema_weights
+from tithe.app.cli import app
+from tithe.app.train import read_recipe
+from tithe.app.train.data import to_device
 from tithe.forward import estimate_statistics
-from tithe.train import read_recipe
-from tithe.train.data import to_device
 from workplace import editor, fill, make_tiny, write_images
 
 RUNNER = CliRunner()
@@ -329,8 +329,8 @@ def test_a_recipe_without_a_test_split_says_so(tmp_path: Path) -> None:
 def _text_checkpoints(folder: Path, write: Callable[[Any, Path], None]) -> None:
     """Two perturbed copies of the recipe's model."""
     from histories import checkpoints
-    from tithe.train.data import read_examples
-    from tithe.train.models import build
+    from tithe.app.train.data import read_examples
+    from tithe.app.train.models import build
 
     recipe = read_recipe(folder / "recipe.toml")
     torch.manual_seed(0)
@@ -360,7 +360,7 @@ def test_deltas_of_a_run_are_averaged_on_its_base(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing(kitchen: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tithe.cli", "average", kitchen / "in", "-o", tmp_path / "out.safetensors"]
+    words = [sys.executable, "-m", "tithe", "average", kitchen / "in", "-o", tmp_path / "out.safetensors"]
     words += ["--recipe", kitchen / "recipe.toml", "--epochs", "100000", "--lr", "1e-5"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

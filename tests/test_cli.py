@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tithe.cli import app
+from tithe.app.cli import app
 from workplace import RECIPE, fill, make_tiny
 
 RUNNER = CliRunner()

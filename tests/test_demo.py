@@ -14,13 +14,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import tithe
-from tithe.demo import digits, run
-from tithe.demo.averaged import Averaged, averaging_steps, num_checkpoints, opening_steps
-from tithe.demo.contestants import BUDGET, CONTESTANTS, DENSITY
-from tithe.demo.network import WIDTH, Digits
-from tithe.demo.pace import Pace
-from tithe.demo.race import FULL, RATES
-from tithe.demo.trainee import Course, optimizer_bytes, trained_weights
+from tithe.app.demo import digits, run
+from tithe.app.demo.averaged import Averaged, averaging_steps, num_checkpoints, opening_steps
+from tithe.app.demo.contestants import BUDGET, CONTESTANTS, DENSITY
+from tithe.app.demo.network import WIDTH, Digits
+from tithe.app.demo.pace import Pace
+from tithe.app.demo.race import FULL, RATES
+from tithe.app.demo.trainee import Course, optimizer_bytes, trained_weights
 from tithe.errors import TitheError
 
 

@@ -16,8 +16,8 @@ import typer
 from typer.main import get_command
 
 import tithe
-from tithe.cli import app
-from tithe.train import parse_recipe
+from tithe.app.cli import app
+from tithe.app.train import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -103,7 +103,7 @@ def test_commands_parse(page: Path) -> None:
     for line, words in commands(page):
         if words[0] == "make":
             assert words[1] in targets, f"{page.name}:{line}: no target {words[1]}"
-        start = next((i for i, word in enumerate(words) if word in ("tithe", "tithe.cli")), None)
+        start = next((i for i, word in enumerate(words) if word in ("tithe",)), None)
         if start is None:
             continue
         name, *rest = words[start + 1 :]

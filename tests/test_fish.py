@@ -15,7 +15,7 @@ import tithe
 from models import CASES, LARGE, Batch, Case
 from oracles import bits, empirical_fisher, equal_bits, largest, mean_gradient, true_fisher
 from tithe import FISH, TitheError
-from tithe.choosing import Choosing
+from tithe.method import Choosing
 from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
 from tithe.testing import ContractError, check_method

@@ -1,6 +1,7 @@
 """The import law: which room may import which, read from the source itself.
 
-A room is a file or a folder right under src/tithe. ROOMS says what each may import of ours; a new room starts there.
+A room is a file or a folder right under src/tithe, or under src/tithe/app. ROOMS says what
+each may import of ours; a new room starts there.
 Every breach is reported as `file:line: what it imports: the rule`.
 """
 
@@ -19,7 +20,7 @@ PACKAGE = ROOT / "src" / "tithe"
 MAX_LINES = 400
 
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
-PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "choosing"}
+PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "method"}
 PARTS |= {"delta", "averages", "forward"}
 CORE = VALUES | PARTS | {"plan", "ranking"}
 
@@ -40,34 +41,36 @@ ROOMS: dict[str, set[str]] = {
     "delta": {"errors", "batch", "selection", "budget", "rules"},
     "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
-    "choosing": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
-    "ranking": {"errors", "batch", "selection", "rules", "delta", "choosing", "plan", "scoring", "select"},
+    "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
+    "ranking": {"errors", "batch", "selection", "rules", "delta", "method", "plan", "scoring", "select"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
-    "train": {"tithe", "errors", "select", "delta", "averages"},
-    "integrations": {"tithe", "errors", "select"},
-    "demo": {"tithe", "errors", "select", "train"},
-    "price": {"tithe", "errors", "select", "train", "ledger", "delta", "choosing"}
+    "app": set(),
+    "app.train": {"tithe", "errors", "select", "delta", "averages"},
+    "app.demo": {"tithe", "errors", "select", "app.train"},
+    "app.price": {"tithe", "errors", "select", "app.train", "ledger", "delta", "method"}
     | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "averaging": {"tithe", "errors", "select", "train", "averages", "forward"},
-    "cli": {"tithe", "errors", "select", "train", "demo", "price", "averaging"},
-    "__main__": {"cli"},
+    "app.average": {"tithe", "errors", "select", "app.train", "averages", "forward"},
+    "app.cli": {"tithe", "errors", "select", "app.train", "app.demo", "app.price", "app.average"},
+    "integrations": {"tithe", "errors", "select"},
+    "__main__": {"app.cli"},
 }
 
 # Rooms that an extra pays for. Everything else is the core and imports CORE_PACKAGES alone.
-WITH_EXTRAS = {"train", "integrations", "demo", "price", "averaging", "cli", "__main__"}
+WITH_EXTRAS = {room for room in ROOMS if room.startswith("app")} | {"integrations", "__main__"}
 CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
-KNOW_METHODS = {"methods", "train", "demo", "price", "averaging", "cli", "__init__"}
+KNOW_METHODS = {room for room in ROOMS if room.startswith("app")} | {"methods", "__init__"}
 METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
 
 
 def room(path: Path) -> str:
     """The room that a file belongs to: `rules` for src/tithe/rules/linear.py."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    first, *rest = (part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts)
+    return f"app.{rest[0]}" if first == "app" and rest[0] != "__init__" else first
 
 
 def imports(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
@@ -101,7 +104,10 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def owner(module: str) -> str:
     """The room behind one of our own dotted names; `tithe` for a public name of the package."""
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "tithe"
+    for room in (".".join(parts[1:3]), *parts[1:2]):
+        if room in ROOMS:
+            return room
+    return "tithe"
 
 
 def listing(names: set[str]) -> str:
@@ -174,8 +180,8 @@ def test_importing_tithe_loads_no_extra() -> None:
         ("select/importance.py", "from ..rules.linear import Way", ":1: imports tithe.rules.linear.Way: select may"),
         ("select/importance.py", "from tithe import rules", ":1: imports tithe.rules: select may import"),
         ("plan.py", "from .methods.base import Recipe", ":1: imports tithe.methods.base.Recipe: plan may import"),
-        ("plan.py", "def f():\n    from .cli import app", ":2: imports tithe.cli.app: plan may import"),
-        ("train/loop.py", "from tithe.plan import Plan", ":1: imports tithe.plan.Plan: train may import"),
+        ("plan.py", "def f():\n    from .app.cli import app", ":2: imports tithe.app.cli.app: plan may import"),
+        ("app/train/loop.py", "from tithe.plan import Plan", ":1: imports tithe.plan.Plan: app.train may import"),
         ("plan.py", "from tithe.rules.sparse.linear import _way", ": a private name stays in its room"),
         ("ledger/table.py", "from rich.table import Table", ": the core imports numpy, safetensors, torch and"),
         ("scoring.py", "from torch import distributed as dist", ": distributed.py is the only importer"),
@@ -183,7 +189,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         (
             "plan.py",
             "def attach_fish(): ...",
-            ":1: names attach_fish: only __init__, averaging, cli, demo, methods, price, train know",
+            ":1: names attach_fish: only __init__, app, app.average, app.cli",
         ),
         ("plan.py", "if name == 'trady': ...", ":1: names trady"),
         ("colour.py", "", "colour.py:1: room `colour`: a new room says what it may import"),

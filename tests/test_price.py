@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tithe
 from models import CASES, LARGE, Case
+from tithe.app.price import OFFERS, Quote, Subject, Terms, parse_budget, price
+from tithe.app.price.draw import Drawn
+from tithe.app.price.flops import FlopCounter
+from tithe.app.price.search import largest
 from tithe.errors import TitheError
 from tithe.ledger import Blank, measure, predict
-from tithe.price import OFFERS, Quote, Subject, Terms, parse_budget, price
-from tithe.price.draw import Drawn
-from tithe.price.flops import FlopCounter
-from tithe.price.search import largest
 
 pytest.importorskip("transformers")
 
@@ -128,7 +128,7 @@ def test_lora_is_priced_as_it_runs() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
 def test_an_optimizer_step_takes_what_was_said(optimizer: str) -> None:
     """A second step, when the state is there: all gradients, and two tensors of the largest parameter's size."""
-    from tithe.price.offers import OPTIMIZERS
+    from tithe.app.price.offers import OPTIMIZERS
 
     case = CASES["bert"]
     model = case.model()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tithe.cli import app
+from tithe.app.cli import app
+from tithe.app.price import Shape, outline, parse_budget
 from tithe.errors import TitheError
-from tithe.price import Shape, outline, parse_budget
 from workplace import make_tiny
 
 RUNNER = CliRunner()

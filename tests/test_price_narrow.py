@@ -12,10 +12,10 @@ from torch import nn
 
 import tithe
 from models import CASES, Case
+from tithe.app.price import Quote, Subject, Terms, price
 from tithe.delta import write_network
 from tithe.errors import TitheError
 from tithe.ledger import measure
-from tithe.price import Quote, Subject, Terms, price
 
 pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tithe.train import read_recipe, train
+from tithe.app.train import read_recipe, train
 
 GOOD, BAD = ("good", "fine", "bright", "warm"), ("bad", "poor", "dull", "cold")
 FILLERS = ("the", "a", "film", "story", "and", "was", "very", '"', "it", "'s")

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tithe.choosing import first_batches
 from tithe.delta.file import replacing
 from tithe.errors import TitheError
+from tithe.method import first_batches
 from tithe.plan.mount import Mount
 from tithe.plan.parameters import split_parameters
 from tithe.scoring import channel_norms, price_channels

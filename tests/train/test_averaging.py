@@ -15,15 +15,15 @@ from torch import nn
 
 import tithe
 from tithe import TitheError, TitheWarning
-from tithe.train import read_recipe
-from tithe.train.averaging import TrainingBatches
-from tithe.train.checkpoints import Checkpoints
-from tithe.train.course import AverageCourse
-from tithe.train.data import read_examples
-from tithe.train.loop import Interrupted, NotFiniteError, Run
-from tithe.train.models import build
-from tithe.train.progress import read_log
-from tithe.train.report import show
+from tithe.app.train import read_recipe
+from tithe.app.train.averaging import TrainingBatches
+from tithe.app.train.checkpoints import Checkpoints
+from tithe.app.train.course import AverageCourse
+from tithe.app.train.data import read_examples
+from tithe.app.train.loop import Interrupted, NotFiniteError, Run
+from tithe.app.train.models import build
+from tithe.app.train.progress import read_log
+from tithe.app.train.report import show
 from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]

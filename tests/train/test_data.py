@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from tithe import TitheError
-from tithe.train import Recipe, parse_recipe, read_recipe
-from tithe.train.data import ImageEncoder, Samples, chunks, epoch_order, read_examples
-from tithe.train.images import Images
-from tithe.train.tables import Table
+from tithe.app.train import Recipe, parse_recipe, read_recipe
+from tithe.app.train.data import ImageEncoder, Samples, chunks, epoch_order, read_examples
+from tithe.app.train.images import Images
+from tithe.app.train.tables import Table
 
 Edit = Callable[..., Path]
 TEXTS = ('he said "no', "a, b", "it 's  fine", "x")

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import tithe
-from tithe.train import read_recipe, train
+from tithe.app.train import read_recipe, train
 from workplace import sentences, write_tsv
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

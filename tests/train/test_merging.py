@@ -12,10 +12,10 @@ from rich.console import Console
 
 import tithe
 from tithe import TitheError
-from tithe.train import read_recipe, train
-from tithe.train.data import read_examples
-from tithe.train.merging import merge_deltas
-from tithe.train.models import build
+from tithe.app.train import read_recipe, train
+from tithe.app.train.data import read_examples
+from tithe.app.train.merging import merge_deltas
+from tithe.app.train.models import build
 
 
 def test_a_bare_base_and_a_delta_become_a_folder_that_transformers_reads(

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 
 import tithe
 from tithe import TitheError
-from tithe.train import read_recipe
-from tithe.train.checkpoints import Checkpoints
-from tithe.train.course import OwnCourse
-from tithe.train.data import read_examples
-from tithe.train.loop import Interrupted, Run
-from tithe.train.models import build
-from tithe.train.progress import read_log
-from tithe.train.report import show
+from tithe.app.train import read_recipe
+from tithe.app.train.checkpoints import Checkpoints
+from tithe.app.train.course import OwnCourse
+from tithe.app.train.data import read_examples
+from tithe.app.train.loop import Interrupted, Run
+from tithe.app.train.models import build
+from tithe.app.train.progress import read_log
+from tithe.app.train.report import show
 from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tithe.train.checkpoints import Checkpoints
+from tithe.app.train.checkpoints import Checkpoints
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[..., Path], workplace: Path) -> None:
     path = edit(("epochs = 2", "steps = 100000\nevaluate_every = 100000"))
-    command = [sys.executable, "-m", "tithe.cli", "train", str(path), "--set", "data.split_seed=0"]
+    command = [sys.executable, "-m", "tithe", "train", str(path), "--set", "data.split_seed=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stderr is not None
     lines: list[str] = []
@@ -55,7 +55,7 @@ def without_dropout(workplace: Path, tiny: Path) -> Path:
 
 def on_two_ranks(path: Path) -> dict[str, Any]:
     """Run a recipe on two processes, with its output in `two`."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe.cli"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe"]
     command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def test_two_ranks_equal_one_with_the_doubled_batch(
     )
     two = on_two_ranks(path)
 
-    from tithe.train import read_recipe, train
+    from tithe.app.train import read_recipe, train
 
     one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
     assert one["metrics"] == two["metrics"]
@@ -114,7 +114,7 @@ def test_two_ranks_draw_the_same_networks_and_equal_one(edit: Callable[..., Path
     )
     two = on_two_ranks(path)
 
-    from tithe.train import read_recipe, train
+    from tithe.app.train import read_recipe, train
 
     one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
     assert one["metrics"] == two["metrics"]
@@ -143,7 +143,7 @@ def test_two_ranks_record_one_history_and_share_out_its_average(
     )
     two = on_two_ranks(path)
 
-    from tithe.train import read_recipe, train
+    from tithe.app.train import read_recipe, train
 
     one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
     assert one["history"] == two["history"] == [0, 2, 4, 6]

@@ -9,9 +9,9 @@ import pytest
 
 import tithe
 from tithe import TitheError
-from tithe.train import parse_recipe, read_recipe
-from tithe.train.locate import locate
-from tithe.train.method import TradyMethod, VrpgeMethod
+from tithe.app.train import parse_recipe, read_recipe
+from tithe.app.train.locate import locate
+from tithe.app.train.method import TradyMethod, VrpgeMethod
 
 Edit = Callable[..., Path]
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import tithe
 from tithe import TitheError
-from tithe.train import read_recipe, train
-from tithe.train.checkpoints import Checkpoints
-from tithe.train.loop import Interrupted, NotFiniteError, Run
-from tithe.train.progress import read_log
+from tithe.app.train import read_recipe, train
+from tithe.app.train.checkpoints import Checkpoints
+from tithe.app.train.loop import Interrupted, NotFiniteError, Run
+from tithe.app.train.progress import read_log
 from workplace import assert_equal, write_tsv
 
 Edit = Callable[..., Path]
@@ -188,7 +188,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(method: str, stop: int, edit
 def test_resuming_scores_nothing_again(edit: Edit, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edit(("epochs = 2", "steps = 3"))
     run(path)
-    from tithe.choosing import Choosing
+    from tithe.method import Choosing
 
     def refuse(*args: object, **settings: object) -> None:
         raise AssertionError("scored again")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tithe.budget import Budget
-from tithe.choosing import Choosing
 from tithe.errors import TitheError
+from tithe.method import Choosing
 from tithe.schedule import Schedule
 from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tithe.choosing import Choosing
 from tithe.errors import TitheError
+from tithe.method import Choosing
 from tithe.schedule import Schedule
 from tithe.select.importance import channel_magnitude
 from tithe.select.topk import largest

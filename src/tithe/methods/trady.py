@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tithe.budget import Budget
-from tithe.choosing import Choosing
 from tithe.errors import TitheError
+from tithe.method import Choosing
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
 from tithe.select.channel_costs import Costs, cover

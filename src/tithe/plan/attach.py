@@ -17,8 +17,8 @@ from typing import Any, TypedDict, Unpack, overload
 from torch import nn
 
 from tithe.averages import Spanning
-from tithe.choosing import Method
 from tithe.errors import TitheError
+from tithe.method import Method
 from tithe.narrow import InferenceNetwork, Structure
 from tithe.plan.narrow import NarrowPlan
 from tithe.plan.sparse import SparsePlan

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
-from tithe.choosing import Choosing, Memory, Method, first_batches
 from tithe.errors import TitheError
+from tithe.method import Choosing, Memory, Method, first_batches
 from tithe.plan.base import Plan
 from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states

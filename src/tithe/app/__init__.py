@@ -1,0 +1,1 @@
+"""What the command line runs: users of the public names like anybody else, with optional packages."""

@@ -1,0 +1,150 @@
+"""All ways to average, each tried on a recipe's data; and the one that is written, in the format that came in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tithe
+from tithe import History
+from tithe.app.average.bench import Bench, split_sizes
+from tithe.app.average.soup import greedy_soup
+from tithe.app.average.trained import Trained, Trainer, rates
+from tithe.app.average.watch import Watch
+from tithe.app.average.ways import METHODS, Comparison, Row, Settings, ema_weights, one_hot
+from tithe.app.train.recipe import Recipe
+from tithe.averages.average import average, check_output, write_like
+
+
+def compare(recipe: Recipe, history: History, output: Path, settings: Settings, watch: Watch) -> Comparison:
+    """Try every way to average, and write the one that is asked for, or the best on the selection rows.
+
+    Args:
+        recipe: model, data and metrics.
+        history: the checkpoints.
+        output: the new file or folder.
+        settings: which way is written, and how TWA trains.
+        watch: is told how far this is.
+
+    Returns:
+        What each way gave.
+
+    Raises:
+        TitheError: when data, model and checkpoints do not fit together, or the output exists.
+    """
+    check_output(output, history.rows.paths[0])
+    watch.label("reading data and model")
+    bench = Bench(recipe, history, watch)
+    bench.plan(_cost(bench, settings))
+    rows: list[Row] = []
+    chosen: tuple[Row, dict[str, Tensor]] | None = None
+    for row in _rows(bench, settings, watch):
+        rows.append(row)
+        asked = settings.method in ("auto", row.method)
+        if asked and (chosen is None or row.score > chosen[0].score):
+            chosen = row, bench.snapshot()
+    assert chosen is not None
+    watch.label("writing")
+    _write(bench, output, *chosen)
+    return Comparison(
+        checkpoints=tuple(map(str, history.rows.paths)),
+        rows=tuple(rows),
+        written=chosen[0].method,
+        output=str(output),
+        splits=split_sizes(bench),
+    )
+
+
+def _rows(bench: Bench, settings: Settings, watch: Watch) -> Iterator[Row]:
+    """A row a way; the model is what the row says while it is looked at."""
+    n, scores = len(bench.history), list[float]()
+    started = time.monotonic()
+    for index in range(n):
+        watch.label(f"checkpoint {index + 1} of {n}")
+        bench.put_checkpoint(index)
+        scores.append(next(iter(bench.select().values())))
+    best = max(range(n), key=scores.__getitem__)
+    bench.put_checkpoint(best)
+    yield _row(bench, "best", bench.history.rows.paths[best].name, started, one_hot(best, n))
+    for method, weights, detail in (
+        ("mean", [1 / n] * n, f"of {n}"),
+        ("ema", ema_weights(n, settings.decay), f"decay {settings.decay:g}"),
+    ):
+        started = time.monotonic()
+        watch.label(METHODS[method])
+        bench.put_average(weights)
+        bench.estimate()
+        yield _row(bench, method, detail, started, weights)
+    started = time.monotonic()
+    watch.label(METHODS["greedy"])
+    kept = greedy_soup(bench, scores)
+    weights = [(index in kept) / len(kept) for index in range(n)]
+    yield _row(bench, "greedy", f"{len(kept)} of {n}", started, weights)
+    started = time.monotonic()
+    watch.label("reading the span")
+    trainer = Trainer(bench, settings)
+    try:
+        for method, split, places in (
+            ("twa-t", "train", range(len(bench.samples["train"]))),
+            ("twa-v", "validation", bench.tuning),
+        ):
+            watch.label(METHODS[method])
+            point = trainer.train(split, places)
+            detail = _told(point, settings)
+            found = trainer.plan.coefficients()
+            table = {"all": found["span"]} if settings.granularity == "model" else _in_order(bench, found)
+            yield _row(bench, method, detail, started, table)
+            started = time.monotonic()
+    finally:
+        trainer.plan.release()
+
+
+def _in_order(bench: Bench, coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows in the order in which the model has its parameters."""
+    return {name: coefficients[name] for name, _ in bench.model.named_parameters() if name in coefficients}
+
+
+def _told(point: Trained, settings: Settings) -> str:
+    if point.epoch == 0:
+        return "the mean: no epoch was better"
+    return f"lr {point.rate:g}, epoch {point.epoch} of {settings.epochs}"
+
+
+def _row(bench: Bench, method: str, detail: str, started: float, coefficients: object) -> Row:
+    table = coefficients if isinstance(coefficients, dict) else {"all": torch.tensor(coefficients, dtype=torch.float64)}
+    return Row(
+        method=method,
+        selection=bench.select(),
+        test=bench.test(),
+        detail=detail,
+        seconds=time.monotonic() - started,
+        coefficients=table,
+    )
+
+
+def _cost(bench: Bench, settings: Settings) -> float:
+    """What all of it takes, in forward passes of one example."""
+    n, look = len(bench.history), bench.estimate_cost + bench.select_cost
+    epochs = settings.epochs * len(rates(settings))
+    trained = bench.step_cost(len(bench.samples["train"]) + len(bench.tuning)) * epochs + 2 * epochs * look
+    fixed = n * bench.select_cost + 2 * bench.estimate_cost + (n - 1) * look + bench.estimate_cost + look
+    return fixed + trained + len(METHODS) * (bench.select_cost + bench.test_cost)
+
+
+def _write(bench: Bench, output: Path, row: Row, state: dict[str, Tensor]) -> None:
+    """Write what a row says, in the format of the checkpoints."""
+    history, weights = bench.history, row.coefficients.get("all")
+    if bench.base is not None:
+        told = {"method": METHODS[row.method], "averaged": str(len(history))}
+        base = {name: tensor.cpu() for name, tensor in bench.base.items()}
+        tithe.diff(base, state, output, metadata=told)
+    elif row.method == "best" and history.bits is None:
+        average([history.rows.paths[int(row.coefficients["all"].argmax())]], output)
+    elif weights is not None and not bench.has_statistics and not row.method.startswith("twa"):
+        average(history, output, weights.tolist())
+    else:
+        write_like(history, output, {name: state[name] for name in history.rows.forms})

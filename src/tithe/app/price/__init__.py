@@ -1,0 +1,31 @@
+"""What training will take, from shapes alone: what `tithe price` prints, callable from Python.
+
+outline  a model's name → a subject     offers  the table of methods     engine  prices them
+show     tables                         plot    stacked bars
+"""
+
+from tithe.app.price.engine import price
+from tithe.app.price.offers import OFFERS, Offer, Terms, parse_budget
+from tithe.app.price.outline import Shape, outline
+from tithe.app.price.plot import plot
+from tithe.app.price.quote import Fit, Quote, Quotes
+from tithe.app.price.show import show
+from tithe.app.price.subject import Subject
+from tithe.app.price.watch import Watch
+
+__all__ = [
+    "OFFERS",
+    "Fit",
+    "Offer",
+    "Quote",
+    "Quotes",
+    "Shape",
+    "Subject",
+    "Terms",
+    "Watch",
+    "outline",
+    "parse_budget",
+    "plot",
+    "price",
+    "show",
+]

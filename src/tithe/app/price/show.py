@@ -1,0 +1,169 @@
+"""Quotes as tables of at most 80 columns, and what to know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tithe.app.price.quote import Quote, Quotes
+from tithe.ledger import human
+
+_LAYERS = 8
+_PATH = 28
+
+
+def show(quotes: Quotes, console: Console) -> None:
+    """Print the quotes."""
+    console.print(_title(quotes), markup=False)
+    for table in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
+        console.print()
+        console.print(table)
+    console.print()
+    for name, reason in quotes.left_out.items():
+        console.print(f"{name} is left out: {reason}", markup=False)
+    for note in _notes(quotes):
+        console.print(f"- {note}", markup=False)
+
+
+def _title(quotes: Quotes) -> str:
+    given = [f"batch {quotes.batch}", quotes.dtype, quotes.optimizer, f"budget {_budget(quotes)}"]
+    return f"{quotes.subject}: {', '.join(given)}"
+
+
+def _budget(quotes: Quotes) -> str:
+    budget = quotes.budget
+    if budget.fraction is not None:
+        return f"{100 * budget.fraction:g} %"
+    return human(budget.bytes) if budget.bytes is not None else f"{budget.of(0):,} elements"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _mega(size: int) -> str:
+    """Megabytes in at most seven characters."""
+    value = size / 1e6
+    return "0" if size == 0 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _memory(quotes: Quotes) -> Table:
+    heads = ["weights", "batch", "θ+index", "optim", "grads", "saved", "work", "PEAK"]
+    table = _table("Memory at the highest moment of a step, MB: columns add up to the peak", ["method", *heads])
+    for row in quotes.rows:
+        table.add_row(row.method, *map(_mega, row.parts.values()), _mega(row.peak))
+    return table
+
+
+def _count(values: int) -> str:
+    """A count in at most seven characters."""
+    for unit, scale in ((" G", 1e9), (" M", 1e6), (" k", 1e4)):
+        if values >= scale:
+            return f"{values / (1e3 if unit == ' k' else scale):.1f}{unit}"
+    return f"{values:,}"
+
+
+def _giga(flops: int | None) -> str:
+    return "" if flops is None else f"{flops / 1e9:,.2f}" if flops < 1e12 else f"{flops / 1e9:,.0f}"
+
+
+def _work(quotes: Quotes) -> Table:
+    heads = ["trained", "forward", "input ∇", "weight ∇", "kept MB", "send MB", "file MB"]
+    table = _table("Work of a step: GFLOPs, the most kept for backward, bytes that ranks send", ["method", *heads])
+    for row in quotes.rows:
+        flops = row.flops
+        counts = (None,) * 3 if flops is None else (flops.forward, flops.input_gradient, flops.weight_gradient)
+        sizes = map(_mega, (row.saved, row.sent, row.file))
+        table.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
+    return table
+
+
+def _layers(quotes: Quotes) -> Table:
+    """The modules that keep most, over all methods."""
+    rows = quotes.rows
+    width = max(6, min(13, (78 - _PATH) // len(rows) - 2))
+    heads = [_short(row.method, width) for row in rows]
+    table = _table("Layers that keep most for backward, MB", ["module", *heads])
+    most: dict[str, int] = {}
+    for row in rows:
+        for path, size in row.layers.items():
+            most[path] = max(most.get(path, 0), size)
+    ranked = sorted(most, key=lambda path: (-most[path], path))
+    lines = {path or "(outermost)": [_mega(row.layers.get(path, 0)) for row in rows] for path in ranked[:_LAYERS]}
+    if len(ranked) > _LAYERS:
+        rest = [sum(row.layers.get(path, 0) for path in ranked[_LAYERS:]) for row in rows]
+        lines[f"({len(ranked) - _LAYERS} more)"] = list(map(_mega, rest))
+    wide = sum(2 + max(map(len, column)) for column in zip(heads, *lines.values(), strict=True))
+    room = min(_PATH, 78 - wide)
+    for path, cells in lines.items():
+        table.add_row(_clip(path, room), *cells)
+    return table
+
+
+def _short(name: str, width: int) -> str:
+    return name if len(name) <= width else name.replace(" + ", "+").replace(" only", "")[:width]
+
+
+def _clip(path: str, room: int) -> str:
+    return path if len(path) <= room else "…" + path[1 - room :]
+
+
+def _fits(quotes: Quotes) -> Table:
+    memory = quotes.memory or 0
+    heads = ["micro-batch", "makes the batch", "peak MB", "largest selection"]
+    table = _table(f"What fits in {human(memory)}", ["method", *heads])
+    for row in quotes.rows:
+        table.add_row(row.method, *_fit(row))
+    return table
+
+
+def _fit(row: Quote) -> tuple[str, str, str, str]:
+    fit = row.fit
+    if fit is None:
+        return "", "", "", ""
+    if fit.micro_batch == 0:
+        return "none", "one sample takes", _mega(fit.peak), ""
+    steps = "at once" if fit.steps == 1 else f"{fit.steps} micro-batches"
+    return f"{fit.micro_batch:,}", steps, _mega(fit.peak), "" if fit.fraction is None else f"{100 * fit.fraction:g} %"
+
+
+def _notes(quotes: Quotes) -> list[str]:
+    notes = [
+        "work: the transient working set, a layer's input and output and what they are made from. It is the floor "
+        "of any peak; a smaller micro-batch lowers it.",
+        "grads, saved: as they stand at that moment. All gradients together are the bytes that ranks send in a step.",
+        "Python and torch themselves come on top (some hundred MB), and kernels' scratch memory.",
+    ]
+    if any("FISH" in row.method for row in quotes.rows):
+        notes.append(
+            "FISH is priced with a random mask of its size, which touches every column: the most it can keep. "
+            "Fisher masks gather in few columns and keep less."
+        )
+    if any(row.method == "VR-PGE" for row in quotes.rows):
+        notes.append(
+            "VR-PGE keeps the budget's share of a forward pass's operations. Priced is its first step, of two drawn "
+            "networks; its weights and optimizer state are whole then, and shrink as channels are dropped."
+        )
+    for row in quotes.rows:
+        if row.basis:
+            notes.append(
+                f"{row.method} trains how much there is of each of {quotes.checkpoints} checkpoints. Each step reads "
+                f"their basis of {quotes.bits} bits a weight, {human(row.basis)}, from a mapped file, which is in no "
+                "column; on a GPU it lies on the device. Ranks share it out, and send what those of full training do."
+            )
+    if quotes.memory:
+        notes.append(
+            "Micro-batches: gradients add up over them, and stay in memory meanwhile. The sum is that of the whole "
+            "batch where no layer mixes samples: frozen norms do not (sparse methods, LoRA with them frozen); norms "
+            "that train on batch statistics do. At --batch or the micro-batch, the largest selection is of the round "
+            "fractions 1, 2, 5 × 10⁻ⁿ."
+        )
+    return notes

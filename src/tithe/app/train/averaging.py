@@ -1,0 +1,154 @@
+"""How a run ends with an average: the mean of its history on a fresh model, which some more steps train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+import tithe
+from tithe.app.train.course import AverageCourse, Course, OwnCourse
+from tithe.app.train.data import Batch, Examples, Samples, even_chunks, to_device
+from tithe.app.train.models import Network
+from tithe.app.train.recipe import Recipe
+from tithe.app.train.recording import FOLDER
+from tithe.app.train.trainee import Loss, Trainee
+from tithe.delta import write_network
+from tithe.errors import TitheError
+
+NARROW = "narrow.safetensors"
+
+
+def courses(recipe: Recipe, examples: Examples, share: tuple[int, int]) -> list[Course]:
+    """The run's own steps, and those of its average where it ends with one.
+
+    Raises:
+        TitheError: less is recorded than the average needs.
+    """
+    own = OwnCourse(recipe, len(examples.targets["train"]), share)
+    if recipe.history is None:
+        return [own]
+    count = sum(own.records(step) for step in range(own.total_steps + 1))
+    needed = 1 if recipe.average is None else 2
+    if count < needed:
+        steps = f"{own.total_steps} steps" + (f", widths fixed at {own.fixed_from}" if own.fixed_from else "")
+        raise TitheError(
+            recipe.place("history"),
+            found=f"{count} checkpoint{'s' * (count != 1)} in a run of {steps}",
+            expected=f"at least {needed}",
+            remedy="record more often (every), or earlier (start)",
+        )
+    if recipe.average is None:
+        return [own]
+    rows = len(examples.targets["train" if recipe.average.on == "train" else "average"])
+    return [own, AverageCourse(recipe, rows, share, recipe.average, own.total_steps)]
+
+
+@final
+@dataclass(frozen=True)
+class TrainingBatches:
+    """All training rows in batches of about one size, for the statistics of norms; on each process its share.
+
+    Args:
+        samples: the training split.
+        batch_size: at most.
+        share: this process's number, and how many there are.
+        device: where the batches go.
+    """
+
+    samples: Samples
+    batch_size: int
+    share: tuple[int, int]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Batch]:
+        rank, world = self.share
+        rows = even_chunks(range(rank, len(self.samples), world), self.batch_size)
+        return (to_device(batch, self.device) for batch in self.samples.batches(rows))
+
+
+def leave(trainee: Trainee, folder: Path, *, is_main: bool) -> dict[str, dict[str, int]] | None:
+    """Let the run's own method go.
+
+    Of a network that got narrower, the main process writes what it is now, `narrow.safetensors`: a fresh model has full
+    width, and the average is one of narrow networks.
+
+    Args:
+        trainee: the method.
+        folder: of the run.
+        is_main: whether this is the main process.
+
+    Returns:
+        Module path → attribute → number, of every number that follows a width; None where all widths are full.
+    """
+    widths = None
+    if isinstance(trainee, tithe.NarrowPlan):
+        widths = trainee.stage.numbers(trainee.model)
+        if is_main:
+            trainee.save(folder / NARROW)
+    trainee.release()
+    return widths
+
+
+def attach_average(
+    recipe: Recipe,
+    network: Network,
+    loss: Loss,
+    data: TrainingBatches,
+    state: Mapping[str, Any] | None,
+    *,
+    narrow: bool,
+) -> tithe.SubspacePlan:
+    """Make the average of the run's history ready to train.
+
+    Args:
+        recipe: the run.
+        network: its model, freshly loaded, on its device.
+        loss: mean loss of a batch.
+        data: for the statistics of norms.
+        state: a `state_dict` of the same average, to go on from.
+        narrow: whether the run left a narrow network.
+
+    Raises:
+        TitheError: the history is damaged, or is not one of this model.
+    """
+    section, model, method = recipe.average, network.model, recipe.method
+    assert section is not None
+    if narrow:
+        tithe.apply(model, recipe.output / NARROW)
+    if method.lean:
+        tithe.lean(model, method.lean_bits, exact=bool(method.lean_exact))
+    try:
+        return tithe.attach(
+            model,
+            section.make(recipe.output / FOLDER),
+            loss=loss,
+            data=data,
+            where=network.head if method.name == "head" else "*",
+            seed=recipe.run.seed,
+            state=None if state is None else dict(state),
+        )
+    except TitheError as error:
+        place = f"{recipe.place('average')}: {error.place}"
+        raise TitheError(place, found=error.found, expected=error.expected, remedy=error.remedy) from error
+
+
+def save(
+    trainee: Trainee, path: Path, widths: Mapping[str, Mapping[str, int]] | None, *, metadata: Mapping[str, str]
+) -> None:
+    """Write what is trained; of the average of narrow networks, a narrow network.
+
+    Args:
+        trainee: with its last step in the weights.
+        path: the file.
+        widths: what `leave` returned.
+        metadata: for the file's header.
+    """
+    if widths is None or not isinstance(trainee, tithe.SubspacePlan):
+        trainee.save(path, metadata=metadata)
+        return
+    method, steps = type(trainee.method).__name__, str(trainee.num_steps)
+    write_network(path, trainee.model, widths, metadata={"method": method, "steps": steps, **metadata})

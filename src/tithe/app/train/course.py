@@ -1,0 +1,234 @@
+"""How a run goes: which rows each step sees, at what learning rate, and how many steps there are."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from tithe.app.train.data import chunks, epoch_order
+from tithe.app.train.ending import AverageSection
+from tithe.app.train.method import VrpgeMethod
+from tithe.app.train.recipe import OptimizerSection, Recipe
+
+_SLOWER = 100
+"""What the learning rate is divided by for the weights of a network that is fixed, as in the paper."""
+
+_WARM = 0.2
+"""The part of an average's steps in which the learning rate of a cosine rises, as in the paper."""
+
+_MILESTONES = (0.5, 0.8)
+"""The parts of an average's steps after which its learning rate is a tenth, then a hundredth: 5 and 8 epochs of 10."""
+
+
+@dataclass(frozen=True)
+class Course(ABC):
+    """Some steps of a run; everything here is a pure function, so that a resumed run needs no state for it.
+
+    Args:
+        recipe: the run.
+        num_rows: of the split that is trained on.
+        share: this process's number, and how many there are.
+    """
+
+    recipe: Recipe
+    num_rows: int
+    share: tuple[int, int]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows; the last may be smaller."""
+        whole, rest = divmod(self.num_rows, self._step_size)
+        # A rest smaller than the number of processes would leave one of them without a sample.
+        return max(1, whole + (rest >= self.share[1]))
+
+    @property
+    @abstractmethod
+    def split(self) -> str:
+        """What is trained on."""
+
+    @property
+    @abstractmethod
+    def optimizer(self) -> OptimizerSection:
+        """Which, with its settings."""
+
+    @property
+    @abstractmethod
+    def calmer(self) -> str:
+        """What may be changed where a loss is not finite."""
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Optimizer steps of the run when these are done."""
+
+    @property
+    @abstractmethod
+    def fixed_from(self) -> int:
+        """The number of finished steps from which on the network's widths are fixed; 0 where they always are."""
+
+    @abstractmethod
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after `step` finished ones of the run."""
+
+    @abstractmethod
+    def records(self, step: int) -> bool:
+        """Whether a checkpoint goes into the run's history after `step` finished ones."""
+
+    @property
+    def _step_size(self) -> int:
+        run = self.recipe.run
+        return run.batch_size * run.accumulate * self.share[1]
+
+    def parts(self, epoch: int) -> list[list[tuple[Sequence[int], float]]]:
+        """For each step of an epoch, this process's micro-batches: their rows and what each one's mean counts for.
+
+        The weights make the step's loss the mean over all its samples, on all processes, however uneven the parts are.
+        """
+        order, (rank, world) = epoch_order(self.num_rows, seed=self.recipe.run.seed, epoch=epoch), self.share
+        steps = chunks(order, self._step_size)[: self.steps_per_epoch]
+        return [
+            [(part, len(part) * world / len(rows)) for part in chunks(rows[rank::world], self.recipe.run.batch_size)]
+            for rows in steps
+        ]
+
+
+@final
+@dataclass(frozen=True)
+class OwnCourse(Course):
+    """The steps of the recipe's method."""
+
+    @property
+    def split(self) -> str:
+        """The training rows."""
+        return "train"
+
+    @property
+    def optimizer(self) -> OptimizerSection:
+        """The recipe's."""
+        return self.recipe.optimizer
+
+    @property
+    def calmer(self) -> str:
+        """The learning rate, clipping, a warm-up."""
+        return f"lower lr ({self.recipe.place('optimizer', 'lr')}), add [optimizer] clip or warmup_steps"
+
+    @property
+    def total_steps(self) -> int:
+        """As `[run]` says."""
+        return self.recipe.run.steps or (self.recipe.run.epochs or 1) * self.steps_per_epoch
+
+    @property
+    def fixed_from(self) -> int:
+        """The number of finished steps from which on the network's widths are fixed; 0 where they always are."""
+        method = self.recipe.method
+        if not isinstance(method, VrpgeMethod):
+            return 0
+        return max(1, self.total_steps - round(method.finetune * self.total_steps))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after `step` finished ones; its schedule runs again once widths are fixed."""
+        section, method, start = self.recipe.optimizer, self.recipe.method, self.fixed_from
+        if isinstance(method, VrpgeMethod) and step >= start:
+            lr = method.finetune_lr or section.lr / _SLOWER
+            return rate(section, lr, step - start, self.total_steps - start, 0)
+        return rate(section, section.lr, step, start or self.total_steps, warmup_steps(section, self.steps_per_epoch))
+
+    def records(self, step: int) -> bool:
+        """As `[history]` says, once widths are fixed: checkpoints of one history have the same shapes."""
+        history = self.recipe.history
+        return history is not None and step >= self.fixed_from and history.due(step, self.steps_per_epoch)
+
+
+@final
+@dataclass(frozen=True)
+class AverageCourse(Course):
+    """The steps in which the average of the run's history is trained, after its own.
+
+    Args:
+        section: how.
+        start: the run's own steps.
+    """
+
+    section: AverageSection
+    start: int
+
+    @property
+    def split(self) -> str:
+        """The training rows, or those held out for this."""
+        return "train" if self.section.on == "train" else "average"
+
+    @property
+    def optimizer(self) -> OptimizerSection:
+        """The average's, which clips nothing."""
+        section = self.section
+        return OptimizerSection(
+            name=section.optimizer,
+            lr=section.lr,
+            momentum=section.momentum,
+            weight_decay=section.weight_decay,
+            schedule="cosine" if section.schedule == "cosine" else "constant",
+        )
+
+    @property
+    def calmer(self) -> str:
+        """The learning rate."""
+        return f"lower lr ({self.recipe.place('average', 'lr')})"
+
+    @property
+    def total_steps(self) -> int:
+        """The run's own, and then so many epochs; none for the mean."""
+        return self.start + (self.section.epochs * self.steps_per_epoch if self.section.method == "twa" else 0)
+
+    @property
+    def fixed_from(self) -> int:
+        """Widths are fixed."""
+        return 0
+
+    def rate(self, step: int) -> float:
+        """As `[average] schedule` says."""
+        done, total = step - self.start, self.total_steps - self.start
+        lr = self.section.lr
+        if self.section.schedule == "steps":
+            lr *= 0.1 ** sum(done >= round(part * total) for part in _MILESTONES)
+        return rate(self.optimizer, lr, done, total, round(_WARM * total) if self.section.schedule == "cosine" else 0)
+
+    def records(self, step: int) -> bool:
+        """The history is complete."""
+        return False
+
+
+def warmup_steps(section: OptimizerSection, steps_per_epoch: int) -> int:
+    """The steps in which the learning rate rises.
+
+    Example:
+        >>> warmup_steps(OptimizerSection(lr=1.0, warmup_epochs=0.5), 9)
+        4
+    """
+    if section.warmup_epochs is not None:
+        return round(section.warmup_epochs * steps_per_epoch)
+    return section.warmup_steps or 0
+
+
+def rate(section: OptimizerSection, lr: float, step: int, total: int, warmup: int) -> float:
+    """A schedule's learning rate.
+
+    Args:
+        section: which schedule.
+        lr: at its highest.
+        step: finished steps.
+        total: that the schedule has.
+        warmup: of them, at the start.
+
+    Example:
+        >>> [rate(OptimizerSection(lr=1.0), 1.0, step, 6, 2) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if section.schedule == "constant":
+        return lr
+    done = (step - warmup) / max(1, total - warmup)
+    return lr * (1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

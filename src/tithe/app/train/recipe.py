@@ -1,0 +1,384 @@
+"""A training run written down: a TOML file, checked to the last key before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from tithe.app.train.ending import AverageSection, HistorySection, check_ending
+from tithe.app.train.locate import Lines, locate
+from tithe.app.train.method import METHODS, AnyMethod, BudgetTable, Reselect, VrpgeMethod
+from tithe.app.train.section import REFUSED, Section, exactly_one, refuse
+from tithe.errors import TitheError
+
+Task = Literal["text-classification", "text-regression", "image-classification"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+
+
+class ModelSection(Section):
+    """`[model]`: what is fine-tuned.
+
+    Exactly one of `pretrained` (a Hugging Face id, a local folder, or `package:NAME/FOLDER` inside an installed Python
+    package), `timm` (a timm name) and `callable` (`package.module:callable`, called with `num_labels=`).
+    """
+
+    pretrained: str | None = None
+    timm: str | None = None
+    callable: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+    tokenizer: str | None = None
+    num_labels: Annotated[int, Field(ge=1)] | None = None
+    head: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        exactly_one(self, "pretrained", "timm", "callable")
+        return self
+
+
+class DataSection(Section):
+    """`[data]`: what it is fine-tuned on.
+
+    Files (`train`, `validation`, `test`: TSV, CSV, JSONL, parquet, or a folder of class folders), a Hugging Face
+    `dataset` (then the same three keys name its splits), or one `npz` of uint8 images (x_train,
+    y_train, x_test, y_test).
+    """
+
+    task: Task
+    folder: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    npz: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] | None = None
+    max_length: Annotated[int, Field(ge=2)] = 128
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    channels: Literal[1, 3] = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.npz is not None or self.dataset is not None:
+            exactly_one(self, "npz", "dataset")
+        elif self.train is None:
+            exactly_one(self, "train", "npz", "dataset")
+        return self
+
+
+class OptimizerSection(Section):
+    """`[optimizer]`: which, and how its learning rate moves."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OptimizerSection:
+        if self.momentum and self.name != "sgd":
+            raise refuse(
+                "momentum",
+                found=f"momentum with {self.name}",
+                expected='it with name = "sgd"',
+                remedy="remove momentum, or change name",
+            )
+        if len(self.given("warmup_steps", "warmup_epochs")) > 1:
+            raise refuse(
+                "warmup_epochs",
+                found="warmup_steps and warmup_epochs",
+                expected="at most one of them",
+                remedy="keep one",
+            )
+        return self
+
+
+class RunSection(Section):
+    """`[run]`: how long, how large, where to, and how often it is saved and looked at."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    log_every: Annotated[int, Field(ge=1)] = 10
+    workers: Annotated[int, Field(ge=0)] = 0
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunSection:
+        exactly_one(self, "epochs", "steps")
+        return self
+
+
+class Recipe(Section):
+    """One run: five sections or up to seven, all keys known, and the lines they stand on for later messages."""
+
+    model: ModelSection
+    data: DataSection
+    method: Annotated[AnyMethod, Field(discriminator="name")]
+    optimizer: OptimizerSection
+    run: RunSection
+    history: HistorySection | None = None
+    average: AverageSection | None = None
+    _lines: Lines = PrivateAttr(default_factory=lambda: Lines("recipe"))
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, settings: Any) -> Any:
+        """Two methods are trained as in their papers unless told otherwise.
+
+        TraDy: SGD without momentum, a warm-up, then a cosine. VR-PGE: SGD with momentum and weight decay, a cosine.
+        """
+        match settings:
+            case {"method": {"name": "trady"}, "optimizer": dict() as given}:
+                own = cast(dict[str, Any], given)
+                usual: dict[str, Any] = {"name": "sgd", "schedule": "cosine"}
+                if not {"warmup_steps", "warmup_epochs"} & set(own):
+                    usual |= _warmup(cast(dict[str, Any], settings).get("run"))
+                return {**settings, "optimizer": {**usual, **own}}
+            case {"method": {"name": "vrpge"}}:
+                told = cast(dict[str, Any], settings).get("optimizer", {})
+                if not isinstance(told, dict):
+                    return settings
+                own = cast(dict[str, Any], told)
+                usual = {"schedule": "cosine"}
+                if own.get("name", "sgd") == "sgd":
+                    usual |= {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+                return {**settings, "optimizer": {**usual, **own}}
+            case _:
+                return settings
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Recipe:
+        tuned = self.method.finetune if isinstance(self.method, VrpgeMethod) else 0.0
+        for unit in ("steps", "epochs"):
+            warmup, length = getattr(self.optimizer, f"warmup_{unit}"), getattr(self.run, unit)
+            if warmup is not None and length is not None and warmup >= length * (1 - tuned):
+                raise refuse(
+                    f"optimizer.warmup_{unit}",
+                    found=f"a warm-up of {warmup:g} {unit} in a run of {length}",
+                    expected="a warm-up that ends before the run, so that lr is reached",
+                    remedy=f"lower warmup_{unit}, or train for more {unit}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_of_one_scale(self) -> Recipe:
+        if isinstance(self.method, VrpgeMethod) and self.run.precision == "fp16":
+            raise refuse(
+                "run.precision",
+                found="fp16, whose losses are scaled by a number that changes",
+                expected="losses as they are: vrpge learns from their differences",
+                remedy='set precision = "bf16"',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ending_fits(self) -> Recipe:
+        check_ending(self.method, self.history, self.average, epochs=self.run.epochs, steps=self.run.steps)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths of the recipe start from."""
+        return self._folder
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run's files."""
+        return self._folder / self.run.output
+
+    def place(self, *path: str) -> str:
+        """Say where a key stands in the file, for a message."""
+        return self._lines.place(*path)
+
+    def data_path(self, key: Literal["train", "validation", "test", "npz"]) -> Path | None:
+        """The file or folder that a key of `[data]` names, which must exist.
+
+        Raises:
+            TitheError: the path does not exist.
+        """
+        value = getattr(self.data, key)
+        if value is None:
+            return None
+        base = self._folder if self.data.folder is None else self._folder / self.data.folder
+        path = base / value
+        if not path.exists():
+            where = f"{self.data.folder!r} ([data] folder)" if self.data.folder is not None else "the recipe's folder"
+            raise TitheError(
+                self.place("data", key),
+                found=f"no file or folder at {path}",
+                expected=f"a path relative to {where}",
+                remedy="correct the path, or give the folder with --data FOLDER",
+            )
+        return path
+
+    def settings(self) -> dict[str, Any]:
+        """All keys of the sections that there are, with their values, as JSON data."""
+        return {name: section for name, section in self.model_dump(mode="json").items() if section is not None}
+
+
+def _warmup(run: Any) -> dict[str, float]:
+    """The paper's 5 epochs of its 50 and more: a tenth of the run, and 5 epochs at most."""
+    match run:
+        case {"epochs": int(epochs)}:
+            return {"warmup_epochs": max(0.0, min(5.0, epochs / 10))}
+        case {"steps": int(steps)}:
+            return {"warmup_steps": max(0, steps // 10)}
+        case _:
+            return {}
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: `section.key=value` settings that replace the file's; a value is TOML, or else a plain string.
+
+    Raises:
+        TitheError: the file is missing or not TOML, or a key is unknown, missing or of a wrong value; the message
+                names the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TitheError(
+            str(path), found=error.strerror or "nothing", expected="a recipe in TOML", remedy="check the path"
+        ) from error
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        match = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
+        place = f"{path.name} line {match[1]}" if match else f"{path.name} line {max(1, len(text.splitlines()))}"
+        found = str(error).split(" (at ", maxsplit=1)[0]
+        raise TitheError(
+            place, found=found, expected="TOML", remedy='write `key = value`, texts in "quotes"'
+        ) from error
+    changed = [_override(settings, override) for override in overrides]
+    lines = locate(text, path.name, changed)
+    return _validate(settings, lines, path.resolve().parent)
+
+
+def parse_recipe(settings: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+    """Check a recipe given as nested mappings, for use from Python.
+
+    Raises:
+        TitheError: a key is unknown, missing or of a wrong value.
+    """
+    return _validate(settings, Lines("recipe"), Path(folder).resolve())
+
+
+def _validate(settings: Mapping[str, Any], lines: Lines, folder: Path) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        # A misspelt key also leaves the right one missing: the misspelling is the one to report.
+        raise _explain(min(faults, key=lambda fault: fault["type"] != "extra_forbidden"), lines) from error
+    recipe._lines, recipe._folder = lines, folder  # pyright: ignore[reportPrivateUsage]
+    return recipe
+
+
+def _override(settings: dict[str, Any], override: str) -> tuple[str, ...]:
+    key, equals, value = override.partition("=")
+    parts = tuple(part.strip() for part in key.split("."))
+    if not equals or len(parts) < 2 or not all(parts):
+        raise TitheError(
+            f"--set {override}",
+            found="no section.key=value",
+            expected="for example run.seed=1",
+            remedy="add both parts",
+        )
+    table = settings
+    for part in parts[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise TitheError(
+                f"--set {override}", found=f"{part} is a value", expected="a section", remedy="check the key"
+            )
+        table = cast(dict[str, Any], inner)
+    try:
+        table[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[parts[-1]] = value
+    return parts
+
+
+_SECTIONS: Mapping[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "optimizer": OptimizerSection,
+    "run": RunSection,
+    "history": HistorySection,
+    "average": AverageSection,
+}
+_TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTable}
+
+
+def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
+    path = [str(part) for part in error["loc"]]
+    method = None
+    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
+        method, path = path[1], [path[0], *path[2:]]
+    place, kind = lines.place(*path), error["type"]
+    if kind == "extra_forbidden":
+        known = _known(path, method)
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        return TitheError(
+            place,
+            found=f"unknown key {path[-1]!r}",
+            expected=f"one of {', '.join(known)}",
+            remedy=f"did you mean {close[0]}?" if close else "remove it or correct its name",
+        )
+    if kind in {"missing", "union_tag_not_found"}:
+        name = "name" if kind == "union_tag_not_found" else path[-1]
+        section = path if kind == "union_tag_not_found" else path[:-1]
+        thing = f"[{section[0]}] {name}" if section else f"section [{name}]"
+        return TitheError(lines.place(*section), found=f"no {name}", expected=thing, remedy=f"add {thing}")
+    if kind == REFUSED:
+        said = error.get("ctx", {})
+        place = place if said["key"] is None else lines.place(*path, *said["key"].split("."))
+        return TitheError(place, found=said["found"], expected=said["expected"], remedy=said["remedy"])
+    expected = error["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
+    if kind == "union_tag_invalid":
+        place, expected = lines.place("method", "name"), "one of " + ", ".join(map(repr, METHODS))
+        error["input"] = cast(Mapping[str, Any], error["input"]).get("name")
+    if kind == "string_pattern_mismatch":
+        expected = "package.module:callable"
+    return TitheError(place, found=repr(error["input"]), expected=expected, remedy="correct the value")
+
+
+def _known(path: Sequence[str], method: str | None) -> list[str]:
+    if len(path) == 1:
+        return list(Recipe.model_fields)
+    if len(path) > 2 and path[1] in _TABLES:
+        return list(_TABLES[path[1]].model_fields)
+    section = METHODS[method] if method is not None else _SECTIONS[path[0]]
+    return sorted(section.model_fields, key=lambda key: key.startswith("lean"))  # what all methods share comes last

@@ -1,0 +1,200 @@
+"""The end of a run: the delta, the test score, one table, `result.json` and a figure of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tithe.app.train.averaging import save
+from tithe.app.train.loop import Run
+from tithe.app.train.merging import describe
+from tithe.app.train.progress import read_log
+from tithe.app.train.recording import recorded_steps
+from tithe.app.train.spending import Spending
+
+_PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate on the test split once, and write the delta and the results; every process calls it.
+
+    Returns:
+        What `result.json` holds; sizes in bytes, times in seconds.
+    """
+    folder, at = run.recipe.output, run.position
+    scores = run.scores()
+    delta = folder / ("network.safetensors" if at.widths else "delta.safetensors")
+    if run.accelerator.is_main_process:
+        task, labels = run.recipe.data.task, run.examples.labels
+        num_labels = run.recipe.model.num_labels or max(1, len(labels))
+        widths = None if at.average is None else at.average["narrow"]
+        save(run.trainee, delta, widths, metadata=describe(task, num_labels, labels))
+        run.network.save_extras(folder / "model")
+    run.accelerator.wait_for_everyone()
+    result = _result(run, scores, delta)
+    if run.accelerator.is_main_process:
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _draw(folder)
+    return result
+
+
+def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[str, Any]:
+    at = run.position
+    own = run.accounts() if at.average is None else at.average["own"]
+    return {
+        "metrics": scores,
+        "best_step": at.best_step,
+        "steps": at.step,
+        "epochs": at.epoch,
+        "evaluations": at.evaluations,
+        "labels": list(run.examples.labels),
+        "rows": {name: len(samples) for name, samples in run.samples.items()},
+        "trainable": own["trainable"],
+        "bytes": {
+            "peak": None if at.ledger is None else at.ledger["peak"],
+            "saved_for_backward": None if at.ledger is None else at.ledger["saved"],
+            "optimizer": own["optimizer"],
+            "delta": delta.stat().st_size,
+            "history": sum(path.stat().st_size for path in recorded_steps(run.recipe).values()) if at.recorded else 0,
+        },
+        "ledger": at.ledger,
+        "draws": at.draws,
+        "widths": at.widths,
+        "history": at.recorded,
+        "average": None if at.average is None else _average(run, at.average),
+        "seconds": {"training": at.seconds, "per_step": at.seconds / max(1, at.step)},
+        "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
+        "device": str(run.accelerator.device),
+        "processes": run.accelerator.num_processes,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": run.examples.fingerprint(),
+        "recipe": run.recipe.settings(),
+        "files": {"delta": str(delta), "result": str(run.recipe.output / "result.json")},
+    }
+
+
+def _average(run: Run, began: Mapping[str, Any]) -> dict[str, Any]:
+    """What averaging gave: metrics of the run's last weights, of their mean, and (`metrics` of the result) trained."""
+    return {
+        "step": began["step"],
+        "checkpoints": began["checkpoints"],
+        "coefficients": sum(parameter.numel() for parameter in run.trainee.parameters()),
+        "last": began["last"],
+        "mean": began["mean"],
+        "seconds": run.position.seconds - began["seconds"],
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print a result as one table of at most 80 columns."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for split, values in result["metrics"].items():
+        table.add_row(split, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    trainable, sizes, seconds = result["trainable"], result["bytes"], result["seconds"]
+    rows = {
+        "best of": f"step {result['best_step']} of {result['steps']}, chosen on validation",
+        "trained": f"{trainable['total']:,} of {trainable['model']:,} weights ({trainable['fraction']:.2%})",
+        "of it head": f"{trainable['head']:,}",
+        "peak of a step": "not measured"
+        if sizes["peak"] is None
+        else f"{sizes['peak'] / 1e6:,.1f} MB beyond the model",
+        "optimizer": f"{sizes['optimizer'] / 1e6:,.2f} MB",
+        "network" if result["widths"] else "delta": f"{sizes['delta'] / 1e6:,.2f} MB",
+        "time": f"{seconds['training']:.1f} s, {seconds['per_step'] * 1e3:.0f} ms a step",
+    }
+    method = result["recipe"]["method"]
+    if method["lean"]:
+        kept = ["8 bits"] if method["lean_bits"] else []
+        kept += ["exact"] if method["lean_exact"] else []
+        rows["other layers"] = ", ".join(["lean", *kept])
+    rows = {**rows, **_budget_rows(result["draws"]), **_width_rows(result["widths"])}
+    if result["history"]:
+        rows["history"] = f"{len(result['history'])} checkpoints, {sizes['history'] / 1e6:,.2f} MB"
+    rows = {**rows, **_average_rows(result["average"])}
+    rows["written"] = result["files"]["delta"]
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _budget_rows(draws: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the draws under a budget cost at most, and what the last one was."""
+    if not draws:
+        return {}
+    read = [Spending(**{key: value for key, value in draw.items() if key != "step"}) for draw in draws]
+    dearest, last = max(read, key=lambda spending: spending.spent), read[-1]
+    return {
+        "budget": f"{dearest.bill} at most, {len(read)} draw{'s' * (len(read) > 1)}",
+        "last draw": last.drawn,
+        "predicted": f"{max(spending.peak for spending in read) / 1e6:,.1f} MB peak of a step, θ and state included",
+    }
+
+
+def _width_rows(widths: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is left of a network that got narrower."""
+    if not widths:
+        return {}
+    first, last = widths[0], widths[-1]
+    return {"cost": f"{last['spent']:.3f} of the {last['cost']}", "units": f"{last['units']:,} of {first['units']:,}"}
+
+
+def _average_rows(average: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the run's last weights gave, and their mean: the rows above are those of the result."""
+    if average is None:
+        return {}
+    rows = {
+        "averaged": f"{average['checkpoints']} checkpoints after step {average['step']}, {average['seconds']:.1f} s"
+    }
+    for label, key in (("last weights", "last"), ("their mean", "mean")):
+        told = [
+            f"{split} " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            for split, values in average[key].items()
+        ]
+        rows[label] = ", ".join(told)
+    return rows
+
+
+def _draw(folder: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, validation = read_log(folder, "train"), read_log(folder, "validation")
+    # A canvas of its own: no display is needed, and the caller's matplotlib stays as it is.
+    figure: Any = Figure(figsize=(6.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    losses = [entry["loss"] for entry in train]
+    axes.plot([entry["step"] for entry in train], losses, color="tab:blue", alpha=0.35, linewidth=0.8)
+    axes.plot([entry["step"] for entry in train], _smooth(losses), color="tab:blue", label="training loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    if validation:
+        name = next(key for key in validation[0] if key not in {"step", "split"})
+        other = axes.twinx()
+        other.plot(
+            [e["step"] for e in validation], [e[name] for e in validation], "o-", color="tab:orange", markersize=3
+        )
+        other.set_ylabel(f"validation {name}", color="tab:orange")
+    figure.savefig(folder / "loss.png", dpi=150)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """An exponential mean whose weights sum to one from the first value on."""
+    keep = math.exp(-1 / max(1.0, len(values) / 20))
+    total, weight, smooth = 0.0, 0.0, list[float]()
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smooth.append(total / weight)
+    return smooth

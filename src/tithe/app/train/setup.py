@@ -1,0 +1,143 @@
+"""What a run needs from outside before its first step: the device, and a checkpoint that fits it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState
+
+from tithe.app.train.checkpoints import Checkpoints
+from tithe.app.train.data import Examples
+from tithe.app.train.recipe import Recipe
+from tithe.app.train.recording import recorded_steps
+from tithe.errors import TitheError
+
+# What may differ when a run is resumed: where things are and how they are shown, not what is computed.
+_FREE = {("run", "output"), ("run", "log_every"), ("run", "workers"), ("data", "folder")}
+
+
+def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
+    """The recipe's device and precision, and the processes that torchrun or `accelerate launch` started.
+
+    Raises:
+        TitheError: the device is not there, or cannot compute in this precision.
+    """
+    device = recipe.run.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TitheError(
+            recipe.place("run", "device"), found="no CUDA device", expected="one", remedy='set device = "auto" or "cpu"'
+        )
+    if recipe.run.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise TitheError(
+            recipe.place("run", "precision"), found="fp16 on the CPU", expected="a GPU", remedy='set precision = "bf16"'
+        )
+    # accelerate keeps the first precision of a process; a process may run several recipes.
+    AcceleratorState._reset_state()
+    return accelerate.Accelerator(mixed_precision=recipe.run.precision, cpu=device == "cpu")
+
+
+def check_output(recipe: Recipe, steps: Sequence[int]) -> None:
+    """Check that a new run finds nothing of another in its folder.
+
+    Args:
+        recipe: the run.
+        steps: of the checkpoints that are there.
+
+    Raises:
+        TitheError: there is a checkpoint or a history.
+    """
+    found = f"a checkpoint of step {steps[-1]}" if steps else ""
+    if not steps and recipe.history is not None and (recorded := recorded_steps(recipe)):
+        found = f"a history of {len(recorded)} checkpoints"
+    if found:
+        raise TitheError(
+            recipe.place("run", "output"),
+            found=f"{found} in {recipe.output}",
+            expected="a new folder, or --resume",
+            remedy="add --resume to go on, or choose another output",
+        )
+
+
+def load_state(
+    recipe: Recipe, examples: Examples, checkpoints: Checkpoints, step: int, processes: int
+) -> dict[str, Any]:
+    """Read a checkpoint to go on from.
+
+    Raises:
+        TitheError: it was written by another recipe, on other data or by another number of processes.
+    """
+    state, place = checkpoints.load(step), str(checkpoints.path(step))
+    differ = differences(state["recipe"], recipe.settings())
+    if state["position"].get("average") is None:  # it has not begun: a run may be given another end, or one at all
+        differ = [(key, text) for key, text in differ if key[0] != "average"]
+    if differ:
+        raise TitheError(
+            recipe.place(*differ[0][0]),
+            found=f"a recipe that differs from the checkpoint's in {'; '.join(text for _, text in differ)}",
+            expected=f"the recipe of {place}",
+            remedy="undo the change, or start anew in another output folder",
+        )
+    if state["data"] != examples.fingerprint():
+        raise TitheError(
+            place,
+            found="other data than when it was written",
+            expected="the same rows in the same order",
+            remedy="restore the data, or start anew in another output folder",
+        )
+    if state["processes"] != processes:
+        raise TitheError(
+            place,
+            found=f"a run of {state['processes']} processes",
+            expected=f"{processes}, as launched now",
+            remedy="launch as many processes as before",
+        )
+    return state
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[tuple[str, str], str]]:
+    """The keys of two recipes that differ, each with a sentence; where files are does not count.
+
+    Example:
+        >>> differences({"run": {"seed": 0}}, {"run": {"seed": 1}})
+        [(('run', 'seed'), '[run] seed: 0 then, 1 now')]
+    """
+    found: list[tuple[tuple[str, str], str]] = []
+    for section in {**now, **before}:
+        for key in {**before.get(section, {}), **now.get(section, {})}:
+            then, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
+            if then != new and (section, key) not in _FREE:
+                found.append(((section, key), f"[{section}] {key}: {then!r} then, {new!r} now"))
+    return found
+
+
+class StopSignals:
+    """Remembers SIGINT or SIGTERM until the step is finished; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def caught(self) -> Generator[None]:
+        """Catch both signals inside the block."""
+        previous: dict[int, Any] = {}
+
+        def remember(number: int, _: object) -> None:
+            self.received = signal.Signals(number)
+            signal.signal(number, previous[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Only the main thread may set handlers: in others (a notebook's worker) signals keep their meaning.
+            with contextlib.suppress(ValueError):
+                previous[number] = signal.getsignal(number)
+                signal.signal(number, remember)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                with contextlib.suppress(ValueError):
+                    signal.signal(number, handler)
