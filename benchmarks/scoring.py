@@ -24,25 +24,26 @@ from benchmarks.timing import Contestant
 SAMPLES, BATCH = 1024, 16
 
 
-class Watching:
-    """FISH, keeping the scores it chose by: any object with a method's members is a method."""
+class Watching(tithe.SparseMethod):
+    """FISH, keeping the scores it chose by."""
+
+    needs_data = True
 
     def __init__(self, fish: tithe.FISH) -> None:
         self.fish = fish
-        self.samples, self.warmup, self.reselect, self.needs_data = fish.samples, 0, None, True
+        self.samples = fish.samples
         self.seen: dict[str, Tensor] = {}
-        self.num_selected = fish.num_selected
 
-    def choose(self, choosing: object) -> dict[str, tithe.Coordinates]:
+    def choose(self, context: tithe.SelectionContext) -> dict[str, tithe.Coordinates]:
         """Keep the scores, then let FISH choose from what it would have seen."""
         watching = self
 
         class Heard:
             def __getattr__(self, name: str) -> object:
-                return getattr(choosing, name)
+                return getattr(context, name)
 
             def scores(self, *args: object, **kwargs: object) -> Iterator[tuple[str, Tensor]]:
-                for name, score in choosing.scores(*args, **kwargs):  # pyright: ignore[reportAttributeAccessIssue]
+                for name, score in context.scores(*args, **kwargs):
                     watching.seen[name] = score.clone()
                     yield name, score
 

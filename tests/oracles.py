@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import Batch, Case, samples
 from tithe import Schedule
-from tithe.method import Choosing
+from tithe.method import SelectionContext, SparseMethod
 from tithe.selection import Coordinates, Selection
 
 Optimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -124,7 +124,7 @@ def equal_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(SparseMethod):
     """A stranger's method: selections, or flat int64 indices, are given by name; nothing else is selected."""
 
     chosen: Mapping[str, Selection | Tensor]
@@ -133,13 +133,12 @@ class Given:
     needs_data: bool = False
     samples: int = 1
     lean: bool = False
-    charges_state: bool = False
 
-    def num_selected(self, choosing: Choosing) -> int:
-        return sum(selection.size for selection in self.choose(choosing).values())
+    def num_selected(self, context: SelectionContext) -> int:
+        return sum(selection.size for selection in self.choose(context).values())
 
-    def choose(self, choosing: Choosing) -> dict[str, Selection]:
+    def choose(self, context: SelectionContext) -> dict[str, Selection]:
         return {
-            name: Coordinates(choosing.shapes[name], given) if isinstance(given, Tensor) else given
+            name: Coordinates(context.shapes[name], given) if isinstance(given, Tensor) else given
             for name, given in self.chosen.items()
         }

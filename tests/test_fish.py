@@ -15,7 +15,7 @@ import tithe
 from models import CASES, LARGE, Batch, Case
 from oracles import bits, empirical_fisher, equal_bits, largest, mean_gradient, true_fisher
 from tithe import FISH, TitheError
-from tithe.method import Choosing
+from tithe.method import SelectionContext, SparseMethod
 from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
 from tithe.testing import ContractError, check_method
@@ -25,7 +25,7 @@ CLASSIFIERS = [pytest.param(case, id=name) for name, case in CASES.items() if ca
 
 
 @dataclass(frozen=True)
-class Listen:
+class Listen(SparseMethod):
     """A stranger's method: it looks at the scores and chooses one weight of each tensor."""
 
     kind: str = "fisher"
@@ -33,21 +33,19 @@ class Listen:
     samples: int = 10**6
     warmup: int = 0
     reselect: tithe.Schedule | None = None
-    lean: bool = False
-    charges_state: bool = False
     heard: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def needs_data(self) -> bool:
         return True
 
-    def num_selected(self, choosing: Choosing) -> int:
-        return len(choosing.shapes)
+    def num_selected(self, context: SelectionContext) -> int:
+        return len(context.shapes)
 
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
-        for name, values in choosing.scores(self.kind, samples=self.samples, fisher=self.fisher):
+    def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
+        for name, values in context.scores(self.kind, samples=self.samples, fisher=self.fisher):
             self.heard[name] = values.clone()
-        return {name: Coordinates(shape, torch.tensor([0])) for name, shape in choosing.shapes.items()}
+        return {name: Coordinates(shape, torch.tensor([0])) for name, shape in context.shapes.items()}
 
 
 def _scores(
@@ -232,15 +230,15 @@ def test_the_contract_holds(name: str, method: FISH) -> None:
 
 
 class _Fickle(Listen):
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
-        return {name: Coordinates(shape, torch.randperm(shape[0])[:1]) for name, shape in choosing.shapes.items()}
+    def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
+        return {name: Coordinates(shape, torch.randperm(shape[0])[:1]) for name, shape in context.shapes.items()}
 
 
 class _Moving(Listen):
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
+    def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
         with torch.no_grad():
-            choosing._bindings[0].weight.add_(1)
-        return super().choose(choosing)
+            context._bindings[0].weight.add_(1)
+        return super().choose(context)
 
 
 @pytest.mark.parametrize("method", [_Fickle(), _Moving()], ids=lambda m: type(m).__name__)

@@ -36,12 +36,12 @@ ROOMS: dict[str, set[str]] = {
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
     "coupling": {"errors"},
     "forward": {"errors"},
-    "narrow": {"errors", "batch", "selection", "select", "coupling", "forward"},
+    "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "batch", "selection", "budget", "rules"},
     "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
-    "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring"},
+    "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
     "ranking": {"errors", "batch", "selection", "rules", "delta", "method", "plan", "scoring", "select"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own

@@ -32,8 +32,10 @@ def test_spending_is_the_sum_over_what_is_selected_and_within_the_limit(measure:
     plan.bind(optimizer)
     head = sum(dict(plan.named_parameters())[name].numel() for name in plan.head)
     for _ in range(3):
-        spent, allowed = method.spending(plan.choosing(), plan.selections)
-        weights = plan.choosing().room or sum(s.size for s in plan.selections.values())
+        bill = plan.spending()
+        assert bill is not None
+        spent, allowed = bill.spent, bill.limit
+        weights = plan.context().capacity or sum(s.size for s in plan.selections.values())
         if measure == "bytes":
             kept = sum(s.items.numel() * (4 * priced[n].positions + 8) for n, s in plan.selections.items())
             expected = 12 * weights + kept + 8 * head

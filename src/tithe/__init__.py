@@ -6,6 +6,7 @@ from tithe.budget import Budget
 from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger, measure
+from tithe.method import NarrowMethod, SelectionContext, SparseMethod, Spending, SubspaceMethod
 from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
 from tithe.plan import NarrowPlan, Plan, SparsePlan, SubspacePlan, attach
 from tithe.ranking import Ranking
@@ -25,14 +26,19 @@ __all__ = [
     "History",
     "Lean",
     "Ledger",
+    "NarrowMethod",
     "NarrowPlan",
     "Plan",
     "Ranking",
     "Schedule",
     "Selection",
+    "SelectionContext",
     "Span",
+    "SparseMethod",
     "SparsePlan",
     "SparseUpdate",
+    "Spending",
+    "SubspaceMethod",
     "SubspacePlan",
     "TitheError",
     "TitheWarning",

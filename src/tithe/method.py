@@ -1,64 +1,180 @@
-"""What a plan asks of a method, and what the method is handed when it chooses. It never sees a module."""
+"""The contracts: what a method may be, and what it is handed when it chooses. It never sees a module.
+
+                  what is not selected …            a method says
+SparseMethod      stays frozen at its value         num_selected, choose
+NarrowMethod      does not exist in a step          keep; share, gradient
+SubspaceMethod    moves with the rest, in a span    history
+
+Everything else has a default. A method is a subclass, most simply a frozen dataclass; `tithe.attach` makes its plan:
+
+    @dataclass(frozen=True)
+    class Largest(tithe.SparseMethod):
+        k: int
+
+        def choose(self, context):
+            picked = top_k(context.scores("magnitude"), self.k, context.sizes)
+            return {name: tithe.Coordinates(context.shapes[name], at) for name, at in picked.items()}
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tithe.averages import History
 from tithe.batch import num_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
 from tithe.scoring import Loss, Passes, channel_norms, price_channels
-from tithe.select import importance
+from tithe.select import bernoulli_masks, importance
 from tithe.select.channel_costs import Layer
 from tithe.selection import Selection
 
+Cost = Literal["channels", "flops", "params"]
+Granularity = Literal["model", "tensor"]
+Start = Literal["mean", "last", "best"]
 
-class Method(Protocol):
-    """What `attach` asks of a method: when to choose, and what."""
+SparseT = TypeVar("SparseT", covariant=True)
+NarrowT = TypeVar("NarrowT", covariant=True)
+SubspaceT = TypeVar("SubspaceT", covariant=True)
 
-    @property
-    def samples(self) -> int:
-        """Samples that its score is taken over."""
+
+class PlanMaker(Protocol[SparseT, NarrowT, SubspaceT]):
+    """Makes the plan of each kind of method; `tithe.attach` hands one to the method, which asks for its own kind."""
+
+    def sparse(self, method: SparseMethod) -> SparseT:
+        """A plan under which what is not selected stays frozen at its value."""
         ...
 
-    @property
-    def warmup(self) -> int:
-        """Steps before the first choice."""
+    def narrow(self, method: NarrowMethod) -> NarrowT:
+        """A plan under which what is not drawn does not exist."""
         ...
 
-    @property
-    def reselect(self) -> Schedule | None:
-        """When to choose again."""
+    def subspace(self, method: SubspaceMethod) -> SubspaceT:
+        """A plan under which all weights move together in a span."""
         ...
+
+
+class SparseMethod(ABC):
+    """Selects what may move in each weight; the rest stays frozen at its value.
+
+    A choice is a pure function of what the context offers: of scores, seed, step and epoch. The same on every rank.
+    """
+
+    samples: int = 1024
+    """How many samples its scores are taken over, all ranks together."""
+    warmup: int = 0
+    """Steps that train the head alone before the first choice."""
+    reselect: Schedule | None = None
+    """When to choose again; None is once."""
+    lean: bool = False
+    """Whether the other layers are to keep for backward only what it needs, as under `tithe.lean`."""
+    charges_state: ClassVar[bool] = False
+    """Whether its budget counts the optimizer's state, so that it chooses again when an optimizer is bound."""
 
     @property
     def needs_data(self) -> bool:
-        """Whether choosing reads data."""
-        ...
+        """Whether choosing reads data: `attach` then asks for `loss=` and `data=` before any time is spent."""
+        return False
 
-    @property
-    def lean(self) -> bool:
-        """Whether the other layers are to keep for backward only what it needs."""
-        ...
+    @abstractmethod
+    def choose(self, context: SelectionContext) -> Mapping[str, Selection]:
+        """Choose a selection by parameter name; a tensor of the context that is not named stays frozen."""
 
-    @property
-    def charges_state(self) -> bool:
-        """Whether its budget counts the optimizer's state, so that it chooses again when an optimizer is bound."""
-        ...
+    def num_selected(self, context: SelectionContext) -> int:
+        """Say how many values it will select at most, which a plan that chooses again holds room for.
 
-    def num_selected(self, choosing: Choosing) -> int:
-        """The most values it will select; raises TitheError when the budget leaves nothing."""
-        ...
+        By default it chooses, and counts.
 
-    def choose(self, choosing: Choosing) -> Mapping[str, Selection]:
-        """Name → selection; a tensor to choose from that is not named stays frozen."""
-        ...
+        Raises:
+            TitheError: when the budget leaves nothing to select.
+        """
+        return sum(selection.size for selection in self.choose(context).values())
+
+    def spending(self, context: SelectionContext, selections: Mapping[str, Selection]) -> Spending | None:
+        """Say what a choice costs under the method's budget; None where it has none."""
+        return None
+
+    def make_plan(self, maker: PlanMaker[SparseT, Any, Any]) -> SparseT:
+        """Ask for a plan under which the rest is frozen."""
+        return maker.sparse(self)
+
+
+class NarrowMethod(ABC):
+    """Draws which channels, hidden units and heads exist in each step; the rest is not computed."""
+
+    keep: float
+    """The share of the cost that is kept, in (0, 1]."""
+    cost: Cost = "channels"
+    """What is counted: units, the forward pass's operations, or parameters."""
+    structure_lr: float = 12e-3
+    """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
+
+    def share(self, step: int) -> float:
+        """Say which share of the cost is kept after `step` finished steps; by default always `keep`."""
+        return self.keep
+
+    def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
+        """Estimate the expected loss's gradient in s, (n,); by default `tithe.select.policy_gradient`.
+
+        Args:
+            s: probabilities (n,).
+            mask_0: the draw that the weights were trained with, bool (n,).
+            mask_1: the other draw.
+            difference: loss with the first less the loss with the second, on the same batch.
+        """
+        return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0)
+
+    def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
+        """Ask for a plan under which the rest does not exist."""
+        return maker.narrow(self)
+
+
+class SubspaceMethod(ABC):
+    """Moves all weights together, in the span of the checkpoints of a history."""
+
+    history: History | str | Path | Sequence[str | Path]
+    """The checkpoints, or where they are."""
+    bits: int | None = None
+    """Bits a weight of the basis: 8, 4, 1; None takes the history's."""
+    granularity: Granularity = "model"
+    """Whether coefficients are shared by all weights, or each weight has its own."""
+    start: Start = "mean"
+    """Which point of the span training starts from."""
+
+    def make_plan(self, maker: PlanMaker[Any, Any, SubspaceT]) -> SubspaceT:
+        """Ask for a plan under which θ is shared."""
+        return maker.subspace(self)
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a choice costs under a budget.
+
+    Args:
+        spent: what it costs, in the budget's measure.
+        limit: what it may cost.
+        measure: "bytes", "elements" or "flops".
+        channels: input channels selected.
+        of_channels: there are.
+        layers: layers with a selected channel.
+        of_layers: layers with channels.
+    """
+
+    spent: float
+    limit: float
+    measure: Literal["bytes", "elements", "flops"]
+    channels: int
+    of_channels: int
+    layers: int
+    of_layers: int
 
 
 def _no_tensors() -> dict[str, Tensor]:
@@ -72,14 +188,19 @@ class Memory:
     Args:
         tensors: what a method remembers from one choice to the next; it is saved with the plan.
         layers: the price list of input channels, or None before it is asked for.
+        max_positions: int64 (tensors,): for each tensor to choose from the values of an input channel that the choice
+            was priced for, or -1 for any; None where inputs have no limit. It is saved with the plan.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=_no_tensors)
     layers: dict[str, Layer] | None = None
+    max_positions: Tensor | None = None
 
 
-class Choosing:
-    """One choice: the tensors to choose from, in the model's order, and their scores.
+class SelectionContext:
+    """What a method is handed when it chooses: the tensors to choose from, in the model's order, and their scores.
+
+    `shapes` and `sizes` say by name what there is; `seed`, `step` and `epoch` are what a draw may depend on.
 
     Args:
         model: the attached model.
@@ -92,7 +213,7 @@ class Choosing:
         step: finished steps; a choice is a pure function of scores, budget, seed, step and epoch.
         epoch: finished epochs.
         num_states: tensors of θ's size that the bound optimizer keeps, 0 while none is bound.
-        room: values that the plan's flat θ holds, or None where every choice is made to measure.
+        capacity: values that the plan's flat θ holds, or None where every choice is made to measure.
         memory: of the plan.
     """
 
@@ -109,14 +230,14 @@ class Choosing:
         step: int,
         epoch: int,
         num_states: int,
-        room: int | None,
+        capacity: int | None,
         memory: Memory,
     ) -> None:
         self._model, self._bindings, self._loss, self._batches = model, bindings, loss, batches
         self._head = head
         self.num_parameters, self.num_head = num_parameters, sum(p.numel() for p in head.values())
         self.head_bytes = sum(p.numel() * p.element_size() for p in head.values())
-        self.seed, self.step, self.epoch, self.num_states, self.room = seed, step, epoch, num_states, room
+        self.seed, self.step, self.epoch, self.num_states, self.capacity = seed, step, epoch, num_states, capacity
         self._memory = memory
         self.shapes = {b.name: tuple(b.weight.shape) for b in bindings}
         self.sizes = {b.name: b.weight.numel() for b in bindings}
@@ -137,8 +258,7 @@ class Choosing:
         if kind == "random":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
-        remedy = 'pass attach(..., loss=loss_fn, data=batches), or use score="magnitude" or "random"'
-        loss, batches = self._given(f"for the score {kind!r}", remedy)
+        loss, batches = self.require_data(f"for the score {kind!r}", or_else=', or use score="magnitude" or "random"')
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
         return passes.scores("square" if kind == "fisher" else "sum")
 
@@ -149,7 +269,7 @@ class Choosing:
             TitheError: when there is no loss or no data, or no tensor to choose from has input channels.
         """
         if self._memory.layers is None:
-            loss, batches = self._given("to price input channels", "pass attach(..., loss=loss_fn, data=batches)")
+            loss, batches = self.require_data("to price input channels")
             for batch in batches:
                 self._memory.layers = price_channels(self._model, self._bindings, loss, batch)
                 break
@@ -164,18 +284,18 @@ class Choosing:
 
     def channel_norms(self, samples: int) -> dict[str, Tensor]:
         """Name → Σ over batches of the norm of each input channel's gradient, see `tithe.scoring.channel_norms`."""
-        loss, batches = self._given("for scores of gradients", "pass attach(..., loss=loss_fn, data=batches)")
+        loss, batches = self.require_data("for scores of gradients")
         return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples)
 
     def weight(self, name: str) -> Tensor:
         """The values of one tensor to choose from."""
         return next(b.weight.detach() for b in self._bindings if b.name == name)
 
-    def hold_inputs(self) -> None:
+    def limit_inputs(self) -> None:
         """From now on refuse inputs larger than those that the price list was made for."""
         layers = self.layers()
-        rooms = [layers[name].positions if name in layers else -1 for name in self.shapes]
-        self._memory.tensors["rooms"] = torch.tensor(rooms)
+        positions = [layers[name].positions if name in layers else -1 for name in self.shapes]
+        self._memory.max_positions = torch.tensor(positions)
 
     def remember(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returned when this key was first asked for, also in the run that this one goes on from."""
@@ -183,9 +303,19 @@ class Choosing:
             self._memory.tensors[key] = make()
         return self._memory.tensors[key]
 
-    def _given(self, why: str, remedy: str) -> tuple[Loss, Iterable[Any]]:
+    def require_data(self, why: str, *, or_else: str = "") -> tuple[Loss, Iterable[Any]]:
+        """The loss and the data of `attach`.
+
+        Args:
+            why: what they are needed for, as the error says.
+            or_else: what could be done without them, as the error's remedy ends.
+
+        Raises:
+            TitheError: when one of them was not given.
+        """
         if self._loss is None or self._batches is None:
             missing = " and ".join(n for n, v in (("loss", self._loss), ("data", self._batches)) if v is None)
+            remedy = f"pass attach(..., loss=loss_fn, data=batches){or_else}"
             raise TitheError("attach", found=f"no {missing}", expected=f"loss= and data= {why}", remedy=remedy)
         return self._loss, self._batches
 

@@ -288,7 +288,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def check_method(
-    method: plans.Method,
+    method: plans.Method[plans.Plan],
     make_model: Callable[[], nn.Module],
     loss: Callable[[Any, Any], Tensor],
     batches: Sequence[Any],
@@ -351,7 +351,7 @@ def check_method(
             place,
             f"two choices in {name} for one seed",
             "the same choice",
-            "draw every random number from choosing.seed and choosing.step",
+            "draw every random number from context.seed and context.step",
         )
         check_selection(plan.selections[name])
     _require(

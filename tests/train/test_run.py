@@ -188,12 +188,12 @@ def test_resuming_equals_never_stopping_bit_for_bit(method: str, stop: int, edit
 def test_resuming_scores_nothing_again(edit: Edit, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edit(("epochs = 2", "steps = 3"))
     run(path)
-    from tithe.method import Choosing
+    from tithe.method import SelectionContext
 
     def refuse(*args: object, **settings: object) -> None:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(Choosing, "scores", refuse)
+    monkeypatch.setattr(SelectionContext, "scores", refuse)
     again = run(path, resume=True)
     assert again["steps"] == 3
 

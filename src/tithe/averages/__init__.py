@@ -5,22 +5,17 @@ opened    checkpoints that are there         formats    one checkpoint, whoever 
 stacked   side by side, some columns         safetensors_ranges  a file by ranges of entries
 quantize  8, 4 or 1 bits a weight            basis      the differences from the mean
 weighted_sum  sums, a block at a time        average    an average in the format that came in
-spanning  what `attach` asks of a method that uses a history
 """
 
 from tithe.averages.average import average
 from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strips
 from tithe.averages.history import History
 from tithe.averages.quantize import BLOCK
-from tithe.averages.spanning import Granularity, Spanning, Start
 
 __all__ = [
     "BLOCK",
     "Basis",
-    "Granularity",
     "History",
-    "Spanning",
-    "Start",
     "Strip",
     "TensorColumns",
     "average",

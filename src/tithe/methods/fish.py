@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from tithe.budget import Budget
 from tithe.errors import TitheError
-from tithe.method import Choosing
+from tithe.method import SelectionContext, SparseMethod
 from tithe.schedule import Schedule
 from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
@@ -25,7 +25,7 @@ Scope = Literal["global", "tensor"]
 
 
 @dataclass(frozen=True)
-class FISH:
+class FISH(SparseMethod):
     """Train the k single weights with the largest score; the head is always trained and charged to the density.
 
         F_j = 1/N Σ_i (∂ log p(y_i | x_i) / ∂w_j)²        k = density · (all parameters) − (head parameters)
@@ -38,7 +38,7 @@ class FISH:
         score: "fisher", "gradient" (|mean gradient|), "magnitude" (|w|) or "random" (uniform).
         scope: "global" is the paper's one cut over all tensors; "tensor" gives each tensor the same density.
         warmup: steps that train the head alone before the choice is made.
-        reselect: a Schedule for choosing again, or None for once.
+        reselect: a Schedule for context again, or None for once.
 
     Raises:
         TitheError: when not exactly one of density and k is given, or a value is out of range.
@@ -96,32 +96,22 @@ class FISH:
         """Whether the score is computed from data."""
         return self.score in ("fisher", "gradient")
 
-    @property
-    def lean(self) -> bool:
-        """Nothing besides the weights is touched; `tithe.lean` composes."""
-        return False
-
-    @property
-    def charges_state(self) -> bool:
-        """The density counts weights alone."""
-        return False
-
-    def num_selected(self, choosing: Choosing) -> int:
+    def num_selected(self, context: SelectionContext) -> int:
         """K for this model.
 
         Raises:
             TitheError: when nothing is left after the head, or more is asked for than there is.
         """
-        available = sum(choosing.sizes.values())
+        available = sum(context.sizes.values())
         if self.k is not None:
             k = self.k
         else:
-            k = Budget(fraction=self.density).of(choosing.num_parameters) - choosing.num_head
+            k = Budget(fraction=self.density).of(context.num_parameters) - context.num_head
         if k <= 0:
-            least = math.ceil((choosing.num_head + 1) / choosing.num_parameters * 1e6) / 1e6
+            least = math.ceil((context.num_head + 1) / context.num_parameters * 1e6) / 1e6
             raise TitheError(
                 "head",
-                found=f"{choosing.num_head} head parameters against a budget of {k + choosing.num_head}",
+                found=f"{context.num_head} head parameters against a budget of {k + context.num_head}",
                 expected="a budget that leaves at least one weight besides the head",
                 remedy=f"use density {least:g} or more, a smaller head, or k=",
             )
@@ -134,10 +124,10 @@ class FISH:
             )
         return k
 
-    def choose(self, choosing: Choosing) -> dict[str, Coordinates]:
+    def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
         """One selection for each tensor to choose from, empty ones included."""
-        k = self.num_selected(choosing)
-        scores = choosing.scores(self.score, samples=self.samples, fisher=self.fisher)
-        sizes = choosing.sizes
+        k = self.num_selected(context)
+        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher)
+        sizes = context.sizes
         picked = top_k(scores, k, sizes) if self.scope == "global" else top_in_each(scores, share(k, sizes))
-        return {name: Coordinates(choosing.shapes[name], indices.cpu()) for name, indices in picked.items()}
+        return {name: Coordinates(context.shapes[name], indices.cpu()) for name, indices in picked.items()}

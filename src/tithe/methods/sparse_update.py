@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tithe.errors import TitheError
-from tithe.method import Choosing
-from tithe.schedule import Schedule
+from tithe.method import SelectionContext, SparseMethod
 from tithe.select.importance import channel_magnitude
 from tithe.select.topk import largest
 from tithe.selection import Channels, Coordinates, Selection
 
 
 @dataclass(frozen=True)
-class SparseUpdate:
+class SparseUpdate(SparseMethod):
     """Train a given part of the input channels of given layers, and given biases whole; chosen once.
 
     Args:
@@ -45,58 +44,30 @@ class SparseUpdate:
                 raise TitheError(name, found=f"ratio {ratio}", expected="a fraction in (0, 1]", remedy="change it")
 
     @property
-    def samples(self) -> int:
-        """One batch, for its shapes."""
-        return 1
-
-    @property
-    def warmup(self) -> int:
-        """The choice is made at once."""
-        return 0
-
-    @property
-    def reselect(self) -> Schedule | None:
-        """Never."""
-        return None
-
-    @property
     def needs_data(self) -> bool:
         """The layout of channels is read off one batch."""
         return True
 
-    @property
-    def charges_state(self) -> bool:
-        """A scheme has no budget."""
-        return False
-
-    def num_selected(self, choosing: Choosing) -> int:
-        """Values that the scheme selects.
-
-        Raises:
-            TitheError: as `choose`.
-        """
-        return sum(selection.size for selection in self.choose(choosing).values())
-
-    def choose(self, choosing: Choosing) -> dict[str, Selection]:
+    def choose(self, context: SelectionContext) -> dict[str, Selection]:
         """The scheme's channels and biases.
 
         Raises:
             TitheError: when a name is no layer with input channels, or no parameter to choose from.
         """
-        layers = choosing.layers()
+        layers = context.layers()
         chosen: dict[str, Selection] = {}
         for name, ratio in self.ratios.items():
             if name not in layers:
                 raise _unknown(name, "a weight with input channels")
             layer = layers[name]
             count = max(1, round(ratio * layer.num_channels))
-            scores = channel_magnitude(choosing.weight(name), layer.groups, transposed=layer.transposed)
+            scores = channel_magnitude(context.weight(name), layer.groups, transposed=layer.transposed)
             channels = largest(scores, count).cpu()
             chosen[name] = Channels(layer.shape, channels, groups=layer.groups, transposed=layer.transposed)
         for name in self.biases:
-            if name not in choosing.shapes or name in chosen:
+            if name not in context.shapes or name in chosen:
                 raise _unknown(name, "a parameter to choose from, named once")
-            chosen[name] = Coordinates.everything(choosing.shapes[name])
+            chosen[name] = Coordinates.everything(context.shapes[name])
         return chosen
 
 

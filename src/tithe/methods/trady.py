@@ -10,16 +10,16 @@ of it; the other layers are lean, so that the counted saving is a measured one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tithe.budget import Budget
 from tithe.errors import TitheError
-from tithe.method import Choosing
+from tithe.method import SelectionContext, SparseMethod, Spending
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
 from tithe.select.channel_costs import Costs, cover
@@ -34,7 +34,7 @@ _TRIALS = 64
 
 
 @dataclass(frozen=True)
-class TraDy:
+class TraDy(SparseMethod):
     """Train input channels drawn uniformly, each epoch anew, from the layers that matter, until the budget is spent.
 
         cost(c) = C'·D² + H·W          layers: the fewest with `coverage` of Σ_c ‖∂L/∂W_c‖₂ / cost(c)
@@ -69,8 +69,11 @@ class TraDy:
     lean: bool = True
     score: ChannelScore = "uniform"
     samples: int = 256
+    reselect: Schedule | None = field(init=False, repr=False, compare=False)
+    charges_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reselect", every(1, "epochs") if self.dynamic else None)
         if not isinstance(self.budget, Budget):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TitheError(
                 "TraDy", found=f"budget={self.budget!r}", expected="a Budget", remedy='write TraDy(tithe.Budget("2MB"))'
@@ -91,86 +94,75 @@ class TraDy:
                 )
 
     @property
-    def warmup(self) -> int:
-        """The first draw is made at once."""
-        return 0
-
-    @property
-    def reselect(self) -> Schedule | None:
-        """Every epoch."""
-        return every(1, "epochs") if self.dynamic else None
-
-    @property
     def needs_data(self) -> bool:
         """The price list is made for the shapes of a batch."""
         return True
 
-    @property
-    def charges_state(self) -> bool:
-        """The budget counts the optimizer's state."""
-        return True
-
-    def num_selected(self, choosing: Choosing) -> int:
+    def num_selected(self, context: SelectionContext) -> int:
         """Values that the buffer for θ holds.
 
         Raises:
             TitheError: when the budget is smaller than the head or than any channel.
         """
-        costs = self._costs(choosing)
+        costs = self._costs(context)
         count = costs.weights.numel()
         if self.score == "uniform":
             draws = [_shuffle(count, trial) for trial in range(_TRIALS)]
         else:
-            draws = [self._order(choosing, costs)]
+            draws = [self._order(context, costs)]
         sizes = [int(costs.weights[self._take(order, costs, None)].sum()) for order in draws]
         return sorted(sizes)[len(sizes) // 2]  # of a draw that was made, so that at least this one fits again
 
-    def choose(self, choosing: Choosing) -> dict[str, Channels]:
+    def choose(self, context: SelectionContext) -> dict[str, Channels]:
         """The channels of one draw."""
-        costs = self._costs(choosing)
+        costs = self._costs(context)
         if self.budget.bytes is not None:
-            choosing.hold_inputs()
-        taken = self._take(self._order(choosing, costs), costs, choosing.room)
+            context.limit_inputs()
+        taken = self._take(self._order(context, costs), costs, context.capacity)
         chosen = costs.split(taken)
         return {
             layer.name: Channels(layer.shape, chosen[layer.name], groups=layer.groups, transposed=layer.transposed)
             for layer in costs.layers
         }
 
-    def spending(self, choosing: Choosing, selections: Mapping[str, Selection]) -> tuple[float, float]:
-        """What a choice costs and what it may cost, in the budget's measure.
+    def spending(self, context: SelectionContext, selections: Mapping[str, Selection]) -> Spending:
+        """Say what a choice costs, in the budget's measure, of the whole buffer for θ.
 
-        Args:
-            choosing: `plan.choosing()`.
-            selections: `plan.selections`.
-
-        Returns:
-            The cost, of the whole buffer for θ and, where the budget counts it, of the head; and the limit.
+        Where the budget counts bytes, the head's gradient and optimizer state are in the cost and in the limit.
         """
-        costs = self._costs(choosing)
-        spent = costs.unit * (choosing.room or sum(selection.size for selection in selections.values()))
+        costs = self._costs(context)
+        spent = costs.unit * (context.capacity or sum(selection.size for selection in selections.values()))
         start = 0
         for layer in costs.layers:
             if layer.name in selections:
                 spent += float(costs.kept[start]) * selections[layer.name].items.numel()
             start += layer.num_channels
-        head = float(self.budget.of(0)) - costs.limit if self.budget.bytes is not None else 0.0
-        return spent + head, costs.limit + head
+        budget, everything = self.budget, context.layers().values()
+        head = float(budget.of(0)) - costs.limit if budget.bytes is not None else 0.0
+        return Spending(
+            spent=spent + head,
+            limit=costs.limit + head,
+            measure="bytes" if budget.bytes is not None else "flops" if budget.flops is not None else "elements",
+            channels=sum(selection.items.numel() for selection in selections.values()),
+            of_channels=sum(layer.num_channels for layer in everything),
+            layers=len(selections),
+            of_layers=len(everything),
+        )
 
-    def _costs(self, choosing: Choosing) -> Costs:
-        priced = choosing.layers()
+    def _costs(self, context: SelectionContext) -> Costs:
+        priced = context.layers()
         everything = list(priced.values())
         if self.layers == "topk":
-            names = set(self._ranked(choosing))
+            names = set(self._ranked(context))
             layers = [layer for layer in everything if layer.name in names]
         else:
             layers = everything
         total = sum(layer.num_channels * layer.elements for layer in everything)
-        costs = Costs.of(layers, self.budget, num_states=choosing.num_states, head=choosing.head_bytes, total=total)
+        costs = Costs.of(layers, self.budget, num_states=context.num_states, head=context.head_bytes, total=total)
         if costs.limit <= 0:
             raise TitheError(
                 "head",
-                found=f"{choosing.head_bytes * (1 + choosing.num_states)} bytes of its gradient and optimizer state",
+                found=f"{context.head_bytes * (1 + context.num_states)} bytes of its gradient and optimizer state",
                 expected=f"less than the budget of {self.budget.of(0)} bytes",
                 remedy="raise the budget, or train a smaller head",
             )
@@ -190,38 +182,38 @@ class TraDy:
             )
         return least
 
-    def _ranked(self, choosing: Choosing) -> list[str]:
-        layers = choosing.layers()
+    def _ranked(self, context: SelectionContext) -> list[str]:
+        layers = context.layers()
         if isinstance(self.ranking, (str, Path)):
             ranking = Ranking.load(self.ranking)
         elif self.ranking is not None:
             ranking = self.ranking
         else:
-            measured = choosing.remember("rgn", lambda: self._measure(choosing))
+            measured = context.remember("rgn", lambda: self._measure(context))
             return cover(dict(zip(layers, measured.tolist(), strict=True)), self.coverage)
         ranking.check({name: layer.shape for name, layer in layers.items()})
         return cover({name: ranking.rgn[name] for name in layers}, self.coverage)
 
-    def _measure(self, choosing: Choosing) -> Tensor:
-        ranking = Ranking.of(choosing.layers(), choosing.channel_norms(self.samples))
+    def _measure(self, context: SelectionContext) -> Tensor:
+        ranking = Ranking.of(context.layers(), context.channel_norms(self.samples))
         return torch.tensor(list(ranking.rgn.values()), dtype=torch.float64)
 
-    def _order(self, choosing: Choosing, costs: Costs) -> Tensor:
+    def _order(self, context: SelectionContext, costs: Costs) -> Tensor:
         """Positions in the list of channels, first to be taken first; ties by position."""
         if self.score == "uniform":
-            epoch = choosing.epoch if self.dynamic else 0
-            return _shuffle(costs.weights.numel(), (choosing.seed + 1) * 1_000_003 + epoch)
-        norms = choosing.channel_norms(self.samples) if self.score == "rgn" else self._information(choosing, costs)
+            epoch = context.epoch if self.dynamic else 0
+            return _shuffle(costs.weights.numel(), (context.seed + 1) * 1_000_003 + epoch)
+        norms = context.channel_norms(self.samples) if self.score == "rgn" else self._information(context, costs)
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])
         values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
         return torch.sort(values / each.repeat_interleave(counts), descending=True, stable=True).indices
 
-    def _information(self, choosing: Choosing, costs: Costs) -> dict[str, Tensor]:
+    def _information(self, context: SelectionContext, costs: Costs) -> dict[str, Tensor]:
         """Name → Fisher information of each channel, the sum over its weights."""
         layers = {layer.name: layer for layer in costs.layers}
         information: dict[str, Tensor] = {}
-        for name, score in choosing.scores("fisher", samples=self.samples):
+        for name, score in context.scores("fisher", samples=self.samples):
             if name in layers:
                 layer = layers[name]
                 every_one = torch.arange(layer.num_channels)
@@ -229,8 +221,8 @@ class TraDy:
                 information[name] = channels.by_item(channels.gather(score)).sum(1)
         return information
 
-    def _take(self, order: Tensor, costs: Costs, room: int | None) -> Tensor:
-        return under_budget(order, costs.weights, costs.kept, costs.unit, costs.limit, room)
+    def _take(self, order: Tensor, costs: Costs, capacity: int | None) -> Tensor:
+        return under_budget(order, costs.weights, costs.kept, costs.unit, costs.limit, capacity)
 
 
 def _shuffle(count: int, seed: int) -> Tensor:

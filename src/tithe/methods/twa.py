@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import get_args
 
 from tithe.averages import History
-from tithe.averages.spanning import Granularity, Spanning, Start
 from tithe.errors import TitheError
+from tithe.method import Granularity, Start, SubspaceMethod
 
 
 @dataclass(frozen=True)
-class TWA(Spanning):
+class TWA(SubspaceMethod):
     """Train in the span of checkpoints, from their mean.
 
         w = w̄ + Σ_i β_i (w_i − w̄)

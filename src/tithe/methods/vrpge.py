@@ -17,12 +17,12 @@ from typing import get_args
 from torch import Tensor
 
 from tithe.errors import TitheError
-from tithe.narrow.probabilities import Cost, Structure
+from tithe.method import Cost, NarrowMethod
 from tithe.select import bernoulli_masks
 
 
 @dataclass(frozen=True)
-class VRPGE(Structure):
+class VRPGE(NarrowMethod):
     """Train a network that is narrow in every step: which channels exist is drawn, and the odds are learned.
 
         min over w, s ∈ [0, 1]ⁿ of  E L(w, m),  m_i ~ Bernoulli(s_i)        subject to  Σ cost_i s_i ≤ keep · total

@@ -9,18 +9,16 @@ probabilities  of units, learned                         state        what is sa
 from tithe.narrow.build import make_stage
 from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
-from tithe.narrow.probabilities import Cost, Probabilities, Structure
+from tithe.narrow.probabilities import Probabilities
 from tithe.narrow.stage import Stage
 from tithe.narrow.subnet_loss import check_same_loss, find_best, loss_without_gradient
 
 __all__ = [
-    "Cost",
     "InferenceNetwork",
     "LiveWeight",
     "LiveWeights",
     "Probabilities",
     "Stage",
-    "Structure",
     "check_same_loss",
     "find_best",
     "loss_without_gradient",

@@ -1,4 +1,4 @@
-"""Who decides which units exist, and the probabilities that it learns.
+"""Which units exist: one probability each, drawn in every step, learned and projected.
 
     s ∈ [0, 1]ⁿ      Σ cost_i s_i ≤ keep · total      one s_i a unit
 
@@ -7,50 +7,22 @@ They live on the CPU whatever the model's device: the widths of the next kernels
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tithe.coupling import Coupling, Term
 from tithe.errors import TitheError
+from tithe.method import NarrowMethod
 from tithe.select import bernoulli_masks
-
-Cost = Literal["channels", "flops", "params"]
 
 _NOUNS = {"channels": "units", "flops": "operations", "params": "parameters"}
 _ROUNDS = 8
 """Of projection and pricing: two are enough unless widths halve within one step."""
 _SLACK = 1 + 1e-9
 """What rounding may add to a cost."""
-
-
-class Structure(ABC):
-    """What `attach` asks of a method under which part of the network does not exist."""
-
-    keep: float
-    """The share of the cost that is kept, in (0, 1]."""
-    cost: Cost
-    """What is counted: units, the forward pass's operations, or parameters."""
-    structure_lr: float
-    """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
-
-    @abstractmethod
-    def share(self, step: int) -> float:
-        """The share that is kept after `step` finished steps."""
-
-    @abstractmethod
-    def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
-        """An estimate of the expected loss's gradient in s, (n,).
-
-        Args:
-            s: probabilities (n,).
-            mask_0: the draw that the weights were trained with, bool (n,).
-            mask_1: the other draw.
-            difference: loss with the first less the loss with the second, on the same batch.
-        """
 
 
 class Probabilities:
@@ -66,7 +38,7 @@ class Probabilities:
         TitheError: when one unit of every group already costs more than is kept.
     """
 
-    def __init__(self, coupling: Coupling, method: Structure) -> None:
+    def __init__(self, coupling: Coupling, method: NarrowMethod) -> None:
         self.method = method
         self._coupling = coupling
         self.total = self._cost(torch.ones(coupling.num_units, dtype=torch.float64))

@@ -8,8 +8,7 @@ selected, optimizer_state, optimizers, state  what is chosen; the optimizer's pa
 align, shared_theta, gradient_buffer          a history and a model; the θ that weights share, and its gradient
 """
 
-from tithe.method import Method
-from tithe.plan.attach import attach
+from tithe.plan.attach import Method, attach
 from tithe.plan.base import Plan
 from tithe.plan.narrow import NarrowPlan
 from tithe.plan.sparse import SparsePlan

@@ -12,47 +12,60 @@ Ledger watches: predicted == measured (live storages).   delta writes θ, indice
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
 from torch import nn
 
-from tithe.averages import Spanning
 from tithe.errors import TitheError
-from tithe.method import Method
-from tithe.narrow import InferenceNetwork, Structure
+from tithe.method import NarrowMethod, SparseMethod, SubspaceMethod
+from tithe.narrow import InferenceNetwork
+from tithe.plan.base import Plan, Settings
 from tithe.plan.narrow import NarrowPlan
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
 from tithe.rules import Carrier
 from tithe.scoring import Loss
 
-
-class Settings(TypedDict, total=False):
-    """What `attach` takes besides, whatever the method."""
-
-    loss: Loss | None
-    data: Iterable[Any] | None
-    where: str | Sequence[str]
-    head: str | Sequence[str]
-    seed: int
-    state: Mapping[str, Any] | None
+PlanT = TypeVar("PlanT", bound=Plan, covariant=True)
 
 
-@overload
-def attach(model: nn.Module, method: Method, **settings: Unpack[Settings]) -> SparsePlan: ...
+@final
+class Maker:
+    """Makes the plan that a method asks for; see `tithe.method.PlanMaker`.
+
+    Args:
+        model: the model.
+        settings: of `attach`.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+
+    def sparse(self, method: SparseMethod) -> SparsePlan:
+        """A plan under which what is not selected stays frozen at its value."""
+        return SparsePlan(self.model, method, self.settings)
+
+    def narrow(self, method: NarrowMethod) -> NarrowPlan:
+        """A plan under which what is not drawn does not exist."""
+        return NarrowPlan(self.model, method, self.settings)
+
+    def subspace(self, method: SubspaceMethod) -> SubspacePlan:
+        """A plan under which all weights move together in a span."""
+        return SubspacePlan(self.model, method, self.settings)
 
 
-@overload
-def attach(model: nn.Module, method: Structure, **settings: Unpack[Settings]) -> NarrowPlan: ...
+@runtime_checkable
+class Method(Protocol[PlanT]):
+    """What `attach` asks of a method: that it makes its plan. The contracts of `tithe.method` do."""
 
-
-@overload
-def attach(model: nn.Module, method: Spanning, **settings: Unpack[Settings]) -> SubspacePlan: ...
+    def make_plan(self, maker: Maker) -> PlanT:
+        """Ask the maker for a plan of its kind."""
+        ...
 
 
 def attach(
     model: nn.Module,
-    method: Method | Structure | Spanning,
+    method: Method[PlanT],
     *,
     loss: Loss | None = None,
     data: Iterable[Any] | None = None,
@@ -60,7 +73,7 @@ def attach(
     head: str | Sequence[str] = (),
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
-) -> SparsePlan | NarrowPlan | SubspacePlan:
+) -> PlanT:
     """Choose what to train in `model`, and train nothing else from now on.
 
     The model is not wrapped, its class and its `state_dict` keys stay as they are, and `plan.release()` gives it back.
@@ -91,17 +104,19 @@ def attach(
         (['weight'], 3)
         >>> plan.release()
     """
+    if isinstance(method, type) or not isinstance(method, Method):  # pyright: ignore
+        raise TitheError(
+            "method",
+            found=repr(method),
+            expected="a SparseMethod, a NarrowMethod or a SubspaceMethod",
+            remedy="write tithe.attach(model, tithe.FISH(density=0.005), ...), or derive your method from one of these",
+        )
     _check_free(model)
-    if isinstance(method, Spanning):
-        plan = SubspacePlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
-    elif isinstance(method, Structure):
-        plan = NarrowPlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
-    else:
-        plan = SparsePlan(model, method, loss=loss, data=data, where=where, head=head, seed=seed)
+    plan = method.make_plan(Maker(model, Settings(loss, data, where, head, seed)))
     try:
         if state is not None:
             plan.load_state_dict(state)
-        elif isinstance(plan, SparsePlan):
+        else:
             plan.start()
     except BaseException:
         plan.release()

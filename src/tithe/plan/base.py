@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
 from tithe.ledger import Ledger
-from tithe.plan.parameters import Split
+from tithe.method import Spending
+from tithe.plan.parameters import split_parameters
+from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What `attach` was given besides the model and the method; it documents them."""
+
+    loss: Loss | None = None
+    data: Iterable[Any] | None = None
+    where: str | Sequence[str] = "*"
+    head: str | Sequence[str] = ()
+    seed: int = 0
+
+
 class Plan(ABC):
-    """A model of which a selected part is trained. Made by `attach`, which documents the arguments.
+    """A model of which a selected part is trained. Made by `attach`.
+
+    A training loop asks a plan what it needs, never which plan it is: `needs_backward`, `averages_gradients`,
+    `settled`, `spending`.
 
     Args:
         model: the model.
-        split: its parameters by their part in the plan.
-        seed: of every random draw.
+        settings: of `attach`.
     """
 
-    def __init__(self, model: nn.Module, split: Split, seed: int) -> None:
-        self.model, self.seed = model, seed
-        self._alias, self._floats, self._head = split.alias, split.floats, split.head
-        self._frozen_head = {name: p.requires_grad for name, p in split.head.items()}
+    needs_backward: ClassVar[bool] = False
+    """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
+    averages_gradients: ClassVar[bool] = False
+    """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.seed = model, settings.seed
+        self._loss, self._data = settings.loss, settings.data
+        self._split = split_parameters(model, where=settings.where, head=settings.head)
+        self._alias, self._floats, self._head = self._split.alias, self._split.floats, self._split.head
+        self._frozen_head = {name: p.requires_grad for name, p in self._head.items()}
         self.num_steps = self.num_epochs = 0
         self._released = False
+
+    def start(self) -> None:
+        """Make what `attach` makes when there is no earlier state to go on from: the first choice, where there is one.
+
+        Raises:
+            TitheError: as `attach`.
+        """
+        self._check_live()
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -112,6 +143,26 @@ class Plan(ABC):
     @abstractmethod
     def reselect(self) -> bool:
         """Choose again now. Returns whether anything changed."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the structure of the network is fixed: always, where everything exists."""
+        return True
+
+    def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float | None:
+        """Fix the structure, and train its weights alone from now on; returns its loss, or None where it is fixed."""
+        return None
+
+    def refresh_statistics(self, batches: Iterable[Any] | None = None) -> int:
+        """Estimate running statistics anew where weights were averaged; returns how many batches that took.
+
+        Elsewhere training keeps them up, and nothing is done.
+        """
+        return 0
+
+    def spending(self) -> Spending | None:
+        """Say what the present choice costs under the method's budget; None where it has none."""
+        return None
 
     def structure_parameters(self) -> list[nn.Parameter]:
         """The probabilities of what may be absent, one tensor a group; none where everything exists."""

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +24,35 @@ from torch import Tensor, nn
 from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
 from tithe.forward import estimate_statistics
+from tithe.method import NarrowMethod
 from tithe.narrow import (
     InferenceNetwork,
     LiveWeights,
     Probabilities,
     Stage,
-    Structure,
     check_same_loss,
     find_best,
     loss_without_gradient,
     make_stage,
 )
 from tithe.narrow.state import FORMAT, check_state
-from tithe.plan.base import Plan
+from tithe.plan.base import Plan, Settings
 from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
-from tithe.plan.parameters import split_parameters
 from tithe.rules.lean.model import Lean
-from tithe.scoring import Loss, check_loss
+from tithe.scoring import check_loss
 from tithe.selection import Grid, Selection
 
 
 class NarrowPlan(Plan):
     """A model of which a drawn part exists and is trained in each step. Made by `attach`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Structure,
-        *,
-        loss: Loss | None,
-        data: Iterable[Any] | None,
-        where: str | Sequence[str],
-        head: str | Sequence[str],
-        seed: int,
-    ) -> None:
-        split = split_parameters(model, where=where, head=head)
-        super().__init__(model, split, seed)
-        self.method = method
+    needs_backward = True
+    averages_gradients = True
+
+    def __init__(self, model: nn.Module, method: NarrowMethod, settings: Settings) -> None:
+        super().__init__(model, settings)
+        self.method, split = method, self._split
+        loss, data = settings.loss, settings.data
         if loss is None or data is None:
             missing = " and ".join(n for n, v in (("loss", loss), ("data", data)) if v is None)
             raise TitheError(
@@ -69,9 +61,7 @@ class NarrowPlan(Plan):
                 expected="loss= and data= to run the model once, which tells what channels belong together",
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
-        self._loss, self._data = loss, data
-        if isinstance(data, Iterator):
-            self._data = list(itertools.islice(data, 1))
+        self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         self.stage = make_stage(model, loss, next(iter(self._data), None), list(split.candidates))
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
@@ -226,6 +216,11 @@ class NarrowPlan(Plan):
         self._drop(alive)
         self._draw()
         return True
+
+    @property
+    def settled(self) -> bool:
+        """Whether `settle` was called."""
+        return self._settled
 
     def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float:
         """Fix the structure: the best of some drawn networks on held-out training data; from now on train its weights.

@@ -31,7 +31,7 @@ class SelectedWeights:
         self._resized = self._emptied = False
 
     @property
-    def room(self) -> int | None:
+    def capacity(self) -> int | None:
         """Values that the flat θ holds, or None where every choice is made to measure."""
         return None if self._pool is None else self._pool.flat.numel()
 
@@ -40,19 +40,20 @@ class SelectedWeights:
         """Bytes of the flat θ that the present choice leaves unused."""
         return 0 if self._pool is None else self._pool.unused_bytes
 
-    def set_room(self, size: int) -> None:
+    def set_capacity(self, size: int) -> None:
         """One flat θ of `size` values where the choice will change."""
         if self._pool is not None:
             self._emptied = self._pool.resize(size)
         elif self.changes:
             self._pool = self._mount.pool(self.bindings, size)
 
-    def take(self, chosen: Mapping[str, Selection], rooms: Tensor | None) -> bool:
+    def take(self, chosen: Mapping[str, Selection], max_positions: Tensor | None) -> bool:
         """Take over a choice; returns whether anything changed.
 
         Args:
             chosen: name → selection; what is not named is frozen.
-            rooms: int64, for each weight the values of an input channel that the choice was priced for, or -1 for any.
+            max_positions: int64, for each weight the values of an input channel that the choice was priced for, or
+                -1 for any.
 
         Raises:
             TitheError: on every rank, when ranks chose differently.
@@ -72,10 +73,9 @@ class SelectedWeights:
                 binding.select(new[binding.name])
                 self._mount.show(binding)
             self._carry(binding, old[binding.name])
-        for binding, room in zip(
-            self.bindings, [-1] * len(self.bindings) if rooms is None else rooms.tolist(), strict=True
-        ):
-            binding.room = None if room < 0 else room
+        limits = [-1] * len(self.bindings) if max_positions is None else max_positions.tolist()
+        for binding, limit in zip(self.bindings, limits, strict=True):
+            binding.max_positions = None if limit < 0 else limit
         self._mount.still()
         return bool(changed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
-from tithe.method import Choosing, Memory, Method, first_batches
-from tithe.plan.base import Plan
+from tithe.method import Memory, SelectionContext, SparseMethod, Spending, first_batches
+from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
-from tithe.plan.parameters import split_parameters
 from tithe.plan.selected import SelectedWeights
 from tithe.plan.state import Buffers, PlanState
 from tithe.rules.lean.model import Lean, lean
-from tithe.scoring import Loss, check_loss
+from tithe.scoring import check_loss
 from tithe.selection import Channels, Selection
 
 _CPU = torch.device("cpu")
@@ -29,25 +28,13 @@ _CPU = torch.device("cpu")
 class SparsePlan(Plan):
     """A model of which a selected part is trained while the rest keeps its bits. Made by `attach`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        *,
-        loss: Loss | None,
-        data: Iterable[Any] | None,
-        where: str | Sequence[str],
-        head: str | Sequence[str],
-        seed: int,
-    ) -> None:
-        split = split_parameters(model, where=where, head=head)
-        super().__init__(model, split, seed)
-        self.method = method
-        self._loss, self._data = loss, data
+    def __init__(self, model: nn.Module, method: SparseMethod, settings: Settings) -> None:
+        super().__init__(model, settings)
+        self.method, split = method, self._split
         self._num_parameters = sum(p.numel() for p in split.floats.values())
         self._buffers = Buffers(model)
-        if isinstance(data, Iterator) and method.needs_data:
-            self._data = first_batches(data, method.samples)
+        if isinstance(settings.data, Iterator) and method.needs_data:
+            self._data = first_batches(settings.data, method.samples)
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
         self._mount = Mount(model, bound)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
@@ -55,6 +42,7 @@ class SparsePlan(Plan):
         self._selected = SelectedWeights(self._mount, self._candidates, changes=changes)
         self._handles: list[Any] = []
         self._chosen = False
+        self._committed = False  # whether a bound optimizer's step has written θ since the last `step`
         self._memory, self._num_states = Memory(), 0
         self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
@@ -67,9 +55,11 @@ class SparsePlan(Plan):
         Raises:
             TitheError: as `attach`.
         """
-        self._selected.set_room(self.method.num_selected(self.choosing()))
-        if self.method.needs_data and (self._loss is None or self._data is None):
-            self.choosing().scores("fisher")
+        context = self.context()
+        if self.method.needs_data:
+            context.require_data(f"for {type(self.method).__name__} to choose")
+        if self._selected.changes:
+            self._selected.set_capacity(self.method.num_selected(context))
         if self.method.warmup == 0:
             self.reselect()
         elif not self._head:
@@ -161,7 +151,9 @@ class SparsePlan(Plan):
     def step(self) -> bool:
         """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
         self._check_live()
-        self._selected.commit()
+        if not self._committed:
+            self._selected.commit()
+        self._committed = False
         self.num_steps += 1
         if not self._chosen:
             return self.num_steps >= self.method.warmup and self.reselect()
@@ -181,15 +173,15 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._selected.commit()
-        return self._take(self.method.choose(self.choosing()))
+        return self._take(self.method.choose(self.context()))
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
-        return self._selected.take(chosen, self._memory.tensors.get("rooms")) or first
+        return self._selected.take(chosen, self._memory.max_positions) or first
 
-    def choosing(self) -> Choosing:
+    def context(self) -> SelectionContext:
         """What the method is handed when it chooses now, for example to ask it what the present choice costs."""
-        return Choosing(
+        return SelectionContext(
             self.model,
             self._candidates,
             num_parameters=self._num_parameters,
@@ -200,9 +192,14 @@ class SparsePlan(Plan):
             step=self.num_steps,
             epoch=self.num_epochs,
             num_states=self._num_states,
-            room=self._selected.room,
+            capacity=self._selected.capacity,
             memory=self._memory,
         )
+
+    def spending(self) -> Spending | None:
+        """Say what the present choice costs under the method's budget; None where it has none."""
+        self._check_live()
+        return self.method.spending(self.context(), self.selections)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write what training changed, atomically: every weight ever selected, the head, and buffers that changed.
@@ -230,7 +227,7 @@ class SparsePlan(Plan):
             num_epochs=self.num_epochs,
             seed=self.seed,
             chosen=self._chosen,
-            room=self._selected.room or 0,
+            capacity=self._selected.capacity or 0,
             num_states=self._num_states,
             selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
             moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
@@ -238,6 +235,7 @@ class SparsePlan(Plan):
             head={name: p.detach().clone() for name, p in self._head.items()},
             buffers=self._buffers.changed(self.model),
             memory=dict(self._memory.tensors),
+            max_positions=self._memory.max_positions,
         ).as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,9 +256,9 @@ class SparsePlan(Plan):
             self._buffers.write(self.model, found.buffers)
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen, self._num_states = found.chosen, found.num_states
-        self._memory.tensors = dict(found.memory)
-        self._selected.set_room(found.room)
-        self._selected.take(selected, self._memory.tensors.get("rooms"))
+        self._memory.tensors, self._memory.max_positions = dict(found.memory), found.max_positions
+        self._selected.set_capacity(found.capacity)
+        self._selected.take(selected, self._memory.max_positions)
         for binding in self._candidates:
             binding.refresh()
             binding.moved = moved[binding.name].to(binding.weight.device)
@@ -289,11 +287,11 @@ class SparsePlan(Plan):
             return
         self._num_states = states
         self._selected.commit()
-        choosing = self.choosing()
-        size = self.method.num_selected(choosing)
-        choosing.room = None if choosing.room is None else size
-        chosen = self.method.choose(choosing)  # before the room is another, while the present choice still runs
-        self._selected.set_room(size)
+        context = self.context()
+        size = self.method.num_selected(context)
+        context.capacity = None if context.capacity is None else size
+        chosen = self.method.choose(context)  # before the capacity is another, while the present choice still runs
+        self._selected.set_capacity(size)
         self._take(chosen)
 
     def _link(self, *_: Any) -> None:
@@ -301,4 +299,5 @@ class SparsePlan(Plan):
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._selected.commit()
+        self._committed = True
         self._selected.check_ranks()

@@ -15,7 +15,7 @@ from tithe.selection import Selection, restore
 
 Selections = dict[str, Selection]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PlanState:
         num_epochs: finished epochs.
         seed: of the plan.
         chosen: whether the first choice was made.
-        room: values that the flat θ holds; 0 for a plan that chooses once.
+        capacity: values that the flat θ holds; 0 for a plan that chooses once.
         num_states: tensors of θ's size that the optimizer kept, which a budget may count.
         selected: name → state of the selection made now.
         moved: name → state of everything ever selected.
@@ -35,13 +35,14 @@ class PlanState:
         head: name → head parameter.
         buffers: name → buffer that changed in training.
         memory: what the method remembers from one choice to the next.
+        max_positions: int64, for each tensor the values of an input channel that were priced, or -1; None for any.
     """
 
     num_steps: int
     num_epochs: int
     seed: int
     chosen: bool
-    room: int
+    capacity: int
     num_states: int
     selected: dict[str, dict[str, Tensor]]
     moved: dict[str, dict[str, Tensor]]
@@ -49,6 +50,7 @@ class PlanState:
     head: dict[str, Tensor]
     buffers: dict[str, Tensor]
     memory: dict[str, Tensor]
+    max_positions: Tensor | None
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dict, with the format's version."""

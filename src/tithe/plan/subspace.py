@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
-from tithe.averages import Basis, History, Spanning, TensorColumns, orthonormal, strips
+from tithe.averages import Basis, History, TensorColumns, orthonormal, strips
 from tithe.errors import TitheError, TitheWarning
 from tithe.forward import estimate_statistics, tracked, training
+from tithe.method import SubspaceMethod
 from tithe.plan.align import find_places, start_weights
-from tithe.plan.base import Plan
+from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_holds, inner_optimizer, num_states
-from tithe.plan.parameters import split_parameters
 from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.rules import Shared
-from tithe.scoring import Loss, check_loss
+from tithe.scoring import check_loss
 from tithe.selection import Coordinates, Selection, Span
 
 FORMAT = 1
@@ -35,20 +35,11 @@ class SubspacePlan(Plan):
     `backward`: the model is not to be wrapped in DistributedDataParallel.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Spanning,
-        *,
-        loss: Loss | None,
-        data: Iterable[Any] | None,
-        where: str | Sequence[str],
-        head: str | Sequence[str],
-        seed: int,
-    ) -> None:
-        split = split_parameters(model, where=where, head=head)
-        super().__init__(model, split, seed)
-        self.method, self._loss, self._data = method, loss, data
+    averages_gradients = True
+
+    def __init__(self, model: nn.Module, method: SubspaceMethod, settings: Settings) -> None:
+        super().__init__(model, settings)
+        self.method, split = method, self._split
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)
         weights = start_weights(self.history, method.start)

@@ -38,7 +38,7 @@ class Binding:
         self.theta = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
         self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
-        self.room: int | None = None
+        self.max_positions: int | None = None
         self.counted = False
         self.probe: Probe | None = None
         self.pool: Pool | Shared | None = None
@@ -62,17 +62,17 @@ class Binding:
             return True
         return (selection.groups, selection.transposed) == (groups, transposed)
 
-    def check_room(self, positions: int) -> None:
+    def check_positions(self, positions: int) -> None:
         """Refuse an input larger than the one that the selection's price was made for.
 
         Raises:
-            TitheError: when `positions`, the values of one input channel, pass the room.
+            TitheError: when `positions`, the values of one input channel, pass the limit.
         """
-        if self.room is not None and positions > self.room:
+        if self.max_positions is not None and positions > self.max_positions:
             raise TitheError(
                 self.name,
                 found=f"{positions} values of each input channel",
-                expected=f"at most {self.room}, for which the budget was priced",
+                expected=f"at most {self.max_positions}, for which the budget was priced",
                 remedy="put the largest batch first in data=, or run what needs no gradient under torch.no_grad()",
             )
 

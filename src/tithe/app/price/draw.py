@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tithe
-from tithe.method import Choosing
+from tithe.method import SelectionContext
 from tithe.select.topk import share
 
 
@@ -24,13 +24,13 @@ class Drawn(tithe.FISH):
         """Nothing is scored."""
         return False
 
-    def choose(self, choosing: Choosing) -> dict[str, tithe.Coordinates]:
+    def choose(self, context: SelectionContext) -> dict[str, tithe.Coordinates]:
         """The same part of each tensor."""
-        generator = torch.Generator().manual_seed(choosing.seed)
-        counts = share(self.num_selected(choosing), choosing.sizes)
+        generator = torch.Generator().manual_seed(context.seed)
+        counts = share(self.num_selected(context), context.sizes)
         return {
-            name: tithe.Coordinates(shape, draw(choosing.sizes[name], counts[name], generator))
-            for name, shape in choosing.shapes.items()
+            name: tithe.Coordinates(shape, draw(context.sizes[name], counts[name], generator))
+            for name, shape in context.shapes.items()
         }
 
 

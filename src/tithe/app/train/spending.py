@@ -67,23 +67,19 @@ def spending(trainee: Trainee, batches: Iterable[Batch]) -> Spending | None:
         trainee: what is trained.
         batches: as it was attached with; the first is the one that prices were made for.
     """
-    if not isinstance(trainee, tithe.SparsePlan) or not isinstance(trainee.method, tithe.TraDy):
+    if not isinstance(trainee, tithe.Plan) or (found := trainee.spending()) is None:
         return None
-    choosing, method, selections = trainee.choosing(), trainee.method, trainee.selections
-    spent, limit = method.spending(choosing, selections)
-    everything = choosing.layers().values()
     predicted = trainee.predict(next(iter(batches)))
     named = dict(trainee.named_parameters())
     theta = predicted.theta - sum(named[name].nbytes for name in trainee.head)
-    budget = method.budget
     return Spending(
-        measure="bytes" if budget.bytes is not None else "flops" if budget.flops is not None else "elements",
-        spent=spent,
-        limit=limit,
-        channels=sum(selection.items.numel() for selection in selections.values()),
-        of_channels=sum(layer.num_channels for layer in everything),
-        layers=len(selections),
-        of_layers=len(everything),
-        weights=sum(selection.size for selection in selections.values()),
+        measure=found.measure,
+        spent=found.spent,
+        limit=found.limit,
+        channels=found.channels,
+        of_channels=found.of_channels,
+        layers=found.layers,
+        of_layers=found.of_layers,
+        weights=sum(selection.size for selection in trainee.selections.values()),
         peak=predicted.peak + theta + predicted.optimizer + predicted.index,
     )

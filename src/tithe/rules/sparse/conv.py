@@ -118,7 +118,7 @@ class ConvRule(Rule):
         self.probe = weight.probe if weight is not None else None
         self.cut: Cut | ChannelCut | None = None
         if weight is not None and self.probe is None and isinstance(weight.selection, Channels):
-            weight.check_room(x[:, 0].numel())
+            weight.check_positions(x[:, 0].numel())
             self.cut = ChannelCut(weight.selection)
         elif weight is not None and self.probe is None and weight.touch is not None:
             kernel = weight.weight[0, 0].numel()

@@ -41,7 +41,7 @@ class LinearRule(Rule):
         if weight is not None and weight.probe is None:
             if isinstance(weight.selection, Channels):
                 self.way = Columns(weight.selection)
-                weight.check_room(x.numel() // max(x.shape[-1], 1))
+                weight.check_positions(x.numel() // max(x.shape[-1], 1))
             elif weight.touch is not None:
                 self.way = cheapest(weight.touch, x, transposed=transposed)
         self.bias = bias
