@@ -248,3 +248,41 @@ def test_saving_and_applying_gives_the_trained_model(tmp_path: object) -> None:
     plan.release()
     tithe.apply(base, path)
     assert equal_bits(bits(base), bits(model)) == []
+
+
+# --- what stays small
+
+
+@pytest.mark.parametrize("reselect", [None, tithe.every(2)], ids=["once", "again"])
+def test_theta_is_written_into_the_weights_once_a_step(reselect: tithe.Schedule | None) -> None:
+    model = MLP.model()
+    plan = _attach(MLP, model, FISH(k=30, score="random", reselect=reselect), head="4.*")
+    opt = sgd(plan.parameters())
+    plan.bind(opt)
+    weight = model[0]._parameters["weight"]
+    assert plan.selected("0.weight").numel()
+    assert weight is not None
+    for batch in MLP.batches(5):
+        before = weight._version
+        changed = _step(plan, opt, MLP, batch)
+        assert weight._version - before == 1 or changed  # a new choice commits what leaves
+
+
+@pytest.mark.parametrize("method", [FISH(density=0.6), FISH(density=0.6, reselect=tithe.every(2))], ids=["own", "flat"])
+def test_a_hugging_face_model_counts_itself(method: FISH) -> None:
+    case = CASES["bert"]
+    model = case.model()
+    names = list(vars(model))
+    counts = [model.num_parameters(), model.num_parameters(exclude_embeddings=True), model.bert.num_parameters()]
+    plan = _attach(case, model, method, head=case.head)
+    found = [model.num_parameters(), model.num_parameters(exclude_embeddings=True), model.bert.num_parameters()]
+    assert found == counts
+    assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in plan.parameters())
+    plan.release()
+    assert list(vars(model)) == names
+
+
+@pytest.mark.parametrize("method", ["fish", tithe.FISH, None], ids=["a name", "a class", "nothing"])
+def test_what_is_no_method_is_refused(method: object) -> None:
+    with pytest.raises(TitheError, match="expected a SparseMethod, a NarrowMethod or a SubspaceMethod"):
+        tithe.attach(MLP.model(), method)

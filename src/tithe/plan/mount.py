@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from tithe.errors import TitheError
 from tithe.rules import Binding, Carrier, Pool, theta_key
 
+_COUNT = "num_parameters"
+
 
 def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """After `state_dict()`: θ is no key of the model's."""
@@ -69,6 +71,23 @@ class _Settle:
                     owner.__dict__[key] = Carrier(binding, owner, key)
 
 
+class _CountWithoutTheta:
+    """Stands for `num_parameters()` of a Hugging Face model, which sums over `named_parameters()`.
+
+    θ holds values that the weights hold as well, so that the model's own count would have them twice.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        count: int = type(self.module).num_parameters(self.module, only_trainable, exclude_embeddings)
+        if only_trainable:  # the weights behind θ are frozen: θ alone is counted
+            return count
+        named = cast(nn.Module, self.module).named_parameters()
+        return count - sum(theta.numel() for name, theta in named if name.endswith(theta_key("")))
+
+
 class Mount:
     """Every weight of a model outside the head, bound and frozen, with θ on its module; undone by `release`.
 
@@ -97,8 +116,11 @@ class Mount:
                     remedy="call release() on the first plan",
                 )
         by_id = {id(weight): self.bindings[name] for name, weight in weights.items()}
+        self._counting = [module for module in model.modules() if callable(getattr(type(module), _COUNT, None))]
         for module in model.modules():
             self._place(module, by_id)
+        for module in self._counting:
+            module.__dict__[_COUNT] = _CountWithoutTheta(module)
         places = [(m, key) for m in model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
         self._handles.append(model.register_forward_pre_hook(_Settle(places)))
         for binding in self.bindings.values():
@@ -176,6 +198,8 @@ class Mount:
             for key in [key for key, value in module.__dict__.items() if isinstance(value, Carrier)]:
                 del module.__dict__[key]
                 module._parameters.pop(theta_key(key), None)
+        for module in self._counting:
+            module.__dict__.pop(_COUNT, None)
         for module, lists in self._lists.items():
             module.__dict__.update(lists)
         for name, binding in self.bindings.items():
