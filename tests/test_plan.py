@@ -14,6 +14,7 @@ import tithe
 from models import CASES, Batch, Case
 from oracles import adamw, bits, equal_bits, sgd
 from tithe import FISH, TitheError
+from tithe.ledger import human
 
 MLP = CASES["mlp"]
 
@@ -286,3 +287,34 @@ def test_a_hugging_face_model_counts_itself(method: FISH) -> None:
 def test_what_is_no_method_is_refused(method: object) -> None:
     with pytest.raises(TitheError, match="expected a SparseMethod, a NarrowMethod or a SubspaceMethod"):
         tithe.attach(MLP.model(), method)
+
+
+# --- what it says of itself
+
+
+@pytest.mark.parametrize("name", ["mlp", "bert", "depthwise", "gpt2"])
+def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str) -> None:
+    case = CASES[name]
+    batches = case.batches(2)
+    twin = case.model()
+    twin.train()
+    stock = tithe.measure(lambda: case.loss(twin, batches[0]).backward()).saved
+    model = case.model()
+    model.train()
+    plan = tithe.attach(model, FISH(density=0.7, score="random"), loss=case.loss, data=batches, head=case.head)
+    before, state = bits(model), torch.get_rng_state()
+    text = str(plan)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert equal_bits(before, bits(model)) == []
+    trained, total = (sum(p.numel() for p in each) for each in (plan.parameters(), twin.parameters()))
+    assert f"trains {trained:,} of {total:,} parameters" in text
+    kept = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batches[0]))).saved
+    assert f"keeps {human(kept)} for backward" in text
+    assert f"full training keeps {human(stock)}" in text
+    plan.release()
+    assert str(plan).endswith("released")
+
+
+def test_a_plan_without_data_prints_what_it_trains() -> None:
+    plan = tithe.attach(MLP.model(), FISH(k=3, score="random"))
+    assert str(plan) == repr(plan) == "SparsePlan of Sequential by FISH: trains 3 of 499 parameters (0.60%)"

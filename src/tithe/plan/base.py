@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
-from tithe.ledger import Ledger
+from tithe.forward import RandomStates
+from tithe.ledger import Ledger, human
 from tithe.method import Spending
 from tithe.plan.parameters import split_parameters
 from tithe.scoring import Loss
@@ -41,6 +42,8 @@ class Plan(ABC):
         settings: of `attach`.
     """
 
+    method: Any
+    """The method that asked for the plan, of the contract that belongs to the plan's kind."""
     needs_backward: ClassVar[bool] = False
     """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
     averages_gradients: ClassVar[bool] = False
@@ -54,6 +57,52 @@ class Plan(ABC):
         self._frozen_head = {name: p.requires_grad for name, p in self._head.items()}
         self.num_steps = self.num_epochs = 0
         self._released = False
+
+    def __repr__(self) -> str:
+        trained = sum(parameter.numel() for parameter in self.parameters())
+        total = sum(parameter.numel() for parameter in self._floats.values())
+        head = sum(parameter.numel() for parameter in self._head.values())
+        of_head = f", {head:,} of them the head" if head else ""
+        return (
+            f"{type(self).__name__} of {type(self.model).__name__} by {type(self.method).__name__}:"
+            f" trains {trained:,} of {total:,} parameters ({trained / total:.2%}){of_head}"
+        )
+
+    def __str__(self) -> str:
+        """Say what is trained, what a step keeps for backward, and what full training would keep.
+
+        The bytes are predicted on the shapes of the first batch of `data`. They are left out where the plan has no
+        loss or data, or the model cannot run on shapes alone. Random states stay as they were.
+        """
+        if self._released:
+            return f"{type(self).__name__} of {type(self.model).__name__}, released"
+        states = RandomStates()
+        try:
+            prices = self._prices()
+        finally:
+            states.restore()
+        return "\n".join([repr(self), *prices])
+
+    def _prices(self) -> list[str]:
+        if self._loss is None or self._data is None or isinstance(self._data, Iterator):
+            return []
+        batch = next(iter(self._data), None)
+        if batch is None:
+            return []
+        try:
+            found, stock = self.predict(batch), self._predict_stock(batch)
+        except TitheError:
+            return []
+        against = "" if stock is None else f"; full training keeps {human(stock.saved)}"
+        state = human(found.gradients + found.optimizer)
+        return [
+            f"  keeps {human(found.saved)} for backward in a step on the first batch{against}",
+            f"  gradients and optimizer state take {state}",
+        ]
+
+    def _predict_stock(self, batch: Any) -> Ledger | None:
+        """Price the same step with all weights trained by torch's own operations; None where the plan cannot tell."""
+        return None
 
     def start(self) -> None:
         """Make what `attach` makes when there is no earlier state to go on from: the first choice, where there is one.

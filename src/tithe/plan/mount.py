@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,7 +46,7 @@ def _reload(module: nn.Module, keys: Any) -> None:
 
 def _evaluate(module: nn.Module, args: Any) -> None:
     """Before the forward of a frozen norm: `model.train()` does not reach its running statistics."""
-    if module.training:
+    if module.training and not any(p is not None and p.requires_grad for p in module._parameters.values()):
         module.training = False
 
 
@@ -186,6 +187,23 @@ class Mount:
         handle, was_training = self._still.pop(module)
         handle.remove()
         module.training = self.model.training if was_training else False
+
+    @contextmanager
+    def stock(self) -> Generator[None]:
+        """Inside, every weight is an ordinary trained parameter: operations run and keep what torch's own keep.
+
+        A carrier whose module holds another parameter than the bound one stands for that parameter.
+        """
+        places = [(m, key) for m in self.model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
+        bound = [cast(nn.Parameter, module._parameters[key]) for module, key in places]
+        plain = {id(weight): nn.Parameter(weight.detach()) for weight in bound}
+        try:
+            for (module, key), weight in zip(places, bound, strict=True):
+                module._parameters[key] = plain[id(weight)]
+            yield
+        finally:
+            for (module, key), weight in zip(places, bound, strict=True):
+                module._parameters[key] = weight
 
     def release(self) -> None:
         """Take everything off: no attribute, no hook and no flag is left."""

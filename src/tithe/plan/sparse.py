@@ -111,6 +111,13 @@ class SparsePlan(Plan):
         states = self._num_states if self._selected.optimizers else 2
         return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=self.index_bytes)
 
+    def _predict_stock(self, batch: Any) -> ledger.Ledger:
+        """Price the same step with all weights trained by torch's own operations."""
+        loss = self._loss
+        assert loss is not None
+        with self._mount.stock():
+            return ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         """Run `closure` (forward, returning the loss) and backward, as often as the method needs; returns the loss.
 
