@@ -50,15 +50,15 @@ class PlanMaker(Protocol[SparseT, NarrowT, SubspaceT]):
     """Makes the plan of each kind of method; `tithe.attach` hands one to the method, which asks for its own kind."""
 
     def sparse(self, method: SparseMethod) -> SparseT:
-        """A plan under which what is not selected stays frozen at its value."""
+        """Make a plan under which what is not selected stays frozen at its value."""
         ...
 
     def narrow(self, method: NarrowMethod) -> NarrowT:
-        """A plan under which what is not drawn does not exist."""
+        """Make a plan under which what is not drawn does not exist."""
         ...
 
     def subspace(self, method: SubspaceMethod) -> SubspaceT:
-        """A plan under which all weights move together in a span."""
+        """Make a plan under which all weights move together in a span."""
         ...
 
 
@@ -81,7 +81,7 @@ class SparseMethod(ABC):
 
     @property
     def needs_data(self) -> bool:
-        """Whether choosing reads data: `attach` then asks for `loss=` and `data=` before any time is spent."""
+        """Return whether choosing reads data: `attach` then asks for `loss=` and `data=` first."""
         return False
 
     @abstractmethod
@@ -156,7 +156,7 @@ class SubspaceMethod(ABC):
 
 @dataclass(frozen=True)
 class Spending:
-    """What a choice costs under a budget.
+    """The cost of a choice under a budget, and what it may cost.
 
     Args:
         spent: what it costs, in the budget's measure.
@@ -183,7 +183,7 @@ def _no_tensors() -> dict[str, Tensor]:
 
 @dataclass
 class Memory:
-    """What a plan's choices have in common.
+    """The part of a plan's choices that outlives each of them.
 
     Args:
         tensors: what a method remembers from one choice to the next; it is saved with the plan.
@@ -198,7 +198,7 @@ class Memory:
 
 
 class SelectionContext:
-    """What a method is handed when it chooses: the tensors to choose from, in the model's order, and their scores.
+    """The tensors that a method chooses from, in the model's order, with their scores and prices.
 
     `shapes` and `sizes` say by name what there is; `seed`, `step` and `epoch` are what a draw may depend on.
 
@@ -243,7 +243,7 @@ class SelectionContext:
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
     def scores(self, kind: str, *, samples: int = 1024, fisher: str = "empirical") -> Iterator[tuple[str, Tensor]]:
-        """Name and score of each tensor, streamed; tables of which few rows were touched come last.
+        """Stream the name and the score of each tensor; tables of which few rows were touched come last.
 
         Args:
             kind: "fisher", "gradient", "magnitude" or "random".
@@ -263,7 +263,7 @@ class SelectionContext:
         return passes.scores("square" if kind == "fisher" else "sum")
 
     def layers(self) -> dict[str, Layer]:
-        """The price list of input channels, for the shapes of the first batch.
+        """Return the price list of input channels, for the shapes of the first batch.
 
         Raises:
             TitheError: when there is no loss or no data, or no tensor to choose from has input channels.
@@ -283,28 +283,28 @@ class SelectionContext:
         return self._memory.layers
 
     def channel_norms(self, samples: int) -> dict[str, Tensor]:
-        """Name → Σ over batches of the norm of each input channel's gradient, see `tithe.scoring.channel_norms`."""
+        """Return Σ over batches of the norm of each input channel's gradient, by name (`tithe.scoring`)."""
         loss, batches = self.require_data("for scores of gradients")
         return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples)
 
     def weight(self, name: str) -> Tensor:
-        """The values of one tensor to choose from."""
+        """Return the values of one tensor to choose from."""
         return next(b.weight.detach() for b in self._bindings if b.name == name)
 
     def limit_inputs(self) -> None:
-        """From now on refuse inputs larger than those that the price list was made for."""
+        """Refuse, from now on, inputs larger than those that the price list was made for."""
         layers = self.layers()
         positions = [layers[name].positions if name in layers else -1 for name in self.shapes]
         self._memory.max_positions = torch.tensor(positions)
 
     def remember(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returned when this key was first asked for, also in the run that this one goes on from."""
+        """Return what `make` returned when this key was first asked for, also after resuming."""
         if key not in self._memory.tensors:
             self._memory.tensors[key] = make()
         return self._memory.tensors[key]
 
     def require_data(self, why: str, *, or_else: str = "") -> tuple[Loss, Iterable[Any]]:
-        """The loss and the data of `attach`.
+        """Return the loss and the data of `attach`.
 
         Args:
             why: what they are needed for, as the error says.
@@ -321,7 +321,7 @@ class SelectionContext:
 
 
 def first_batches(data: Iterator[Any], samples: int) -> list[Any]:
-    """The batches that hold the first `samples` samples of data that can be read only once."""
+    """Return the batches that hold the first `samples` samples of data that can be read only once."""
     kept: list[Any] = []
     count = 0
     for batch in data:

@@ -93,11 +93,11 @@ class FISH(SparseMethod):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the score is computed from data."""
+        """Return whether the score is computed from data."""
         return self.score in ("fisher", "gradient")
 
     def num_selected(self, context: SelectionContext) -> int:
-        """K for this model.
+        """Return k for this model: density · (all parameters) − (head parameters).
 
         Raises:
             TitheError: when nothing is left after the head, or more is asked for than there is.
@@ -125,7 +125,7 @@ class FISH(SparseMethod):
         return k
 
     def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
-        """One selection for each tensor to choose from, empty ones included."""
+        """Choose one selection for each tensor of the context, empty ones included."""
         k = self.num_selected(context)
         scores = context.scores(self.score, samples=self.samples, fisher=self.fisher)
         sizes = context.sizes

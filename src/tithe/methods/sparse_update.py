@@ -45,11 +45,11 @@ class SparseUpdate(SparseMethod):
 
     @property
     def needs_data(self) -> bool:
-        """The layout of channels is read off one batch."""
+        """Return True: the layout of channels is read off one batch."""
         return True
 
     def choose(self, context: SelectionContext) -> dict[str, Selection]:
-        """The scheme's channels and biases.
+        """Choose the scheme's channels and biases.
 
         Raises:
             TitheError: when a name is no layer with input channels, or no parameter to choose from.

@@ -35,7 +35,7 @@ _TRIALS = 64
 
 @dataclass(frozen=True)
 class TraDy(SparseMethod):
-    """Train input channels drawn uniformly, each epoch anew, from the layers that matter, until the budget is spent.
+    """Train input channels drawn uniformly each epoch from the layers that matter, within a budget.
 
         cost(c) = C'·D² + H·W          layers: the fewest with `coverage` of Σ_c ‖∂L/∂W_c‖₂ / cost(c)
 
@@ -95,11 +95,11 @@ class TraDy(SparseMethod):
 
     @property
     def needs_data(self) -> bool:
-        """The price list is made for the shapes of a batch."""
+        """Return True: the price list is made for the shapes of a batch."""
         return True
 
     def num_selected(self, context: SelectionContext) -> int:
-        """Values that the buffer for θ holds.
+        """Return how many values the buffer for θ holds: the median of 64 draws.
 
         Raises:
             TitheError: when the budget is smaller than the head or than any channel.
@@ -114,7 +114,7 @@ class TraDy(SparseMethod):
         return sorted(sizes)[len(sizes) // 2]  # of a draw that was made, so that at least this one fits again
 
     def choose(self, context: SelectionContext) -> dict[str, Channels]:
-        """The channels of one draw."""
+        """Choose the channels of one draw."""
         costs = self._costs(context)
         if self.budget.bytes is not None:
             context.limit_inputs()
@@ -126,7 +126,7 @@ class TraDy(SparseMethod):
         }
 
     def spending(self, context: SelectionContext, selections: Mapping[str, Selection]) -> Spending:
-        """Say what a choice costs, in the budget's measure, of the whole buffer for θ.
+        """Return what a choice costs in the budget's measure; the whole buffer for θ is charged.
 
         Where the budget counts bytes, the head's gradient and optimizer state are in the cost and in the limit.
         """

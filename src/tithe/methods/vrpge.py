@@ -78,9 +78,9 @@ class VRPGE(NarrowMethod):
             )
 
     def share(self, step: int) -> float:
-        """The share that is kept after `step` finished steps."""
+        """Return the share that is kept after `step` finished steps."""
         return bernoulli_masks.ratio(step, self.keep, self.gradual)
 
     def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
-        """The variance-reduced estimate, `tithe.select.bernoulli_masks.policy_gradient`."""
+        """Return the variance-reduced estimate of `tithe.select.policy_gradient`."""
         return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha)

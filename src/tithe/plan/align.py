@@ -16,7 +16,7 @@ from tithe.plan.parameters import Split
 
 @dataclass(frozen=True)
 class Places:
-    """The tensors of a model that a history has.
+    """The tensors of a model that a history has, and how the two are matched.
 
     Args:
         rows: the history; of deltas, on the model as their base.
@@ -32,7 +32,7 @@ class Places:
     rest: dict[str, Tensor]
 
     def start(self, name: str, weights: Sequence[float]) -> Tensor:
-        """The start value of a tensor of the rest; a counter has no mean, so that it is the one that counts most's."""
+        """Return the start value of a tensor of the rest; a counter is that of the checkpoint that weighs most."""
         if self.rest[name].is_floating_point():
             return self.rows.average_tensor(name, weights)
         most = max(range(len(weights)), key=lambda index: (weights[index], index))
@@ -40,7 +40,7 @@ class Places:
 
 
 def find_places(history: History, model: nn.Module, split: Split) -> Places:
-    """Compare a history with a model.
+    """Compare a history with a model, and match their tensors.
 
     Raises:
         TitheError: when the history is empty, lacks a parameter that is to move, or has it in another shape.
@@ -95,7 +95,7 @@ def _check_shapes(tensors: Iterable[tuple[str, Tensor]], history: History) -> No
 
 
 def start_weights(history: History, start: str) -> list[float]:
-    """How much of each checkpoint the start is.
+    """Return the weight of each checkpoint in the start.
 
     Raises:
         TitheError: when the best is asked for and none has a score.

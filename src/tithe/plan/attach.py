@@ -42,21 +42,21 @@ class Maker:
         self.model, self.settings = model, settings
 
     def sparse(self, method: SparseMethod) -> SparsePlan:
-        """A plan under which what is not selected stays frozen at its value."""
+        """Make a plan under which what is not selected stays frozen at its value."""
         return SparsePlan(self.model, method, self.settings)
 
     def narrow(self, method: NarrowMethod) -> NarrowPlan:
-        """A plan under which what is not drawn does not exist."""
+        """Make a plan under which what is not drawn does not exist."""
         return NarrowPlan(self.model, method, self.settings)
 
     def subspace(self, method: SubspaceMethod) -> SubspacePlan:
-        """A plan under which all weights move together in a span."""
+        """Make a plan under which all weights move together in a span."""
         return SubspacePlan(self.model, method, self.settings)
 
 
 @runtime_checkable
 class Method(Protocol[PlanT]):
-    """What `attach` asks of a method: that it makes its plan. The contracts of `tithe.method` do."""
+    """Anything that makes its own plan, as the contracts of `tithe.method` do."""
 
     def make_plan(self, maker: Maker) -> PlanT:
         """Ask the maker for a plan of its kind."""

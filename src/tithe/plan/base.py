@@ -22,7 +22,7 @@ from tithe.selection import Coordinates, Selection
 
 @dataclass(frozen=True)
 class Settings:
-    """What `attach` was given besides the model and the method; it documents them."""
+    """The arguments of `attach` besides the model and the method."""
 
     loss: Loss | None = None
     data: Iterable[Any] | None = None
@@ -105,7 +105,7 @@ class Plan(ABC):
         return None
 
     def start(self) -> None:
-        """Make what `attach` makes when there is no earlier state to go on from: the first choice, where there is one.
+        """Make the first choice, where there is no earlier state to go on from.
 
         Raises:
             TitheError: as `attach`.
@@ -114,16 +114,16 @@ class Plan(ABC):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Names of the parameters that are trained whole."""
+        """Return the names of the parameters that are trained whole."""
         return tuple(self._head)
 
     @property
     @abstractmethod
     def selections(self) -> dict[str, Selection]:
-        """Name → selection of every tensor of which something is selected, the head apart."""
+        """Return the selection of every tensor of which something is selected, by name, the head apart."""
 
     def selected(self, name: str) -> Tensor:
-        """Sorted flat int64 indices of the selected entries of parameter `name`; empty when it is frozen.
+        """Return the sorted flat int64 indices of the selected entries of `name`; empty where it is frozen.
 
         Raises:
             TitheError: when the model has no floating-point parameter of that name, or it belongs to the head.
@@ -140,21 +140,21 @@ class Plan(ABC):
         return self.selections.get(origin, nothing).indices
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
+        """Iterate over what the optimizer trains: θ of each selected tensor, then the head's parameters."""
         return (parameter for _, parameter in self.named_parameters())
 
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same with names: the model's own parameter names. Tensors chosen later are there, still empty."""
+        """Iterate over the same with the model's own names; tensors chosen later are there, still empty."""
 
     @property
     @abstractmethod
     def index_bytes(self) -> int:
-        """Bytes of the tensors that say where the selected values belong."""
+        """Return the bytes of the tensors that say where the selected values belong."""
 
     @abstractmethod
     def predict(self, batch: Any) -> Ledger:
-        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+        """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
 
         Raises:
             TitheError: when the plan has no loss, or the model cannot run on shapes alone.
@@ -183,19 +183,19 @@ class Plan(ABC):
 
     @abstractmethod
     def step(self) -> bool:
-        """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
+        """Count a finished step, commit, and choose where that is due; returns whether the choice changed."""
 
     @abstractmethod
     def end_epoch(self) -> bool:
-        """Count a finished epoch; choose when it is due. Returns whether the choice changed."""
+        """Count a finished epoch, and choose where that is due; returns whether the choice changed."""
 
     @abstractmethod
     def reselect(self) -> bool:
-        """Choose again now. Returns whether anything changed."""
+        """Choose again now; returns whether anything changed."""
 
     @property
     def settled(self) -> bool:
-        """Whether the structure of the network is fixed: always, where everything exists."""
+        """Return whether the structure of the network is fixed: always, where everything exists."""
         return True
 
     def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float | None:
@@ -210,15 +210,15 @@ class Plan(ABC):
         return 0
 
     def spending(self) -> Spending | None:
-        """Say what the present choice costs under the method's budget; None where it has none."""
+        """Return what the present choice costs under the method's budget; None where it has none."""
         return None
 
     def structure_parameters(self) -> list[nn.Parameter]:
-        """The probabilities of what may be absent, one tensor a group; none where everything exists."""
+        """Return the probabilities of what may be absent, one tensor a group; none where everything exists."""
         return []
 
     def export(self, example: Any = None) -> nn.Module:
-        """The narrow network as a plain module, where a plan has one.
+        """Return the narrow network as a plain module, where a plan has one.
 
         Raises:
             TitheError: when everything exists: the model itself is the network.
@@ -244,7 +244,7 @@ class Plan(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
+        """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

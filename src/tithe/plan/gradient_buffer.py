@@ -14,7 +14,7 @@ from tithe.selection import Columns
 
 
 class GradientBuffer:
-    """Small weights of one process: a call for each would cost more than its products.
+    """Gradients of small weights, projected together: a call for each would cost more than its products.
 
     Args:
         basis: what the weights move in.
@@ -34,7 +34,7 @@ class GradientBuffer:
         return self.stop - self.first
 
     def columns(self, strip: Strip) -> Columns:
-        """Columns that put gradients aside."""
+        """Return columns that put their gradients aside in this buffer."""
         start = (strip.first - self.first) * BLOCK
         return _Aside(self, start, start + strip.numel)
 
@@ -45,13 +45,13 @@ class GradientBuffer:
             self.is_waiting = False
 
     def products(self) -> Tensor:
-        """d_i · g of each weight, (weights, n) float64 on the CPU, of what was kept; from now on nothing is."""
+        """Return d_i · g of each weight, (weights, n) float64 on the CPU, and forget the gradients."""
         out = self._products(self.first, self.waiting.view(-1, BLOCK))
         self.forget()
         return out
 
     def entries(self, weights: Tensor) -> Tensor:
-        """w̄ + Σ weights_i d_i of all of them, in whole blocks.
+        """Return w̄ + Σ weights_i d_i of all of them, in whole blocks.
 
         Args:
             weights: (weights, n) float64, or (n,) for all alike.
@@ -73,7 +73,7 @@ class GradientBuffer:
 
 
 class ShardedGradientBuffer(GradientBuffer):
-    """All weights, on several ranks: each rank holds an equal part of the columns.
+    """Gradients of all weights on several ranks, each of which holds an equal part of the columns.
 
     A step is one reduce-scatter of the gradient, one sum of n numbers (a weight), one all-gather of the weights.
     """
@@ -84,14 +84,14 @@ class ShardedGradientBuffer(GradientBuffer):
         return (stop - first) * distributed.world_size()
 
     def products(self) -> Tensor:
-        """Those of the mean gradient over ranks."""
+        """Return the products with the mean gradient over ranks."""
         part = distributed.scatter_mean(self.waiting).view(-1, BLOCK)
         self.forget()
         first, stop = self.basis.blocks
         return distributed.sum_(self._products(first, part[: stop - first]).to(self.waiting.device)).cpu()
 
     def entries(self, weights: Tensor) -> Tensor:
-        """The same on every rank."""
+        """Return the same entries on every rank."""
         first, stop = self.basis.blocks
         return distributed.gather(self._compose(first, stop, weights).to(self.waiting.device))
 
@@ -104,13 +104,13 @@ class _Aside(Columns):
         self._kept, self._start, self._stop = kept, start, stop
 
     def project(self, gradient: Tensor) -> Tensor:
-        """Zeros for now."""
+        """Put the gradient aside, and return zeros for now."""
         self._kept.waiting[self._start : self._stop] += gradient
         self._kept.is_waiting = True
         return torch.zeros(self.num_vectors, dtype=torch.float64)
 
     def compose(self, weights: Tensor) -> Tensor:
-        """Not alone.
+        """Refuse to write one weight alone.
 
         Raises:
             TitheError: always.

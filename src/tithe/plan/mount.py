@@ -90,7 +90,7 @@ class _CountWithoutTheta:
 
 
 class Mount:
-    """Every weight of a model outside the head, bound and frozen, with θ on its module; undone by `release`.
+    """The weights of a model outside the head, bound and frozen, with θ on their modules, until `release`.
 
     Args:
         model: the model; its class, its forward and its `state_dict` keys stay as they are.
@@ -190,7 +190,7 @@ class Mount:
 
     @contextmanager
     def stock(self) -> Generator[None]:
-        """Inside, every weight is an ordinary trained parameter: operations run and keep what torch's own keep.
+        """Make every weight an ordinary trained parameter inside: torch's own operations run.
 
         A carrier whose module holds another parameter than the bound one stands for that parameter.
         """

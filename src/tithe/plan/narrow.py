@@ -81,7 +81,7 @@ class NarrowPlan(Plan):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Name → what of the tensor exists in the present step; all of a tensor that nothing can be absent from."""
+        """Return what of each tensor exists in the present step; all of what nothing can be absent from."""
         found: dict[str, Selection] = {}
         for name, parameter in self.named_parameters():
             if name not in self._head:
@@ -89,7 +89,7 @@ class NarrowPlan(Plan):
         return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What the optimizer trains, by the model's own names; what is always whole is the model's own parameter."""
+        """Iterate over what the optimizer trains, by the model's own names; whole tensors are the model's own."""
         for name, parameter in self._floats.items():
             part = self._parts.get(name)
             if part is not None and part.trained:
@@ -98,12 +98,12 @@ class NarrowPlan(Plan):
                 yield name, parameter
 
     def structure_parameters(self) -> list[nn.Parameter]:
-        """The probability of each unit to exist, one tensor a group, on the CPU; the plan itself trains them."""
+        """Return the probability of each unit, one CPU tensor a group; the plan itself trains them."""
         return self.probabilities.by_group()
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the maps from positions to units."""
+        """Return the bytes of the maps from positions to units."""
         return sum(axis.nbytes for axis in self.stage.coupling.axes)
 
     # --------------------------------------------------------------------------------------------------------- a step
@@ -147,7 +147,7 @@ class NarrowPlan(Plan):
         self._handles.append(optimizer.register_step_post_hook(self._parts.after_update))
 
     def step(self) -> bool:
-        """Count a finished step; learn from its two losses; draw again. Returns whether another network was drawn."""
+        """Count a finished step, learn from its two losses, and draw again; returns whether the network changed."""
         self._check_live()
         if not self._optimizers and self._parts.moved:
             raise TitheError(
@@ -190,7 +190,7 @@ class NarrowPlan(Plan):
         self._inference.follow(self.stage, None if self._settled else self.num_steps)
 
     def reselect(self) -> bool:
-        """Nothing to do: every step draws. Returns False."""
+        """Do nothing, since every step draws; returns False."""
         self._check_live()
         return False
 
@@ -219,11 +219,11 @@ class NarrowPlan(Plan):
 
     @property
     def settled(self) -> bool:
-        """Whether `settle` was called."""
+        """Return whether `settle` was called."""
         return self._settled
 
     def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float:
-        """Fix the structure: the best of some drawn networks on held-out training data; from now on train its weights.
+        """Fix the structure to the best of some drawn networks; from now on its weights are trained.
 
         The likeliest network takes part beside the draws. Losses are those of training (batch statistics, the same
         random draws for each); then running statistics are estimated anew, as means over the same batches.
@@ -266,7 +266,7 @@ class NarrowPlan(Plan):
     # ------------------------------------------------------------------------------------------- what goes out and in
 
     def predict(self, batch: Any) -> ledger.Ledger:
-        """The price of the present step on `batch`, both forward passes and backward: nothing of size is allocated.
+        """Return the price of the present step on `batch`, both forward passes and backward.
 
         Raises:
             TitheError: when the model cannot run on shapes alone.
@@ -302,7 +302,7 @@ class NarrowPlan(Plan):
         )
 
     def export(self, example: Any = None) -> nn.Module:
-        """The narrow network as a plain module of the same class, a copy without a trace of the library.
+        """Return the narrow network as a plain module of the same class, without a trace of the library.
 
         Before `settle` it is the likeliest network that costs no more than is kept.
 
@@ -339,7 +339,7 @@ class NarrowPlan(Plan):
         delta.write_network(path, network, self.stage.numbers(network), metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here on a freshly built model: its tensors, probabilities, what is left."""
+        """Return everything needed to go on from here: tensors, probabilities, and which units are left."""
         self._check_live()
         return {
             "format": FORMAT,

@@ -13,7 +13,7 @@ from tithe.errors import TitheError
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside a trainer's wrapper (accelerate keeps it as `.optimizer`).
+    """Return the torch optimizer inside a trainer's wrapper (accelerate keeps it as `.optimizer`).
 
     Raises:
         TitheError: when there is none.
@@ -44,7 +44,7 @@ def check_holds(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.
 
 
 def num_states(optimizer: torch.optim.Optimizer) -> int:
-    """How many tensors of a parameter's size its class keeps for each parameter: 0 for SGD, 2 for Adam.
+    """Return how many tensors of its size a class keeps for each parameter: 0 for SGD, 2 for Adam.
 
     Tried out on a few numbers with the optimizer's settings; 2 when it cannot be tried.
     """

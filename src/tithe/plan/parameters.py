@@ -15,7 +15,7 @@ from tithe.errors import TitheError
 
 @dataclass(frozen=True)
 class Split:
-    """A model's parameters by their part in a plan; each distinct tensor once, under its first name.
+    """The parameters of a model by their part in a plan; each distinct tensor once, under its first name.
 
     Args:
         floats: every floating-point parameter.

@@ -32,16 +32,16 @@ class SelectedWeights:
 
     @property
     def capacity(self) -> int | None:
-        """Values that the flat θ holds, or None where every choice is made to measure."""
+        """Return how many values the flat θ holds, or None where every choice is made to measure."""
         return None if self._pool is None else self._pool.flat.numel()
 
     @property
     def unused_bytes(self) -> int:
-        """Bytes of the flat θ that the present choice leaves unused."""
+        """Return the bytes of the flat θ that the present choice leaves unused."""
         return 0 if self._pool is None else self._pool.unused_bytes
 
     def set_capacity(self, size: int) -> None:
-        """One flat θ of `size` values where the choice will change."""
+        """Make one flat θ of `size` values where the choice will change."""
         if self._pool is not None:
             self._emptied = self._pool.resize(size)
         elif self.changes:
@@ -98,11 +98,11 @@ class SelectedWeights:
 
     @property
     def resized(self) -> bool:
-        """Whether θ changed its size since the last step, which a wrapper made before does not follow."""
+        """Return whether θ changed its size since the last step, which an earlier wrapper does not follow."""
         return self._resized
 
     def check_ranks(self) -> None:
-        """After a step: θ that changed its size is the same on every rank.
+        """Check after a step that θ which changed its size is the same on every rank.
 
         Raises:
             TitheError: on every rank, when it is not: a wrapper that fixed its buckets before did not follow.

@@ -24,7 +24,7 @@ SMALL = 1 << 16
 
 
 def in_order(sizes: Mapping[str, int]) -> list[str]:
-    """Names in the order of a basis: large weights first, so that the small ones lie together."""
+    """Return names in the order of a basis: large weights first, so that the small ones lie together."""
     return sorted(sizes, key=lambda name: sizes[name] <= SMALL)
 
 

@@ -72,16 +72,16 @@ class SparsePlan(Plan):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Name → selection of every tensor of which something is selected, the head apart."""
+        """Return the selection of every tensor of which something is selected, by name, the head apart."""
         return {b.name: b.selection for b in self._candidates if b.selection.size}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the optimizer trains: θ of each selected tensor, then the head's parameters."""
+        """Iterate over what the optimizer trains: θ of each selected tensor, then the head's parameters."""
         self._link()
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same with names: the model's own parameter names. Tensors chosen later are there, still empty."""
+        """Iterate over the same with the model's own names; tensors chosen later are there, still empty."""
         changes = self.method.reselect is not None or self.method.charges_state or not self._chosen
         for binding in self._candidates:
             if binding.selection.size or changes:
@@ -90,11 +90,11 @@ class SparsePlan(Plan):
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the tensors that say where the selected values belong."""
+        """Return the bytes of the tensors that say where the selected values belong."""
         return sum(b.index_bytes for b in self._candidates)
 
     def predict(self, batch: Any) -> ledger.Ledger:
-        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+        """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
 
         Raises:
             TitheError: when the plan has no loss, or the model cannot run on shapes alone.
@@ -156,7 +156,7 @@ class SparsePlan(Plan):
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def step(self) -> bool:
-        """Count a finished step; commit; choose when it is due. Returns whether the choice changed."""
+        """Count a finished step, commit, and choose where that is due; returns whether the choice changed."""
         self._check_live()
         if not self._committed:
             self._selected.commit()
@@ -167,7 +167,7 @@ class SparsePlan(Plan):
         return self._due(step=self.num_steps) and self.reselect()
 
     def end_epoch(self) -> bool:
-        """Count a finished epoch; choose when it is due. Returns whether the choice changed."""
+        """Count a finished epoch, and choose where that is due; returns whether the choice changed."""
         self._check_live()
         self.num_epochs += 1
         return self._chosen and self._due(epoch=self.num_epochs) and self.reselect()
@@ -187,7 +187,7 @@ class SparsePlan(Plan):
         return self._selected.take(chosen, self._memory.max_positions) or first
 
     def context(self) -> SelectionContext:
-        """What the method is handed when it chooses now, for example to ask it what the present choice costs."""
+        """Return what the method is handed when it chooses now."""
         return SelectionContext(
             self.model,
             self._candidates,
@@ -204,7 +204,7 @@ class SparsePlan(Plan):
         )
 
     def spending(self) -> Spending | None:
-        """Say what the present choice costs under the method's budget; None where it has none."""
+        """Return what the present choice costs under the method's budget; None where it has none."""
         self._check_live()
         return self.method.spending(self.context(), self.selections)
 
@@ -226,7 +226,7 @@ class SparsePlan(Plan):
         delta.write_delta(path, self.model, selections, dense, metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
+        """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
         self._selected.commit()
         return PlanState(

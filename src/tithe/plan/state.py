@@ -20,7 +20,7 @@ _FORMAT = 3
 
 @dataclass(frozen=True)
 class PlanState:
-    """What `plan.state_dict()` holds.
+    """The contents of `plan.state_dict()`, checked.
 
     Args:
         num_steps: finished steps.
@@ -53,12 +53,12 @@ class PlanState:
     max_positions: Tensor | None
 
     def as_dict(self) -> dict[str, Any]:
-        """A plain dict, with the format's version."""
+        """Return a plain dict with the format's version."""
         return {"format": _FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> PlanState:
-        """Read a plain dict.
+        """Read a plain dict, and check it.
 
         Raises:
             TitheError: when keys are missing or the version is another.
@@ -74,7 +74,7 @@ class PlanState:
         return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     def read(self, moved: Mapping[str, Selection], head: Mapping[str, Tensor]) -> tuple[Selections, Selections]:
-        """What is selected and what ever was, after comparing with a plan.
+        """Return what is selected and what ever was, after comparing with a plan.
 
         The same tensors, and no trained weight that this state does not set.
 
@@ -127,7 +127,7 @@ def _shape_error(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -
 
 
 class Buffers:
-    """Which persistent buffers (running statistics) changed since a plan was attached.
+    """The persistent buffers (running statistics) that changed since a plan was attached.
 
     Args:
         model: read now for the comparison.
@@ -137,7 +137,7 @@ class Buffers:
         self._before = {name: _digest(buffer) for name, buffer in _persistent(model).items()}
 
     def changed(self, model: nn.Module) -> dict[str, Tensor]:
-        """Copies of the buffers whose bytes are others now."""
+        """Return copies of the buffers whose bytes changed."""
         return {
             name: buffer.detach().clone()
             for name, buffer in _persistent(model).items()

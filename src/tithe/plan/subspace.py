@@ -108,21 +108,21 @@ class SubspacePlan(Plan):
 
     @property
     def selections(self) -> dict[str, Selection]:
-        """Name → span of every weight that moves, the head apart."""
+        """Return the span of every weight that moves, by name, the head apart."""
         return dict(self._spans_by_name)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """θ, called "span", then the head's parameters by the model's own names."""
+        """Iterate over θ, called "span", then the head's parameters by the model's own names."""
         yield "span", self.theta
         yield from self._head.items()
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the basis that this process holds: on the CPU in a mapped file, else on the device."""
+        """Return the bytes of the basis that this process holds: on the CPU in a mapped file."""
         return self.basis.nbytes
 
     def predict(self, batch: Any) -> ledger.Ledger:
-        """The price of one forward and backward pass on `batch` before paying it: nothing of size is allocated.
+        """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
 
         What is kept for backward is exact. The peak leaves out what a projection holds for a moment, a few MB of codes.
         `index` is the basis, which on a CPU is a file.
@@ -158,7 +158,7 @@ class SubspacePlan(Plan):
         return loss
 
     def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Write the weights anew after each `optimizer.step()`; any optimizer will do, θ is a plain vector.
+        """Write the weights after each `optimizer.step()`; any optimizer will do, θ is a plain vector.
 
         Raises:
             TitheError: when the optimizer lacks a parameter of the plan.
@@ -170,20 +170,20 @@ class SubspacePlan(Plan):
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def step(self) -> bool:
-        """Count a finished step, and write the weights. Nothing is chosen again: returns False."""
+        """Count a finished step, and write the weights; nothing is chosen again, so it returns False."""
         self._check_live()
         self._commit()
         self.num_steps += 1
         return False
 
     def end_epoch(self) -> bool:
-        """Count a finished epoch. Returns False."""
+        """Count a finished epoch; nothing is chosen again, so it returns False."""
         self._check_live()
         self.num_epochs += 1
         return False
 
     def reselect(self) -> bool:
-        """Nothing to do: the span is that of the history. Returns False."""
+        """Do nothing, since the span is that of the history; returns False."""
         self._check_live()
         return False
 
@@ -220,7 +220,7 @@ class SubspacePlan(Plan):
         return count
 
     def coefficients(self) -> dict[str, Tensor]:
-        """How much of each checkpoint the weights are made of, by tensor, (n,) float64 each; they sum to one.
+        """Return the mixing coefficients of the checkpoints, by tensor, (n,) float64 each; they sum to one.
 
         With granularity "model" there is one row, under "span". What a coded basis rounds is left out.
         """
@@ -255,7 +255,7 @@ class SubspacePlan(Plan):
         delta.write_delta(path, self.model, places, dense, metadata=told)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on from here: θ, the head, buffers, counters; the history is attached again."""
+        """Return everything needed to go on: θ, the head, buffers, counters; the history is attached again."""
         self._check_live()
         return {
             "format": FORMAT,
