@@ -114,11 +114,13 @@ def _finite(name: str, score: Tensor) -> Tensor:
     return flat
 
 
-def under_budget(order: Tensor, weights: Tensor, kept: Tensor, unit: float, limit: float, room: int | None) -> Tensor:
+def under_budget(
+    order: Tensor, weights: Tensor, kept: Tensor, unit: float, limit: float, capacity: int | None
+) -> Tensor:
     """The items at the head of `order` that fit: they are taken one by one until the next would pass the limit.
 
-        unit · Σ weights + Σ kept ≤ limit                    (room None)
-        Σ weights ≤ room, unit · room + Σ kept ≤ limit       (a buffer of `room` weights is paid for as a whole)
+        unit · Σ weights + Σ kept ≤ limit                        (capacity None)
+        Σ weights ≤ capacity, unit · capacity + Σ kept ≤ limit       (a buffer is paid for as a whole)
 
     When not even the first fits, the first that does is taken alone.
 
@@ -128,7 +130,7 @@ def under_budget(order: Tensor, weights: Tensor, kept: Tensor, unit: float, limi
         kept: other cost of each item, float64 (n,).
         unit: cost of one weight.
         limit: of the sum.
-        room: weights that the buffer holds, or None for a buffer that is made to measure.
+        capacity: weights that the buffer holds, or None for a buffer that is made to measure.
 
     Returns:
         The items taken, int64, in their order; empty when none fits.
@@ -139,11 +141,11 @@ def under_budget(order: Tensor, weights: Tensor, kept: Tensor, unit: float, limi
         tensor([2, 0])
     """
     taken, other = weights[order], kept[order]
-    if room is None:
+    if capacity is None:
         fits = unit * taken.cumsum(0) + other.cumsum(0) <= limit
         alone = unit * taken + other <= limit
     else:
-        fits = (taken.cumsum(0) <= room) & (unit * room + other.cumsum(0) <= limit)
-        alone = (taken <= room) & (unit * room + other <= limit)
+        fits = (taken.cumsum(0) <= capacity) & (unit * capacity + other.cumsum(0) <= limit)
+        alone = (taken <= capacity) & (unit * capacity + other <= limit)
     count = int(fits.sum())
     return order[:count] if count else order[alone.nonzero().flatten()[:1]]
