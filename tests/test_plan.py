@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +268,26 @@ def test_theta_is_written_into_the_weights_once_a_step(reselect: tithe.Schedule 
         before = weight._version
         changed = _step(plan, opt, MLP, batch)
         assert weight._version - before == 1 or changed  # a new choice commits what leaves
+
+
+@pytest.mark.parametrize("kind", ["narrow", "subspace"])
+def test_the_other_plans_write_a_weight_once_a_step_too(kind: str, tmp_path: Path) -> None:
+    history = tithe.History(tmp_path)
+    for step in range(3):
+        torch.manual_seed(step)
+        history.record(MLP.model(), step)
+    methods = {"narrow": tithe.VRPGE(keep=0.7), "subspace": tithe.TWA(history)}
+    model = MLP.model()
+    plan = tithe.attach(model, methods[kind], loss=MLP.loss, data=MLP.batches(2))
+    opt = sgd(plan.parameters())
+    plan.bind(opt)
+    weight = model[0]._parameters["weight"]
+    assert weight is not None
+    for batch in MLP.batches(3):
+        before = weight._version
+        _step(plan, opt, MLP, batch)
+        MLP.loss(model, batch)
+        assert weight._version - before == 1
 
 
 @pytest.mark.parametrize("method", [FISH(density=0.6), FISH(density=0.6, reselect=tithe.every(2))], ids=["own", "flat"])
