@@ -20,7 +20,8 @@ from tithe.averages.average import average
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another process that runs some code, with its arguments in `sys.argv`."""
     words = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without a threshold glibc keeps what was freed, more or less of it by the kernels that a processor has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -200,5 +201,4 @@ def test_memory_is_a_few_blocks_whatever_there_is(count: int, ending: str, tmp_p
     process = run(PEAK, *paths, tmp_path / f"out.{ending}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    room = 310e6 + (2 * numel if ending == "pt" else 0)
-    assert int(out) < room
+    assert int(out) < (310e6 if ending == "safetensors" else 250e6)
