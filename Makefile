@@ -14,7 +14,7 @@ TITHE_INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench
+.PHONY: help demo test test-cpu test-slow lint format bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,13 @@ test: $(VENV)/.dev ## the quick test suite
 
 test-slow: $(VENV)/.dev ## the slow suite: longer runs, bigger models, compiled graphs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+# Kernels are chosen by processor and number of threads: CONTRIBUTING.md says what each of these stands for.
+test-cpu: $(VENV)/.dev ## the quick suite as other processors would run it, an hour on 2 cores
+	set -e; for setting in MKL_CBWR=COMPATIBLE "MKL_ENABLE_INSTRUCTIONS=SSE4_2 ATEN_CPU_CAPABILITY=default"; do \
+		echo "$$setting"; env $(ONE_THREAD) $$setting $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; done
+	set -e; for n in 2 4; do echo "$$n threads"; \
+		env OMP_NUM_THREADS=$$n MKL_NUM_THREADS=$$n TITHE_TEST_THREADS=$$n $(BIN)/python -m pytest -n 1; done
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .

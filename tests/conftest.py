@@ -1,6 +1,7 @@
-"""What every test starts from: no network, one thread, a fixed seed."""
+"""What every test starts from: no network, a chosen number of threads, a fixed seed."""
 
 import os
+import signal
 
 # Set before anything imports Hugging Face or matplotlib: both read the environment once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,7 +17,12 @@ settings.register_profile("dev", deadline=None, max_examples=25, suppress_health
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-torch.set_num_threads(1)
+# One, so that workers do not wait for each other; CONTRIBUTING.md says when to choose another number.
+torch.set_num_threads(int(os.environ.get("TITHE_TEST_THREADS", "1")))
+
+# A shell that starts the suite in the background has children ignore Ctrl-C: those of the tests that send it must not.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -369,7 +369,7 @@ def test_ctrl_c_leaves_nothing(kitchen: Path, tmp_path: Path) -> None:
     assert process.stderr is not None
     assert " left" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert out == ""
     assert err.splitlines()[-1] == "stopped: nothing was written"

@@ -20,7 +20,8 @@ from tithe.averages.average import average
 def run(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another process that runs some code, with its arguments in `sys.argv`."""
     words = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without a threshold glibc keeps what was freed, more or less of it by the kernels that a processor has.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -123,7 +124,7 @@ def test_no_room_is_said_and_leaves_nothing(ending: str, tmp_path: Path) -> None
             path.unlink()
             paths[number] = path.with_suffix(".pt")
     process = run(FULL, *paths, tmp_path / f"out.{ending}")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"out.{ending}: found no room left; expected 800,012 bytes" in out, out
     assert sorted(tmp_path.iterdir()) == paths
@@ -139,12 +140,15 @@ def test_too_little_room_is_said_before_anything_is_read(tmp_path: Path, monkeyp
         average(paths, tmp_path / "out.safetensors")
 
 
-SLOW = """
-    import sys, time
+STOPS = """
+    import itertools, sys, time
     from tithe.averages.average import average
+    calls = itertools.count(1)
     def wait(done, total):
-        print(done, flush=True)
-        time.sleep(0.02)
+        assert done < total
+        if next(calls) == 6:
+            print(done, flush=True)
+            time.sleep(300)
     average(sys.argv[1:-1], sys.argv[-1], progress=wait)
 """
 
@@ -153,12 +157,11 @@ SLOW = """
 def test_a_kill_leaves_no_output_and_the_inputs_as_they_were(number: signal.Signals, tmp_path: Path) -> None:
     paths = write(tmp_path, count=4, numel=20 << 20, dtype=torch.float16)
     before = [path.read_bytes()[-1000:] for path in paths]
-    process = run(SLOW, *paths, tmp_path / "out.safetensors")
+    process = run(STOPS, *paths, tmp_path / "out.safetensors")
     assert process.stdout is not None
-    for _ in range(6):
-        assert process.stdout.readline()
+    assert process.stdout.readline()
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode in (-number, 130)
     left = {path.name for path in tmp_path.iterdir()} - {path.name for path in paths}
     assert "out.safetensors" not in left
@@ -196,7 +199,6 @@ def test_memory_is_a_few_blocks_whatever_there_is(count: int, ending: str, tmp_p
         os.link(paths[0], paths[-1])
     del state
     process = run(PEAK, *paths, tmp_path / f"out.{ending}")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    room = 310e6 + (2 * numel if ending == "pt" else 0)
-    assert int(out) < room
+    assert int(out) < (310e6 if ending == "safetensors" else 250e6)

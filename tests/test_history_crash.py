@@ -26,7 +26,7 @@ def _run(what: str, *arguments: object) -> str:
     """What another process prints, `doomed.py`: it starts once and forks for each thing that may happen to it."""
     script = Path(__file__).with_name("doomed.py")
     words = [sys.executable, str(script), what, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

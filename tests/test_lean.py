@@ -319,4 +319,4 @@ def test_function_transforms_see_the_stock_operations() -> None:
     grads = torch.func.vmap(torch.func.grad(lambda row: model(row).sum()))(x)
     x.requires_grad_()
     model(x).sum().backward()
-    assert torch.equal(grads, x.grad)
+    torch.testing.assert_close(grads, x.grad)  # row by row, and all rows in one product: other kernels

@@ -112,15 +112,28 @@ def test_other_scales(settings: dict[str, float], dropout: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_long_rows_are_worked_on_head_by_head() -> None:
+@pytest.mark.parametrize("order", ["heads, queries", "queries, heads"])
+def test_long_rows_are_worked_on_head_by_head(order: str) -> None:
+    """Products have stock's strides whatever the order in memory: its bits, where one thread multiplies each matrix.
+
+    With several, stock shares six matrices out among them; of the one that is multiplied here a thread gets a part, and
+    its sums may be rounded otherwise: by a few units in the last place of the largest.
+    """
     inputs = [torch.randn(2, 3, 600, 4) for _ in range(3)]
+    if order == "queries, heads":
+        inputs = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+    alone = torch.get_num_threads() == 1
     for dropout in (0.0, 0.2):
         y, _, grads, _ = _run(inputs, None, dropout_p=dropout)
         lean_y, _, lean_grads, name = _run(inputs, Leanness(bits=None if dropout else 8), dropout_p=dropout)
         assert name == ("ComposedBackward" if dropout else "FusedBackward")
-        assert torch.equal(y, lean_y)
+        bound = 0.0 if alone or not dropout else 3e-6
+        assert float((y - lean_y).abs().max()) <= bound * float(y.abs().max())
         for ours, theirs in zip(lean_grads, grads, strict=True):
-            assert torch.equal(ours, theirs) if dropout else (ours - theirs).norm() <= 0.02 * theirs.norm()
+            if dropout:
+                assert float((ours - theirs).abs().max()) <= bound * float(theirs.abs().max())
+            else:
+                assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_a_query_that_sees_nothing_has_no_gradient() -> None:

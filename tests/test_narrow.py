@@ -116,7 +116,11 @@ def test_both_losses_see_the_same_random_draws() -> None:
 
 
 def test_dropout_is_the_same_in_both() -> None:
-    """Two networks that differ in a unit whose outgoing weights are zero have the same loss, dropout or not."""
+    """Two networks that differ in a unit whose outgoing weights are zero have the same loss, dropout or not.
+
+    But for rounding: their products have other shapes, for which a library may sum in another order. Another draw of
+    dropout moves the loss by a tenth.
+    """
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
         model[3].weight.zero_()
@@ -136,7 +140,7 @@ def test_dropout_is_the_same_in_both() -> None:
         plan.step()
     losses.clear()
     plan.backward(lambda: loss(model, x))
-    assert len(set(losses)) == 1
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
     assert losses[0] > 0
 
 

@@ -31,7 +31,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[...
         if line.startswith("step 3/"):
             break
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=60)
+    out, rest = process.communicate(timeout=300)
     assert process.returncode == 130, "".join(lines) + rest
     (step,) = Checkpoints(workplace / "out" / "checkpoints").steps()
     assert step >= 3
@@ -57,7 +57,7 @@ def on_two_ranks(path: Path) -> dict[str, Any]:
     """Run a recipe on two processes, with its output in `two`."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe"]
     command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["processes"] == 2

@@ -74,7 +74,7 @@ class Ruled(torch.autograd.Function):
         theta_weight: Tensor | None,
         theta_bias: Tensor | None,
     ) -> Tensor:
-        """The operation's own output, bit for bit."""
+        """The operation's own output, bit for bit: the stock kernel makes it."""
         y, extra = rule.forward(x, weight, bias)
         ctx.rule = rule
         ctx.save_for_backward(weight, *rule.keep(x, extra, ctx.needs_input_grad[1]))

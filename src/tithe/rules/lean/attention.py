@@ -11,6 +11,10 @@ With dropout stock on a CPU leaves the fused kernel and keeps P, D and more of t
 for a few samples at a time, in stock's order of operations: output and gradients are stock's bit for bit, and so is
 what is drawn of the random numbers.
 
+"Bit for bit" rests on the same kernels being given the same shapes and strides, on one machine with one number of
+threads. Of a product of many matrices a part takes fewer: with more threads than these a library may split a matrix
+among them, and its sums are then rounded otherwise than stock's.
+
 With `bits=8` q, k and v are kept in codes, each value off by at most 1/254 of the largest in its block of 128.
 
 Shapes: B samples, H heads, T queries, S keys, E entries; q (B, H, T, E), k and v (B, H or a divisor, S, E).
@@ -90,11 +94,15 @@ class Attention:
         scale = 1 / math.sqrt(entries) if self.scale is None else self.scale
         return math.copysign(math.sqrt(abs(scale)), scale), math.sqrt(abs(scale))
 
-    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled q and k: in float32 at least; each head of keys once for each head of queries that it serves."""
+    def scaled(self, q: Tensor, k: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """A part of scaled q and kᵀ, in float32 at least, with each head of keys for each head of queries it serves."""
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         one, two = self.factors(q.shape[-1])
-        return q.to(wide) * one, _spread(k.to(wide) * two, q.shape[1])
+        b, h, g = part
+        query, key = _laid(q[b, h].to(wide) * one, q), k[b, g].to(wide) * two
+        if q.shape[1] != k.shape[1]:
+            return query, _spread(key, query.shape[1]).transpose(-2, -1)
+        return query, _laid(key.transpose(-2, -1), k)
 
     def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
         """What is added to the scores, (B or 1, H or 1, T or 1, S or 1), in q's dtype."""
@@ -129,9 +137,25 @@ def _of(bias: Tensor | None, part: Part) -> Tensor | None:
     return bias[part[0] if bias.shape[0] > 1 else slice(None), part[1] if bias.shape[1] > 1 else slice(None)]
 
 
+def _laid(t: Tensor, whole: Tensor) -> Tensor:
+    """A part of `whole`, in memory as stock's product of matrices has it: copied unless heads follow samples there.
+
+    Backward multiplies by transposed views of such copies, and a library need not round that as it rounds a product of
+    other strides: MKL does on some processors.
+    """
+    samples, heads = torch.empty_like(whole, device="meta").stride()[:2]
+    follow = whole.shape[0] == 1 or whole.shape[1] == 1 or samples == whole.shape[1] * heads
+    return t if follow else t.contiguous()
+
+
 def _spread(k: Tensor, heads: int) -> Tensor:
     """Heads of keys or values, once for each head of queries."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
+
+
+def _values(v: Tensor, part: Part, p: Tensor) -> Tensor:
+    """A part of v for probabilities p, with each head for each head of queries it serves."""
+    return _spread(_laid(v[part[0], part[2]].to(p.dtype), v), p.shape[1])
 
 
 def _gathered(gk: Tensor, heads: int) -> Tensor:
@@ -139,9 +163,9 @@ def _gathered(gk: Tensor, heads: int) -> Tensor:
     return gk if gk.shape[1] == heads else gk.unflatten(1, (heads, -1)).sum(2)
 
 
-def probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """P of scaled q and k; a row that sees nothing is zero."""
-    scores = torch.matmul(q, k.transpose(-2, -1))
+def probabilities(q: Tensor, kt: Tensor, bias: Tensor | None) -> Tensor:
+    """P of scaled q and kᵀ; a row that sees nothing is zero."""
+    scores = torch.matmul(q, kt)
     if bias is None:
         return torch.softmax(scores, -1)
     return torch.ops.aten._safe_softmax.default(scores.add_(bias), -1)
@@ -198,12 +222,11 @@ class Composed(torch.autograd.Function):
         bias = attention.bias(q, k, mask)
         with torch.autocast(q.device.type, enabled=False):
             for part in parts(q, k):
-                b, h, g = part
-                query, key = attention.scaled(q[b, h], k[b, g])
-                p = probabilities(query, key, _of(bias, part))
+                b, h, _ = part
+                p = probabilities(*attention.scaled(q, k, part), _of(bias, part))
                 if keeps is not None:
                     p = p.mul_(keeps[b, h].to(p.dtype).div_(1 - attention.dropout))
-                y[b, h] = torch.matmul(p, _spread(v[b, g].to(p.dtype), p.shape[1]))
+                y[b, h] = torch.matmul(p, _values(v, part, p))
         return y
 
     @staticmethod
@@ -235,24 +258,23 @@ def gradients(
         gy: (B, H, T, E).
         needs: which of the three are asked for.
     """
-    q, k, v = kept
+    q, k, _ = kept
     gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip(kept, needs, strict=True))
     bias = attention.bias(q, k, mask)
     with torch.autocast(q.device.type, enabled=False):
         for part in parts(q, k):
             b, h, g = part
-            start = (b.start * q.shape[1] + h.start) * q.shape[2] * k.shape[2]
             out = [None if t is None else t[b, heads] for t, heads in ((gq, h), (gk, g), (gv, g))]
-            _part(attention, (q[b, h], k[b, g], v[b, g]), _of(bias, part), bits, start, gy[b, h], out)
+            _part(attention, part, kept, _of(bias, part), bits, gy, out)
     return gq, gk, gv
 
 
 def _part(
     attention: Attention,
+    part: Part,
     kept: tuple[Tensor, Tensor, Tensor],
     bias: Tensor | None,
     bits: Tensor | None,
-    start: int,
     gy: Tensor,
     out: Sequence[Tensor | None],
 ) -> None:
@@ -260,27 +282,30 @@ def _part(
     q, k, v = kept
     gq, gk, gv = out
     one, two = attention.factors(q.shape[-1])
-    query, key = attention.scaled(q, k)
-    p = probabilities(query, key, bias)
-    gy, value = gy.to(p.dtype), _spread(v.to(p.dtype), p.shape[1])
-    gp = None if gq is None and gk is None else torch.matmul(gy, value.transpose(-2, -1))
+    query, kt = attention.scaled(q, k, part)
+    p = probabilities(query, kt, bias)
+    b, h, g = part
+    heads = k[b, g].shape[1]
+    gy = _laid(gy[b, h].to(p.dtype), gy)
+    gp = None if gq is None and gk is None else torch.matmul(gy, _values(v, part, p).transpose(-2, -1))
     dropped = p
     if bits is not None:
+        start = (b.start * q.shape[1] + h.start) * q.shape[2] * k.shape[2]
         factor = unpack_mask(bits, start, start + p.numel()).view(p.shape).to(p.dtype)
         factor = factor.div_(1 - attention.dropout)
         gp = None if gp is None else gp.mul_(factor)
         dropped = factor.mul_(p)
     if gv is not None:
-        gv.copy_(_gathered(torch.matmul(dropped.transpose(-2, -1), gy), v.shape[1]))
+        gv.copy_(_gathered(torch.matmul(dropped.transpose(-2, -1), gy), heads))
     if gp is None:
         return
     gs = torch.ops.aten._softmax_backward_data.default(gp, p, -1, p.dtype)
     if gq is not None:
-        gq.copy_(torch.matmul(gs, key).mul_(one))
+        gq.copy_(torch.matmul(gs, kt.transpose(-2, -1)).mul_(one))
     if gk is not None and attention.fused:
-        gk.copy_(_gathered(torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1), k.shape[1]))
+        gk.copy_(_gathered(torch.matmul(query.transpose(-2, -1), gs).mul_(two).transpose(-2, -1), heads))
     elif gk is not None:  # the same but for rounding, and in the order of k's memory
-        gk.copy_(_gathered(torch.matmul(gs.transpose(-2, -1), query).mul_(two), k.shape[1]))
+        gk.copy_(_gathered(torch.matmul(gs.transpose(-2, -1), query).mul_(two), heads))
 
 
 def _keep(ctx: Any, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Tensor) -> None:

@@ -165,7 +165,7 @@ def lean(model: nn.Module, bits: int | None = None, *, exact: bool = False) -> L
         model: any module; nothing of it is wrapped or renamed, and it may have a plan attached, before or after.
         bits: None keeps what attention and norms need in full; 8 codes it in 8 bits a value.
         exact: keep the input of smooth activations (GELU, SiLU, …) as stock does, instead of an 8-bit code of their
-            derivative; their gradients are then stock's, bit for bit.
+            derivative; their gradients are then stock's, bit for bit, because stock's own kernels make them.
 
     A batch norm whose scale and shift are frozen runs in evaluation mode while the model is lean, also after
     `model.train()`: batch statistics need the whole input. A norm that is trained stays as it is.
