@@ -12,22 +12,20 @@ from tithe.rules.lean import conv as lean_conv
 from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
 from tithe.rules.lean.dispatch import Catch, Leanness, catch
-from tithe.rules.pool import Pool
-from tithe.rules.shared import Shared
 from tithe.rules.sparse import conv, embedding, linear, norm
 from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
-from tithe.rules.theta import Binding, theta_key
+from tithe.rules.theta import Binding, FlatTheta, SharedTheta, theta_key
 
 __all__ = [
     "Binding",
     "Carrier",
     "Catch",
     "Cost",
+    "FlatTheta",
     "Leanness",
-    "Pool",
     "Probe",
     "Rule",
-    "Shared",
+    "SharedTheta",
     "SquareProbe",
     "SumProbe",
     "activation",
