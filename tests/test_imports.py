@@ -213,3 +213,54 @@ def test_what_the_law_allows() -> None:
         fisher = software = "fish the selected columns out"
     """
     assert breaches(textwrap.dedent(source), PACKAGE / "rules" / "linear.py") == []
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that reach each other by imports."""
+    reach = {name: set(edges) for name, edges in graph.items()}
+    for middle in graph:
+        for edges in reach.values():
+            if middle in edges:
+                edges |= reach[middle]
+    groups = {frozenset(a for a in reach[name] if name in reach.get(a, set())) for name in graph if name in reach[name]}
+    return sorted(sorted(group) for group in groups)
+
+
+def imports_of(source: str, path: Path, faces: dict[str, str], modules: set[str]) -> set[str]:
+    """The files of ours that a file imports, at any depth; a name that a package shows means the file behind it."""
+    found: set[str] = set()
+    for _, name in imports(ast.parse(source), path):
+        while name in faces:
+            name = faces[name]
+        parts = name.split(".")
+        while parts and ".".join(parts) not in modules:
+            parts.pop()
+        found.add(".".join(parts))
+    return found - {""}
+
+
+def test_no_file_reaches_itself_by_imports() -> None:
+    """Imports for annotations alone and imports inside functions count; a package's `__init__` is a face, no stop."""
+    sources = {path: path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    faces: dict[str, str] = {}
+    for path, source in sources.items():
+        if path.stem == "__init__":
+            package = ".".join(("tithe", *path.relative_to(PACKAGE).parent.parts))
+            shown = {f"{package}.{name.rpartition('.')[2]}": name for _, name in imports(ast.parse(source), path)}
+            faces |= {name: origin for name, origin in shown.items() if name != origin}
+    modules = {
+        ".".join(("tithe", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in sources
+        if path.stem != "__init__"
+    }
+    graph = {name: imports_of(sources[path], path, faces, set(modules)) for name, path in modules.items()}
+    assert "tithe.rules.theta" in graph["tithe.plan.mount"]
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    source = "def f():\n    if TYPE_CHECKING:\n        from tithe.rules.lean import norm"
+    path, modules = PACKAGE / "rules" / "base.py", {"tithe.rules.base", "tithe.rules.lean.norm"}
+    assert imports_of(source, path, {}, modules) == {"tithe.rules.lean.norm"}
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"e"}}
+    assert circles(graph) == [["a", "b", "c"], ["e"]]

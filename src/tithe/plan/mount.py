@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
-from tithe.rules import Binding, Carrier, Pool, theta_key
+from tithe.rules import Binding, Carrier, FlatTheta, theta_key
 
 _COUNT = "num_parameters"
 
@@ -146,11 +146,11 @@ class Mount:
                 carriers = [getattr(module, key) for key in cast(list[str], module._flat_weights_names)]
                 module.__dict__.update(_flat_weights=carriers, _flat_weight_refs=[weakref.ref(c) for c in carriers])
 
-    def pool(self, bindings: Sequence[Binding], size: int) -> Pool:
+    def join(self, bindings: Sequence[Binding], size: int) -> FlatTheta:
         """Put all θ into one flat parameter, registered on the model itself."""
-        pool = Pool(bindings, size)
-        self.show_root(pool.flat)
-        return pool
+        flat = FlatTheta(bindings, size)
+        self.show_root(flat.parameter)
+        return flat
 
     def show_root(self, parameter: nn.Parameter) -> None:
         """Register a θ that weights have in common on the model itself."""
@@ -162,7 +162,7 @@ class Mount:
         """Register θ on its module while it holds values, so that `parameters()`, DDP and trainers find it."""
         module, key = self._owner[binding.name]
         module._parameters.pop(theta_key(key), None)
-        if binding.theta.numel() and binding.pool is None:
+        if binding.theta.numel() and binding.common is None:
             module.register_parameter(theta_key(key), binding.theta)
 
     def still(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tithe import distributed
 from tithe.plan.mount import Mount
 from tithe.plan.optimizer_state import carry_state
-from tithe.rules import Binding, Pool
+from tithe.rules import Binding, FlatTheta
 from tithe.selection import Coordinates, Selection
 
 
@@ -27,25 +27,25 @@ class SelectedWeights:
         self.bindings, self.changes = bindings, changes
         self.optimizers: list[torch.optim.Optimizer] = []
         self._mount = mount
-        self._pool: Pool | None = None
+        self._flat: FlatTheta | None = None
         self._resized = self._emptied = False
 
     @property
     def capacity(self) -> int | None:
         """Return how many values the flat θ holds, or None where every choice is made to measure."""
-        return None if self._pool is None else self._pool.flat.numel()
+        return None if self._flat is None else self._flat.parameter.numel()
 
     @property
     def unused_bytes(self) -> int:
         """Return the bytes of the flat θ that the present choice leaves unused."""
-        return 0 if self._pool is None else self._pool.unused_bytes
+        return 0 if self._flat is None else self._flat.unused_bytes
 
     def set_capacity(self, size: int) -> None:
         """Make one flat θ of `size` values where the choice will change."""
-        if self._pool is not None:
-            self._emptied = self._pool.resize(size)
+        if self._flat is not None:
+            self._emptied = self._flat.resize(size)
         elif self.changes:
-            self._pool = self._mount.pool(self.bindings, size)
+            self._flat = self._mount.join(self.bindings, size)
 
     def take(self, chosen: Mapping[str, Selection], max_positions: Tensor | None) -> bool:
         """Take over a choice; returns whether anything changed.
@@ -64,11 +64,11 @@ class SelectedWeights:
         distributed.check_same("selection", digest)
         old = {b.name: b.selection for b in self.bindings}
         changed = [b for b in self.bindings if not _same(old[b.name], new[b.name])]
-        if self._pool is not None and (changed or self._emptied):
-            self._pool.take(new)
+        if self._flat is not None and (changed or self._emptied):
+            self._flat.take(new)
             self._emptied = False
         for binding in changed:
-            if self._pool is None:
+            if self._flat is None:
                 self._resized = self._resized or old[binding.name].size != new[binding.name].size
                 binding.select(new[binding.name])
                 self._mount.show(binding)
@@ -88,8 +88,8 @@ class SelectedWeights:
 
     def link(self) -> None:
         """Show each θ its part of the flat gradient."""
-        if self._pool is not None:
-            self._pool.link()
+        if self._flat is not None:
+            self._flat.link()
 
     def commit(self) -> None:
         """Write every θ into its weight."""

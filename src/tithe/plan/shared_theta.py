@@ -16,7 +16,7 @@ from torch import Tensor
 from tithe import distributed
 from tithe.averages import BLOCK, Basis
 from tithe.plan.gradient_buffer import GradientBuffer, ShardedGradientBuffer
-from tithe.rules import Binding, Shared
+from tithe.rules import Binding, SharedTheta
 from tithe.selection import Span, without_values
 
 SMALL = 1 << 16
@@ -38,7 +38,7 @@ class ThetaSharing:
         basis: what they move in.
     """
 
-    def __init__(self, shared: Shared, bindings: Sequence[Binding], spans: Sequence[Span], basis: Basis) -> None:
+    def __init__(self, shared: SharedTheta, bindings: Sequence[Binding], spans: Sequence[Span], basis: Basis) -> None:
         self.shared, self.bindings, self.spans, self.basis = shared, list(bindings), list(spans), basis
         ranks = distributed.world_size() > 1
         self.num_large = 0 if ranks else sum(strip.numel > SMALL for strip in basis.columns)

@@ -21,7 +21,7 @@ from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_holds, inner_optimizer, num_states
 from tithe.plan.shared_theta import ThetaSharing, in_order
-from tithe.rules import Shared
+from tithe.rules import SharedTheta
 from tithe.scoring import check_loss
 from tithe.selection import Coordinates, Selection, Span
 
@@ -61,10 +61,10 @@ class SubspacePlan(Plan):
         self._rest = tuple(found.rest)
         self._mount = Mount(model, moving)
         self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
-        shared = Shared(self.theta, list(moving))
+        shared = SharedTheta(self.theta, list(moving))
         bindings = [self._mount.bindings[name] for name in moving]
         for binding in bindings:
-            binding.pool = shared
+            binding.common = shared
         self._mount.show_root(self.theta)
         self._sharing = ThetaSharing(shared, bindings, spans, self.basis)
         self._handles: list[Any] = [model.register_forward_pre_hook(self._sharing)]

@@ -6,30 +6,32 @@ theta     a weight, its selection, its θ
 """
 
 from tithe.rules.base import Cost, Rule
-from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
+from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
 from tithe.rules.lean import activation, attention, dropout, glu, pooling
 from tithe.rules.lean import conv as lean_conv
 from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
 from tithe.rules.lean.dispatch import Catch, Leanness, catch
-from tithe.rules.pool import Pool
-from tithe.rules.shared import Shared
-from tithe.rules.sparse import conv, embedding, linear, norm
+from tithe.rules.sparse import conv, conv_transpose, embedding, linear, norm
 from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
-from tithe.rules.theta import Binding, theta_key
+from tithe.rules.table import Row, Table, table
+from tithe.rules.theta import Binding, FlatTheta, SharedTheta, theta_key
 
 __all__ = [
     "Binding",
+    "Call",
     "Carrier",
     "Catch",
     "Cost",
+    "FlatTheta",
     "Leanness",
-    "Pool",
     "Probe",
+    "Row",
     "Rule",
-    "Shared",
+    "SharedTheta",
     "SquareProbe",
     "SumProbe",
+    "Table",
     "activation",
     "apply_rule",
     "asking",
@@ -37,6 +39,7 @@ __all__ = [
     "autocast",
     "catch",
     "conv",
+    "conv_transpose",
     "dropout",
     "embedding",
     "fits",
@@ -51,5 +54,6 @@ __all__ = [
     "pooling",
     "raw",
     "register",
+    "table",
     "theta_key",
 ]

@@ -44,7 +44,12 @@ class Rule(ABC):
     """One call of one operation: its forward, what it keeps, and its gradients.
 
     A rule is built for a call and knows the operation's settings and what is asked of its weight and its bias.
+
+    Attributes:
+        held: x outlives the forward pass whatever the rule keeps, so that a copy of a part of it would be kept besides.
     """
+
+    held: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -62,7 +67,7 @@ class Rule(ABC):
 
 
 class Ruled(torch.autograd.Function):
-    """Runs a `Rule`: `apply(rule, x, weight, bias, theta_weight, theta_bias)`."""
+    """A rule as autograd runs it: `apply(rule, x, weight, bias, theta_weight, theta_bias)`."""
 
     @staticmethod
     def forward(

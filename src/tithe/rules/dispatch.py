@@ -13,7 +13,7 @@ parameter stays in `module._parameters` under its own key; the carrier only shad
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.rules.base import Rule, Ruled
 from tithe.rules.sparse.probes import Probe, SquareProbe
+from tithe.rules.table import CHANNELS, ENTRIES, SPARSE, WINGS, Handler, state
 from tithe.rules.theta import Binding
-from tithe.selection import Selection
+from tithe.selection import Channels, Selection
 
-Handler = Callable[..., Any]
-
-_RULES: dict[Callable[..., Any], Handler] = {}
+_RULES = WINGS[SPARSE]
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_KEEP_OUTPUT = frozenset(
+    f"{name}Backward0" for name in ("Relu", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Exp", "Sqrt", "Rsqrt")
+)
 _READS_NO_VALUES = frozenset(
     [
         *("_is_view", "requires_grad_", "register_hook", "__repr__", "__format__", "__len__", "get_device"),
@@ -38,22 +40,136 @@ _READS_NO_VALUES = frozenset(
 )
 
 
-def register(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
-    """Send `operations` to a handler of the same signature; it may return NotImplemented to leave the call to graft.
+class Call(NamedTuple):
+    """One call of an operation with a weight, as a handler reads it off the arguments.
 
-    The table is open: register a rule for your own operation, or replace one of ours.
-
-    Example:
-        >>> @register(torch.nn.functional.bilinear)
-        ... def bilinear(*args, **kwargs):
-        ...     return NotImplemented
+    Args:
+        rule: builds the rule from x as it will be computed with, and the bindings of weight and bias, each None where
+            no gradient is asked of it.
+        x: the input.
+        weight: the weight, carried or not.
+        bias: the bias, or None.
+        groups: of a convolution.
+        transposed: the weight's input channels are its axis 0.
+        axis: of x, along which its channels lie.
+        finish: what is left to do to the output.
     """
 
-    def keep(handler: Handler) -> Handler:
-        _RULES.update(dict.fromkeys(operations, handler))
+    rule: Callable[[Tensor, Any, Any], Rule]
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    groups: int = 1
+    transposed: bool = False
+    axis: int = -1
+    finish: Callable[[Tensor], Tensor] | None = None
+
+
+class Served(NamedTuple):
+    """Which calls the rules of one family serve; the others go through graft, or run as stock does.
+
+    Args:
+        channels: those with whole input channels selected.
+        probes: those that score the weight.
+        frozen: those that ask nothing of weight and bias, because stock keeps more than the rule.
+        cast: what autocast does to the operation: "lower", "float32", or "" for nothing.
+    """
+
+    channels: bool = False
+    probes: bool = False
+    frozen: bool = False
+    cast: str = "lower"
+
+    def run(self, call: Call) -> Tensor:
+        """The operation by the rule of this call; NotImplemented where none serves it.
+
+        A rule is passed by where graft does as well (the weight is ordinary or selected whole), where x has another
+        dtype than the operation computes in, where nothing is asked that stock does not do as leanly, and where the
+        selection, a convolution's groups or a probe is none of the family's.
+        """
+        x, weight, bias = call.x, call.weight, call.bias
+        if needs_no_rule(weight, bias) or not fits(x, weight, cast=self.cast != ""):
+            return NotImplemented
+        of_weight, of_bias = asking(weight), asking(bias)
+        if of_weight is None and of_bias is None and not self.frozen:
+            return NotImplemented
+        if not self.probes and any(b is not None and b.probe is not None for b in (of_weight, of_bias)):
+            return NotImplemented
+        by_channels = of_weight is not None and of_weight.probe is None and isinstance(of_weight.selection, Channels)
+        if of_weight is not None and not of_weight.fits(call.groups, transposed=call.transposed):
+            return NotImplemented
+        if by_channels and not self.channels:
+            return NotImplemented
+        if self.cast:
+            x = autocast(x, to_float32=self.cast == "float32")
+        if of_weight is not None and by_channels:
+            of_weight.check_positions(x.numel() // max(x.shape[call.axis], 1))
+        rule = call.rule(x, of_weight, of_bias)
+        rule.held = x is call.x and outlives(x)
+        y = apply_rule(rule, x, weight, bias)
+        return y if call.finish is None else call.finish(y)
+
+
+_SERVED: dict[Handler, Served] = {}
+
+
+def register(
+    *operations: Callable[..., Any],
+    keeps: str = "",
+    channels: str = "",
+    stock: str = "",
+    family: str = "",
+    note: str = "",
+    like: Handler | None = None,
+    probes: bool = False,
+    frozen: bool = False,
+    cast: str = "lower",
+) -> Callable[[Handler], Handler]:
+    """Send `operations` to a handler of the same signature, and say in the table what its rule keeps.
+
+    The handler returns a `Call`, which goes by rule where `Served.run` finds that one is needed, fits and is asked
+    for; or NotImplemented, to leave the call to graft; or the result itself. The table is open: register a rule for an
+    operation of yours, or replace one of ours.
+
+    Args:
+        operations: torch functions and methods.
+        keeps: what the rule keeps of single entries, besides the weight.
+        channels: what it keeps of whole input channels; "" leaves those to graft.
+        stock: what PyTorch keeps without the rule.
+        family: the name of the row; by default the handler's.
+        note: what the page says besides.
+        like: a handler registered before: these operations join its row and take over all that it says and serves.
+        probes: the rule answers probes; otherwise graft does.
+        frozen: the rule serves a frozen weight too.
+        cast: what autocast does to the operation: "lower", "float32", or "" for nothing.
+
+    Raises:
+        TitheError: `like` is no handler that was registered.
+
+    Example:
+        >>> @register(torch.nn.functional.bilinear, keeps="nothing", stock="both inputs")
+        ... def bilinear(*args, **kwargs):
+        ...     return NotImplemented
+        >>> from tithe.rules import table
+        >>> [(row.keeps, row.stock) for row in table() if row.family == "bilinear"]
+        [('nothing', 'both inputs')]
+        >>> _ = _RULES.pop(torch.nn.functional.bilinear)
+    """
+
+    def enter(handler: Handler) -> Handler:
+        said = {ENTRIES: keeps} | ({CHANNELS: channels} if channels else {})
+        state(SPARSE, operations, handler, family=family, keeps=said, stock=stock, note=note, like=like)
+        served = Served(channels != "", probes, frozen, cast) if like is None else _SERVED[like]
+
+        def serve(*args: Any, **kwargs: Any) -> Any:
+            found = handler(*args, **kwargs)
+            return served.run(found) if isinstance(found, Call) else found
+
+        _SERVED[handler] = served
+        _RULES.update(dict.fromkeys(operations, serve))
         return handler
 
-    return keep
+    return enter
 
 
 class Graft(torch.autograd.Function):
@@ -215,16 +331,32 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
     return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.whole)
 
 
+def outlives(x: Tensor) -> bool:
+    """Whether backward of what made x keeps x, or what x is a view of, whatever else is kept of it."""
+    if torch.compiler.is_compiling():
+        return False
+    node = (x if x._base is None else x._base).grad_fn
+    return node is not None and (node.name() in _KEEP_OUTPUT or getattr(node, "keeps_output", False))
+
+
 def autocast(x: Tensor, *, to_float32: bool = False) -> Tensor:
-    """X as autocast would hand it to an operation of its lower-precision list, or of its float32 list."""
+    """The input as autocast would hand it to an operation of its lower-precision list, or of its float32 list."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return x
     return x.to(torch.float32 if to_float32 else torch.get_autocast_dtype(kind))
 
 
-def fits(x: Any, weight: Tensor) -> bool:
-    """Whether x is an ordinary tensor of the dtype that the operation will compute in."""
+def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
+    """Whether x is an ordinary tensor of the dtype that the operation will compute in.
+
+    Args:
+        x: the input.
+        weight: the weight.
+        cast: autocast reaches the operation; where it does not, ids and other numbers that are not real fit too.
+    """
     if not isinstance(x, Tensor) or isinstance(x, Carrier):
         return False
+    if not cast:
+        return x.dtype == weight.dtype or not x.is_floating_point()
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

@@ -1,20 +1,26 @@
-"""What a module's parameter is bound to while a plan is attached: its θ, its selection, its probe."""
+"""What a module's parameter is bound to while a plan is attached: its θ, its selection, its probe.
+
+    its own θ  (K_w,)     one θ for all (m,), or a row each (W, m)     parts of one flat θ (K,), K = Σ K_w and unused
+    `Binding.theta`       `SharedTheta`                                `FlatTheta`
+
+Shapes: W weights, K_w selected entries of one, m coefficients of a span.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from tithe.errors import TitheError
+from tithe.rules.sparse.probes import Probe
 from tithe.rules.sparse.sparse_gradient import Touch
 from tithe.selection import Channels, Coordinates, Selection
-
-if TYPE_CHECKING:
-    from tithe.rules.pool import Pool
-    from tithe.rules.shared import Shared
-    from tithe.rules.sparse.probes import Probe
 
 _SUFFIX = "@theta"
 
@@ -22,6 +28,14 @@ _SUFFIX = "@theta"
 def theta_key(parameter: str) -> str:
     """The name under which θ of a module's parameter is registered on that module."""
     return parameter + _SUFFIX
+
+
+class CommonTheta(ABC):
+    """One parameter that stands for θ of several weights."""
+
+    @abstractmethod
+    def view(self, binding: Binding) -> Tensor:
+        """What stands for θ of this weight in autograd."""
 
 
 class Binding:
@@ -41,7 +55,7 @@ class Binding:
         self.max_positions: int | None = None
         self.counted = False
         self.probe: Probe | None = None
-        self.pool: Pool | Shared | None = None
+        self.common: CommonTheta | None = None
         self.touch: Touch | None = None
         self.committed = self.theta._version
 
@@ -83,7 +97,7 @@ class Binding:
             return self.probe.anchor
         if not self.selection.size:
             return None
-        return self.theta if self.pool is None else self.pool.view(self)
+        return self.theta if self.common is None else self.common.view(self)
 
     def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
@@ -142,3 +156,165 @@ class Binding:
         with torch.no_grad():
             self.theta.copy_(self.selection.gather(self.weight))
         self.committed = self.theta._version
+
+
+class _Split(torch.autograd.Function):
+    """The flat parameter as one view for each part; backward joins their gradients in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+        """The views."""
+        ctx.set_materialize_grads(False)
+        ctx.shapes, ctx.like = shapes, flat.detach()
+        return tuple(_parts(flat, shapes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        """The gradient of the flat parameter; a part that was not used has none, nor has the unused end."""
+        like = cast(Tensor, ctx.like)
+        if torch.is_grad_enabled():  # a gradient of this gradient is asked for: nothing in place
+            parts = [like.new_zeros(s) if g is None else g for s, g in zip(ctx.shapes, grads, strict=True)]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            return torch.cat([flat, like.new_zeros(like.numel() - flat.numel())]), None
+        out = like.new_zeros(like.shape)
+        for part, grad in zip(_parts(out, ctx.shapes), grads, strict=True):
+            if grad is not None:
+                part.copy_(grad)
+        return out, None
+
+
+def _parts(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Views of consecutive stretches of `flat`, one for each shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class FlatTheta(CommonTheta):
+    """The flat parameter under all θ of a plan that chooses again: its size stays while its parts follow the choice.
+
+        parameter (K,) ──split──> a view for each tensor ──> its rule
+          │ same memory
+          └──> θ of each tensor, the parameters that the optimizer holds
+
+    Autograd, and DistributedDataParallel with it, sees `parameter` alone: buckets, compiled graphs and wrappers made
+    before a new choice stay valid after it. The optimizer sees the parts, under the names that the model gives.
+
+    Args:
+        bindings: the weights whose θ are parts, in the model's order.
+        size: room for the values of every choice; a choice that needs fewer leaves the end unused.
+    """
+
+    def __init__(self, bindings: Sequence[Binding], size: int) -> None:
+        self.bindings = list(bindings)
+        self.parameter = nn.Parameter(bindings[0].weight.detach().new_zeros(size))
+        self.views: dict[str, Tensor] = {}
+        for binding in self.bindings:
+            binding.common = self
+        self._listen()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.views = {}
+        self._listen()
+        # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.
+
+    def take(self, selections: dict[str, Selection]) -> None:
+        """Take over a new choice for every part.
+
+        Args:
+            selections: name → selection, one for each binding.
+        """
+        for binding in self.bindings:
+            binding.select(selections[binding.name])
+        values = torch.cat([binding.theta.detach().reshape(-1) for binding in self.bindings])
+        if values.numel() > self.parameter.numel():
+            self.parameter.data = values
+        else:
+            self.parameter.data.zero_()[: values.numel()].copy_(values)
+        self.parameter.grad = None
+        self.views = {}
+        self._tie()
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of the end that the present choice leaves unused."""
+        return (self.parameter.numel() - sum(b.selection.size for b in self.bindings)) * self.parameter.element_size()
+
+    def resize(self, size: int) -> bool:
+        """Make room for `size` values; returns whether it is empty now, until a choice is taken over.
+
+        A wrapper made before has to be made again.
+        """
+        if size == self.parameter.numel():
+            return False
+        self.parameter.data = self.parameter.data.new_zeros(size)
+        self.parameter.grad, self.views = None, {}
+        return True
+
+    def view(self, binding: Binding) -> Tensor:
+        """The part's view of the flat parameter; the plain values while the parameter asks for no gradient."""
+        if not self.parameter.requires_grad:  # while scores are taken: a view kept from then would never be trained
+            return binding.theta.detach()
+        if not self.views:
+            used = [b for b in self.bindings if b.selection.size]
+            with _disable_current_modes(), torch.enable_grad():  # also when first asked for in a run on shapes alone
+                self._tie()
+                views = cast(tuple[Tensor, ...], _Split.apply(self.parameter, [b.selection.theta_shape for b in used]))
+            self.views = {b.name: view for b, view in zip(used, views, strict=True)}
+        return self.views[binding.name]
+
+    def _tie(self) -> None:
+        used = [b for b in self.bindings if b.selection.size]
+        parts = _parts(self.parameter.data, [b.selection.theta_shape for b in used])
+        for binding, part in zip(used, parts, strict=True):
+            binding.theta.data = part
+            binding.committed = binding.theta._version
+
+    def link(self) -> None:
+        """Show each θ its part of the flat gradient, or none."""
+        start = 0
+        for binding in self.bindings:
+            size = binding.selection.size
+            if size:
+                grad = self.parameter.grad
+                part = None if grad is None else grad[start : start + size]
+                binding.theta.grad = None if part is None else part.view(binding.theta.shape)
+            start += size
+
+    def _listen(self) -> None:
+        self.parameter.register_hook(self._before)
+        self.parameter.register_post_accumulate_grad_hook(self._after)
+
+    def _before(self, grad: Tensor) -> None:
+        """An optimizer that cleared its gradients cleared those of the parts: the sum starts anew."""
+        if any(b.theta.grad is None for b in self.bindings if b.selection.size):
+            self.parameter.grad = None
+
+    def _after(self, flat: Tensor) -> None:
+        self.link()
+
+
+class SharedTheta(CommonTheta):
+    """One θ that weights share: a vector for all of them, or a row for each.
+
+    Args:
+        parameter: (m,), or (weights, m) with one row for each.
+        names: of the weights, in the order of the rows.
+    """
+
+    def __init__(self, parameter: nn.Parameter, names: Sequence[str]) -> None:
+        self.parameter = parameter
+        self._rows = {name: row for row, name in enumerate(names)}
+
+    def view(self, binding: Binding) -> Tensor:
+        """The vector itself, or the weight's row of it."""
+        return self.parameter if self.parameter.dim() == 1 else self.parameter[self._rows[binding.name]]
+
+    def values(self, name: str) -> Tensor:
+        """The values that a weight's θ has now, apart from autograd."""
+        values = self.parameter.detach()
+        return values if values.dim() == 1 else values[self._rows[name]]

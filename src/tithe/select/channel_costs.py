@@ -22,7 +22,7 @@ class Layer:
         name: of the parameter.
         shape: of the parameter.
         groups: of the convolution; 1 for a matrix.
-        transposed: a matrix stored as (I, O).
+        transposed: the input channels are axis 0 of the weight.
         num_channels: I.
         num_uses: calls in one forward pass.
         weights: values of one channel's columns, C'·D².

@@ -25,11 +25,11 @@ def channel_magnitude(weight: Tensor, groups: int, *, transposed: bool) -> Tenso
     """Σ |w| over the columns of each input channel, (I,), in float32.
 
     Args:
-        weight: (O, I / G, *kernel), or (I, O) when transposed.
+        weight: (O, I / G, *kernel), or (I, O / G, *kernel) when transposed.
         groups: G.
-        transposed: a matrix stored as (I, O).
+        transposed: the input channels are axis 0.
     """
     size = weight.detach().abs().float()
     if transposed:
-        return size.sum(1)
+        return size.flatten(1).sum(1)
     return size.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).sum(1)

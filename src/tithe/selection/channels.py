@@ -21,13 +21,14 @@ class Channels(Selection):
 
         (O, K, *kernel)         one group
         (K, O / G, *kernel)     several groups, depthwise included
-        (K, O)                  a matrix stored as (I, O)
+        (K, O / G, *kernel)     a weight whose axis 0 is the input channels: (I, O) or (I, O / G, *kernel), transposed
 
     Args:
         shape: the weight's shape, two axes or more.
         channels: int64, 1-D, strictly increasing, each in [0, I).
         groups: G of the convolution.
-        transposed: the weight is a matrix stored as (I, O), as in Hugging Face's `Conv1D`.
+        transposed: the input channels are axis 0 of the weight: a matrix stored as (I, O), as in Hugging Face's
+            `Conv1D`, or the weight of a transposed convolution.
 
     Raises:
         TitheError: when the shape has fewer than two axes or does not divide into the groups, or the channels are not
@@ -51,12 +52,11 @@ class Channels(Selection):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        matrix = len(self.shape) == 2 and self.groups == 1
-        if len(self.shape) < 2 or self.shape[0] % max(self.groups, 1) or (self.transposed and not matrix):
+        if len(self.shape) < 2 or self.shape[0] % max(self.groups, 1):
             raise TitheError(
                 "Channels",
-                found=f"shape {self.shape}, {self.groups} groups, transposed={self.transposed}",
-                expected="two axes or more, axis 0 a multiple of the groups; transposed only for a matrix",
+                found=f"shape {self.shape}, {self.groups} groups",
+                expected="two axes or more, axis 0 a multiple of the groups",
                 remedy="pass the weight's own shape and the convolution's groups",
             )
         check_ids("Channels", self.channels, self.num_channels, self.shape)
@@ -76,7 +76,7 @@ class Channels(Selection):
         """The shape of the selected columns."""
         count = self.channels.numel()
         if self.transposed:
-            return (count, self.shape[1])
+            return (count, *self.shape[1:])
         if self.groups == 1:
             return (self.shape[0], count, *self.shape[2:])
         return (count, self.shape[0] // self.groups, *self.shape[2:])
@@ -85,7 +85,8 @@ class Channels(Selection):
     def indices(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Sorted flat int64 indices, computed when asked for: eight bytes for each selected entry."""
         if self.transposed:
-            return (self.channels[:, None] * self.shape[1] + _range(self.shape[1], self.channels)).reshape(-1)
+            each = math.prod(self.shape[1:])
+            return (self.channels[:, None] * each + _range(each, self.channels)).reshape(-1)
         num_in, num_out, depth = self.shape[1], self.shape[0] // self.groups, math.prod(self.shape[2:])
         group, column = torch.div(self.channels, num_in, rounding_mode="floor"), self.channels % num_in
         row_KO = group[:, None] * num_out + _range(num_out, self.channels)
@@ -100,7 +101,7 @@ class Channels(Selection):
     def gather(self, weight: Tensor) -> Tensor:
         """Sᵀ w: the selected columns, a copy."""
         channels = beside(self.channels, weight)
-        if self.groups == 1:
+        if self.groups == 1 or self.transposed:
             return weight.index_select(0 if self.transposed else 1, channels)
         group = torch.div(channels, self.shape[1], rounding_mode="floor")
         return self._columns(weight)[group, channels % self.shape[1]].reshape(self.theta_shape)
@@ -109,7 +110,7 @@ class Channels(Selection):
         """Write `values` (`theta_shape`) over the selected columns of `weight`, in place."""
         channels, values = beside(self.channels, weight), values.to(weight.dtype)
         with torch.no_grad():
-            if self.groups == 1:
+            if self.groups == 1 or self.transposed:
                 weight.index_copy_(0 if self.transposed else 1, channels, values.view(self.theta_shape))
                 return
             group, column = torch.div(channels, self.shape[1], rounding_mode="floor"), channels % self.shape[1]

@@ -22,7 +22,7 @@ from tithe.ledger import Blank
 from tithe.plan.mount import Mount
 from tithe.plan.parameters import split_parameters
 from tithe.plan.shared_theta import ThetaSharing, in_order
-from tithe.rules import Shared
+from tithe.rules import SharedTheta
 
 _FEW = 1 << 10
 """Blocks after which more of them need no more working memory, and are not worth a measurement."""
@@ -167,14 +167,14 @@ def span(model: nn.Module, blank: Blank, *, num_vectors: int, bits: int) -> Outl
         theta = nn.Parameter(torch.zeros(num_vectors, dtype=dtype))
         mix = torch.zeros(num_vectors, num_vectors, dtype=torch.float64)
         origin = torch.zeros(num_vectors, dtype=torch.float64)
-        shared, bindings = Shared(theta, list(moving)), [mount.bindings[name] for name in moving]
+        shared, bindings = SharedTheta(theta, list(moving)), [mount.bindings[name] for name in moving]
         columns = [TensorColumns(basis, strip) for strip in strips]
         spans = [
             OutlinedSpan(tuple(b.weight.shape), own, mix, origin) for b, own in zip(bindings, columns, strict=True)
         ]
         spread = OutlinedSpread(shared, bindings, spans, basis)
         for binding in bindings:
-            binding.pool, bound = shared, binding.selection
+            binding.common, bound = shared, binding.selection
             assert isinstance(bound, tithe.Span)
             binding.selection = OutlinedSpan(bound.shape, bound.columns, bound.mix, bound.origin)
         spread.commit(force=True)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tithe.rules.lean.bitpack import layout
 from tithe.rules.lean.derivative_codes import GATES, SLOPES
-from tithe.rules.lean.dispatch import Leanness, asks, catch
+from tithe.rules.lean.dispatch import Leanness, catch
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -63,36 +63,43 @@ class Sloped(torch.autograd.Function):
 
 
 def _gate(x: Any, kind: str, low: float, high: float, inplace: bool) -> Any:
-    if not asks(x) or (inplace and torch.compiler.is_compiling()):  # a captured graph has no dirty inputs
+    if inplace and torch.compiler.is_compiling():  # a captured graph has no dirty inputs
         return NotImplemented
     return Gated.apply(x, kind, low, high, inplace)
 
 
-def _slope(leanness: Leanness, x: Any, kind: str, alpha: float = 1.0, inplace: bool = False) -> Any:
-    if leanness.exact or not asks(x) or (inplace and torch.compiler.is_compiling()):
+def _slope(x: Any, kind: str, alpha: float = 1.0, inplace: bool = False) -> Any:
+    if inplace and torch.compiler.is_compiling():
         return NotImplemented
     return Sloped.apply(x, kind, alpha, inplace)
 
 
-@catch(F.relu, torch.relu, Tensor.relu)
+@catch(
+    *(F.relu, torch.relu, Tensor.relu),
+    keeps="n / 8: a bit an element",
+    stock="4 n",
+    family="two derivatives, in place too",
+    note="=",
+    asked=True,
+)
 def relu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps bits; stock keeps its output."""
     return _gate(input, "relu", 0.0, math.inf, inplace)
 
 
-@catch(F.relu_, torch.relu_, Tensor.relu_)
+@catch(F.relu_, torch.relu_, Tensor.relu_, like=relu)
 def relu_(leanness: Leanness, input: Tensor) -> Any:
     """In place."""
     return _gate(input, "relu", 0.0, math.inf, True)
 
 
-@catch(F.relu6)
+@catch(F.relu6, like=relu)
 def relu6(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps bits; stock keeps its input."""
     return _gate(input, "hardtanh", 0.0, 6.0, inplace)
 
 
-@catch(F.hardtanh)
+@catch(F.hardtanh, like=relu)
 def hardtanh(
     leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Any:
@@ -102,43 +109,43 @@ def hardtanh(
     return _gate(input, "hardtanh", float(min_val), float(max_val), inplace)
 
 
-@catch(F.hardtanh_)
+@catch(F.hardtanh_, like=relu)
 def hardtanh_(leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
     """In place."""
     return hardtanh(leanness, input, min_val, max_val, True)
 
 
-@catch(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip)
+@catch(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, like=relu)
 def clamp(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None, *, out: Any = None) -> Any:
     """Between numbers: keeps bits; stock keeps its input."""
     return NotImplemented if out is not None else _clamp(input, min, max, False)
 
 
-@catch(torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_)
+@catch(torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_, like=relu)
 def clamp_(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None) -> Any:
     """In place."""
     return _clamp(input, min, max, True)
 
 
-@catch(torch.clamp_min, Tensor.clamp_min)
+@catch(torch.clamp_min, Tensor.clamp_min, like=relu)
 def clamp_min(leanness: Leanness, input: Tensor, min: Any, *, out: Any = None) -> Any:
     """The lower bound alone."""
     return NotImplemented if out is not None else _clamp(input, min, None, False)
 
 
-@catch(torch.clamp_max, Tensor.clamp_max)
+@catch(torch.clamp_max, Tensor.clamp_max, like=relu)
 def clamp_max(leanness: Leanness, input: Tensor, max: Any, *, out: Any = None) -> Any:
     """The upper bound alone."""
     return NotImplemented if out is not None else _clamp(input, None, max, False)
 
 
-@catch(torch.clamp_min_, Tensor.clamp_min_)
+@catch(torch.clamp_min_, Tensor.clamp_min_, like=relu)
 def clamp_min_(leanness: Leanness, input: Tensor, min: Any) -> Any:
     """In place."""
     return _clamp(input, min, None, True)
 
 
-@catch(torch.clamp_max_, Tensor.clamp_max_)
+@catch(torch.clamp_max_, Tensor.clamp_max_, like=relu)
 def clamp_max_(leanness: Leanness, input: Tensor, max: Any) -> Any:
     """In place."""
     return _clamp(input, None, max, True)
@@ -152,7 +159,7 @@ def _clamp(input: Tensor, low: Any, high: Any, inplace: bool) -> Any:
     return NotImplemented if lowest > highest else _gate(input, "clamp", lowest, highest, inplace)
 
 
-@catch(F.leaky_relu)
+@catch(F.leaky_relu, like=relu)
 def leaky_relu(leanness: Leanness, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     """Keeps bits; stock keeps its input."""
     if inplace and negative_slope < 0:  # stock refuses
@@ -160,51 +167,59 @@ def leaky_relu(leanness: Leanness, input: Tensor, negative_slope: float = 0.01, 
     return _gate(input, "leaky_relu", float(negative_slope), 0.0, inplace)
 
 
-@catch(F.leaky_relu_)
+@catch(F.leaky_relu_, like=relu)
 def leaky_relu_(leanness: Leanness, input: Tensor, negative_slope: float = 0.01) -> Any:
     """In place."""
     return leaky_relu(leanness, input, negative_slope, True)
 
 
-@catch(F.hardsigmoid)
+@catch(F.hardsigmoid, like=relu)
 def hardsigmoid(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps bits; stock keeps its input."""
     return _gate(input, "hardsigmoid", 0.0, 0.0, inplace)
 
 
-@catch(F.gelu)
+@catch(
+    F.gelu,
+    keeps="n: a code of the derivative",
+    stock="4 n",
+    family="smooth activation, in place too",
+    note="off by at most a bound, below; with `exact=True` 4 n, =",
+    asked=True,
+    approximate=True,
+)
 def gelu(leanness: Leanness, input: Tensor, *, approximate: str = "none") -> Any:
     """Keeps a code of the derivative; stock keeps its input."""
-    return _slope(leanness, input, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return _slope(input, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
-@catch(F.silu)
+@catch(F.silu, like=gelu)
 def silu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps a code of the derivative; stock keeps its input."""
-    return _slope(leanness, input, "silu", inplace=inplace)
+    return _slope(input, "silu", inplace=inplace)
 
 
-@catch(F.hardswish)
+@catch(F.hardswish, like=gelu)
 def hardswish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps a code of the derivative; stock keeps its input."""
-    return _slope(leanness, input, "hardswish", inplace=inplace)
+    return _slope(input, "hardswish", inplace=inplace)
 
 
-@catch(F.mish)
+@catch(F.mish, like=gelu)
 def mish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
     """Keeps a code of the derivative; stock keeps its input."""
-    return _slope(leanness, input, "mish", inplace=inplace)
+    return _slope(input, "mish", inplace=inplace)
 
 
-@catch(F.elu)
+@catch(F.elu, like=gelu)
 def elu(leanness: Leanness, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
     """Keeps a code of the derivative; stock keeps its input."""
     if inplace and alpha < 0:  # stock refuses
         return NotImplemented
-    return _slope(leanness, input, "elu", float(alpha), inplace)
+    return _slope(input, "elu", float(alpha), inplace)
 
 
-@catch(F.elu_)
+@catch(F.elu_, like=gelu)
 def elu_(leanness: Leanness, input: Tensor, alpha: float = 1.0) -> Any:
     """In place."""
     return elu(leanness, input, alpha, True)

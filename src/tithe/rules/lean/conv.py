@@ -5,7 +5,6 @@ Shapes: x (N, I, ...), gy (N, O, ...), w (O, I / G, ...), transposed (I, O / G, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor
 from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, raw
 from tithe.rules.lean.dispatch import Leanness, catch, ordinary
 from tithe.rules.sparse.conv import ConvRule
-from tithe.rules.sparse.conv_kernels import Geometry, per_axis
+from tithe.rules.sparse.conv_kernels import Convolution
 
 
 def _frozen(weight: Tensor) -> bool:
@@ -22,60 +21,44 @@ def _frozen(weight: Tensor) -> bool:
     return asking(weight) is None and not raw(weight).requires_grad
 
 
-def _conv(x: Any, weight: Any, bias: Any, axes: int, geometry: Callable[[], Geometry | None]) -> Any:
-    if not ordinary(x) or not isinstance(weight, Tensor) or not _frozen(weight) or not fits(x, weight):
+def _conv(found: Convolution | None) -> Any:
+    if found is None:
         return NotImplemented
-    if isinstance(bias, Carrier) and asking(bias) is not None:
-        return NotImplemented
-    bias = None if bias is None else raw(bias)
+    x, weight, bias = found.x, found.weight, None if found.bias is None else raw(found.bias)
     if not x.requires_grad and (bias is None or not bias.requires_grad):
         return NotImplemented
-    found = geometry()
-    if found is None or x.dim() not in (axes + 1, axes + 2):
-        return NotImplemented
     x = autocast(x)
-    batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    y = apply_rule(ConvRule(batched, None, None, found), batched, weight, bias)
-    return y if x.dim() == axes + 2 else y.squeeze(0)
+    return found.finish(apply_rule(ConvRule(x, None, None, found.geometry), x, weight, bias))
 
 
-def _register(operation: Callable[..., Tensor], transpose: Callable[..., Tensor], axes: int) -> None:
-    @catch(operation)
-    def conv(
-        leanness: Leanness,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-    ) -> Any:
-        def geometry() -> Geometry | None:
-            return Geometry.of(weight, axes, stride, padding, dilation, groups)
-
-        return _conv(input, weight, bias, axes, geometry)
-
-    @catch(transpose)
-    def conv_transpose(
-        leanness: Leanness,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
-        output_padding: int | Sequence[int] = 0,
-        groups: int = 1,
-        dilation: int | Sequence[int] = 1,
-    ) -> Any:
-        def geometry() -> Geometry:
-            values = (per_axis(value, axes) for value in (stride, padding, dilation, output_padding))
-            strides, paddings, dilations, more = values
-            return Geometry(strides, paddings, dilations, True, more, groups)
-
-        return _conv(input, weight, bias, axes, geometry)
+def _serves(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether x is ordinary and nothing is asked of the kernel, nor by a plan of the bias."""
+    if not ordinary(x) or not isinstance(weight, Tensor) or not _frozen(weight) or not fits(x, weight):
+        return False
+    return not (isinstance(bias, Carrier) and asking(bias) is not None)
 
 
-_register(F.conv1d, F.conv_transpose1d, 1)
-_register(F.conv2d, F.conv_transpose2d, 2)
-_register(F.conv3d, F.conv_transpose3d, 3)
+@catch(
+    *(F.conv1d, F.conv2d, F.conv3d),
+    keeps="nothing besides the kernel",
+    stock="4 n",
+    family="convolution with a frozen kernel",
+    note="=; a bias that is trained sums in another order",
+)
+def conv(leanness: Leanness, input: Any, weight: Any, bias: Any = None, *settings: Any, **more: Any) -> Any:
+    """The convolution y = w ∗ x + b; gx = wᵀ ∗ gy needs the kernel alone."""
+    return (
+        _conv(Convolution.straight(input, weight, bias, *settings, **more))
+        if _serves(input, weight, bias)
+        else NotImplemented
+    )
+
+
+@catch(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, like=conv)
+def conv_transpose(leanness: Leanness, input: Any, weight: Any, bias: Any = None, *settings: Any, **more: Any) -> Any:
+    """The transposed convolution y = wᵀ ∗ x + b; gx = w ∗ gy needs the kernel alone."""
+    return (
+        _conv(Convolution.transpose(input, weight, bias, *settings, **more))
+        if _serves(input, weight, bias)
+        else NotImplemented
+    )

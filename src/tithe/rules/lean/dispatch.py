@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import _CheckpointFrame
 
-Handler = Callable[..., Any]
+from tithe.rules.table import LEAN, WINGS, Handler, state
 
-_LEAN: dict[Callable[..., Any], Handler] = {}
+_LEAN = WINGS[LEAN]
 _top_hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
 _ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
@@ -37,23 +37,64 @@ class Leanness:
     exact: bool = False
 
 
-def catch(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
-    """Send `operations` to `handler(leanness, *args, **kwargs)` while a lean model runs forward.
+_KIN: dict[Handler, tuple[bool, bool, bool]] = {}
+
+
+def catch(
+    *operations: Callable[..., Any],
+    keeps: str = "",
+    stock: str = "",
+    family: str = "",
+    note: str = "",
+    like: Handler | None = None,
+    asked: bool = False,
+    approximate: bool = False,
+    captured: bool = True,
+) -> Callable[[Handler], Handler]:
+    """Send `operations` to a handler while a model is lean, and say in the table what it keeps.
+
+        handler(leanness, *args, **kwargs)
 
     The handler has the operation's own signature after its first argument, and may return NotImplemented to leave the
     call as it is. While it runs nothing is caught, so it may call the operation itself.
 
+    Args:
+        operations: torch functions and methods.
+        keeps: what the lean version keeps.
+        stock: what PyTorch keeps without it.
+        family: the name of the row; by default the handler's.
+        note: how the gradient compares with stock's.
+        like: a handler registered before: these operations join its row and take over all that it says.
+        asked: calls whose first argument `asks` nothing are left as they are.
+        approximate: calls of a model that is lean with `exact=True` are left as they are.
+        captured: whether calls are served inside of `torch.compile`.
+
+    Raises:
+        TitheError: `like` is no handler that was registered.
+
     Example:
-        >>> @catch(torch.nn.functional.softsign)
+        >>> @catch(torch.nn.functional.softsign, keeps="n", stock="4 n")
         ... def softsign(leanness, input):
         ...     return NotImplemented
+        >>> _ = _LEAN.pop(torch.nn.functional.softsign)
     """
 
-    def keep(handler: Handler) -> Handler:
-        _LEAN.update(dict.fromkeys(operations, handler))
+    def enter(handler: Handler) -> Handler:
+        state(LEAN, operations, handler, family=family, keeps={"": keeps}, stock=stock, note=note, like=like)
+        _KIN[handler] = (asked, approximate, captured) if like is None else _KIN[like]
+        asks_first, differs, captures = _KIN[handler]
+
+        def serve(leanness: Leanness, *args: Any, **kwargs: Any) -> Any:
+            if (differs and leanness.exact) or (not captures and torch.compiler.is_compiling()):
+                return NotImplemented
+            if asks_first and not asks(args[0] if args else kwargs.get("input")):
+                return NotImplemented
+            return handler(leanness, *args, **kwargs)
+
+        _LEAN.update(dict.fromkeys(operations, serve if any((asks_first, differs, not captures)) else handler))
         return handler
 
-    return keep
+    return enter
 
 
 def ordinary(x: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tithe.rules.lean.bitpack import chunks, flat, layout, num_bits, pack, same_layout, unpack
-from tithe.rules.lean.dispatch import Leanness, asks, catch
+from tithe.rules.lean.dispatch import Leanness, catch
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 
@@ -101,17 +101,17 @@ class Dropped(torch.autograd.Function):
         return torch.ops.tithe.dropout_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
 
 
-@catch(F.dropout)
+@catch(F.dropout, keeps="n / 8", stock="4 n; on a GPU n", note="=, with the same random numbers", asked=True)
 def dropout(leanness: Leanness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Keeps bits; stock keeps the noise (on a GPU a byte an element)."""
-    if not training or not 0 < p < 1 or not asks(input) or input.device.type not in ("cpu", "cuda"):
+    if not training or not 0 < p < 1 or input.device.type not in ("cpu", "cuda"):
         return NotImplemented
     if not input.numel() or (inplace and (torch.compiler.is_compiling() or input.device.type != "cpu")):
         return NotImplemented
     return Dropped.apply(input, p, inplace)
 
 
-@catch(torch.dropout)
+@catch(torch.dropout, like=dropout)
 def functional_dropout(leanness: Leanness, input: Tensor, p: float, train: bool) -> Any:
     """The same, as torch spells it."""
     return dropout(leanness, input, p, train)

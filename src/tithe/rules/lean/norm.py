@@ -304,7 +304,15 @@ def lean_norm(leanness: Leanness, norm: Norm, x: Tensor, weight: Tensor | None, 
     )
 
 
-@catch(F.layer_norm)
+@catch(
+    F.layer_norm,
+    keeps="4 n of its output, which the next layer keeps too, and 1/σ; with `bits=8` n of codes",
+    stock="4 n of its input and statistics",
+    family="layer norm, RMS norm (also those that models write themselves)",
+    note="within a few rounding errors; = with `exact=True`",
+    asked=True,
+    captured=False,
+)
 def layer_norm(
     leanness: Leanness,
     input: Tensor,
@@ -317,7 +325,7 @@ def layer_norm(
     return lean_norm(leanness, Norm("layer", tuple(normalized_shape), eps), input, weight, bias)
 
 
-@catch(F.rms_norm)
+@catch(F.rms_norm, like=layer_norm)
 def rms_norm(
     leanness: Leanness,
     input: Tensor,
@@ -331,7 +339,14 @@ def rms_norm(
     return lean_norm(leanness, Norm("rms", tuple(normalized_shape), eps), input, weight, None)
 
 
-@catch(F.group_norm)
+@catch(
+    F.group_norm,
+    keeps="with `bits=8` n of codes and 1/σ; else as stock",
+    stock="4 n of its input and statistics",
+    note="=; with `bits=8` x̂ off by at most 1/254 of the largest in its block of 128",
+    asked=True,
+    captured=False,
+)
 def group_norm(
     leanness: Leanness,
     input: Tensor,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
-from tithe.rules.lean.dispatch import Leanness, asks, catch
+from tithe.rules.lean.dispatch import Leanness, catch
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 
@@ -161,8 +161,8 @@ def _on_planes(x: Tensor, axes: int, pool: Callable[[Tensor], Tensor]) -> Tensor
     return y if x.dim() == axes + 2 else y.squeeze(0)
 
 
-def _serves(x: Any, axes: int) -> bool:
-    return asks(x) and x.dim() in (axes + 1, axes + 2) and x.numel() > 0
+def _serves(x: Tensor, axes: int) -> bool:
+    return x.dim() in (axes + 1, axes + 2) and x.numel() > 0
 
 
 def _maximum(x: Tensor, axes: int, window: Window) -> Any:
@@ -171,7 +171,10 @@ def _maximum(x: Tensor, axes: int, window: Window) -> Any:
     return _on_planes(x, axes, lambda planes: MaxPooled.apply(planes, window))
 
 
-def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptive_mean: Any) -> None:
+def _register(
+    axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptive_mean: Any, like: tuple[Any, Any] = (None, None)
+) -> tuple[Any, Any]:
+    """Handlers for operations of so many axes, in the rows of the handlers `like`; those of maxima and of means."""
     lead = 1 if axes == 1 else 0  # settings of the axis that is put in front
 
     def settings(value: Sizes, front: int) -> list[int]:
@@ -181,7 +184,15 @@ def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptiv
         asked = [output_size] * axes if output_size is None or isinstance(output_size, int) else list(output_size)
         return [1] * lead + [n if a is None else a for a, n in zip(asked, x.shape[-axes:], strict=True)]
 
-    @catch(*maximum)
+    @catch(
+        *maximum,
+        keeps="m, for windows of up to 256 places",
+        stock="4 n + 8 m",
+        family="maximum over windows",
+        note="=",
+        like=like[0],
+        asked=True,
+    )
     def max_pool(
         leanness: Leanness,
         input: Tensor,
@@ -200,7 +211,7 @@ def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptiv
             input, axes, Window(kernel, strides, settings(padding, 0), settings(dilation, 1), ceil_mode, None)
         )
 
-    @catch(adaptive_maximum)
+    @catch(adaptive_maximum, like=max_pool)
     def adaptive_max_pool(leanness: Leanness, input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
         if return_indices or not _serves(input, axes):
             return NotImplemented
@@ -211,7 +222,7 @@ def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptiv
         kernel = [-(-n // o) + (n % o != 0) for n, o in zip(plane, out, strict=True)]
         return _maximum(input, axes, Window(kernel, ones, ones, ones, False, out))
 
-    @catch(mean)
+    @catch(mean, keeps="nothing", stock="4 n", family="mean over windows", note="=", like=like[1], asked=True)
     def avg_pool(
         leanness: Leanness,
         input: Tensor,
@@ -234,7 +245,7 @@ def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptiv
         )
         return _on_planes(input, axes, lambda planes: Averaged.apply(planes, run, back, given))
 
-    @catch(adaptive_mean)
+    @catch(adaptive_mean, like=avg_pool)
     def adaptive_avg_pool(leanness: Leanness, input: Tensor, output_size: Any) -> Any:
         if not _serves(input, axes):
             return NotImplemented
@@ -248,7 +259,9 @@ def _register(axes: int, maximum: Any, adaptive_maximum: Any, mean: Any, adaptiv
         )
         return _on_planes(input, axes, lambda planes: Averaged.apply(planes, run, back, (out,)))
 
+    return max_pool, avg_pool
 
-_register(1, (F.max_pool1d, torch.max_pool1d), F.adaptive_max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d)
-_register(2, (F.max_pool2d, torch.max_pool2d), F.adaptive_max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-_register(3, (F.max_pool3d, torch.max_pool3d), F.adaptive_max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d)
+
+_kin = _register(1, (F.max_pool1d, torch.max_pool1d), F.adaptive_max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d)
+_register(2, (F.max_pool2d, torch.max_pool2d), F.adaptive_max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, _kin)
+_register(3, (F.max_pool3d, torch.max_pool3d), F.adaptive_max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, _kin)

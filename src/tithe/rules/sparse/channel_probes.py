@@ -71,7 +71,7 @@ class ChannelProbe(SumProbe):
         weight: the weight.
         groups: of the convolution; 1 for a matrix.
         num_uses: calls in one pass.
-        transposed: a matrix stored as (I, O).
+        transposed: the input channels are axis 0: a matrix stored as (I, O), a transposed convolution.
     """
 
     def __init__(self, weight: Tensor, groups: int, num_uses: int, *, transposed: bool) -> None:
@@ -106,7 +106,7 @@ class ChannelProbe(SumProbe):
 
     def _reduce(self, grad: Tensor) -> None:
         if self.transposed:
-            squares = grad.square().sum(1)
+            squares = grad.flatten(1).square().sum(1)
         elif self.groups == 1:
             squares = grad.transpose(0, 1).flatten(1).square().sum(1)
         else:

@@ -24,9 +24,10 @@ class Usage:
 
     Args:
         groups: of the convolution; 1 for a matrix.
-        transposed: a matrix stored as (I, O).
+        transposed: the weight's input channels are its axis 0: a matrix stored as (I, O), a transposed convolution.
         positions: values of one input channel, all samples together.
-        out_positions: values of one output channel, all samples together.
+        out_positions: values that each weight is multiplied by: those of one output channel, all samples together, or
+            of one input channel where a convolution is transposed.
         itemsize: bytes of one such value.
     """
 
@@ -43,10 +44,10 @@ class Usage:
         return cls(1, transposed, positions, positions, x.element_size())
 
     @classmethod
-    def convolution(cls, x: Tensor, y: Tensor, groups: int) -> Usage:
+    def convolution(cls, x: Tensor, y: Tensor, groups: int, *, transposed: bool) -> Usage:
         """Of x (N, I, ...) convolved to y (N, O, ...)."""
         positions, out_positions = (t.numel() // max(t.shape[1], 1) for t in (x, y))
-        return cls(groups, False, positions, out_positions, x.element_size())
+        return cls(groups, transposed, positions, positions if transposed else out_positions, x.element_size())
 
 
 class Columns:
@@ -86,25 +87,41 @@ class ChannelCut:
     def grad(self, gradient: WeightGradient, gy: Tensor, kept: Tensor) -> Tensor:
         """The selected columns of the weight's gradient, in the shape of θ."""
         selection = self.selection
-        count, kernel = selection.channels.numel(), selection.shape[2:]
+        channels, count = selection.channels, selection.channels.numel()
+        num_ins, num_outs = self.per_group
         if selection.groups == 1:
-            return gradient(gy, kept, (selection.shape[0], count, *kernel), 1)
-        per_group = selection.shape[0] // selection.groups
-        if selection.shape[1] == 1:  # depthwise: a channel is a group
+            return gradient(gy, kept, self._shape(count, num_outs), 1)
+        if num_ins == 1:  # depthwise: a channel is a group
             if not selection.full:
-                gy = gy.index_select(1, members(selection.channels, per_group))
-            return gradient(gy, kept, (count * per_group, 1, *kernel), count).view(selection.theta_shape)
+                gy = gy.index_select(1, members(channels, num_outs))
+            return gradient(gy, kept, self._shape(count, num_outs, count), count).view(selection.theta_shape)
         # Groups may hold different numbers of selected channels: all are padded with zeros to the most.
-        group = torch.div(selection.channels, selection.shape[1], rounding_mode="floor")
+        group = torch.div(channels, num_ins, rounding_mode="floor")
         touched, place, counts = group.unique(return_inverse=True, return_counts=True)
         width = int(counts.max())
         first = torch.cumsum(counts, 0) - counts
         slot = place * width + torch.arange(count, device=place.device) - first.index_select(0, place)
         padded = kept.new_zeros(kept.shape[0], touched.numel() * width, *kept.shape[2:]).index_copy_(1, slot, kept)
-        gy = gy.index_select(1, members(touched, per_group))
-        grad = gradient(gy, padded, (touched.numel() * per_group, width, *kernel), touched.numel())
-        columns = grad.unflatten(0, (touched.numel(), per_group)).transpose(1, 2).flatten(0, 1)
-        return columns.index_select(0, slot)
+        gy = gy.index_select(1, members(touched, num_outs))
+        num_groups = touched.numel()
+        grad = gradient(gy, padded, self._shape(num_groups * width, num_outs, num_groups), num_groups)
+        if not selection.transposed:
+            grad = grad.unflatten(0, (num_groups, num_outs)).transpose(1, 2).flatten(0, 1)
+        return grad.index_select(0, slot)
+
+    @property
+    def per_group(self) -> tuple[int, int]:
+        """Input channels and output channels of a group."""
+        first, second = self.selection.shape[:2]
+        first //= self.selection.groups
+        return (first, second) if self.selection.transposed else (second, first)
+
+    def _shape(self, num_ins: int, num_outs: int, groups: int = 1) -> tuple[int, ...]:
+        """The shape of a weight of so many input channels, and output channels in each group."""
+        kernel = self.selection.shape[2:]
+        if self.selection.transposed:
+            return (num_ins, num_outs, *kernel)
+        return (num_outs * groups, num_ins // groups, *kernel)
 
 
 def members(groups: Tensor, size: int) -> Tensor:

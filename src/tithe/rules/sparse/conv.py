@@ -1,23 +1,24 @@
 """The rule for `F.conv1d`, `F.conv2d`, `F.conv3d`, grouped and depthwise ones included.
 
-Shapes: x (N, I, ...), gy (N, O, ...), w (O, I / G, ...), G groups.
+Shapes: x (N, I, ...), gy (N, O, ...), w (O, I / G, ...), transposed (I, O / G, ...); G groups.
 A frozen convolution keeps only its weight (stock PyTorch keeps its input: pytorch/pytorch issue 133566).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.base import Cost, Rule
-from tithe.rules.dispatch import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.dispatch import Call, asking, register
 from tithe.rules.lean.bitpack import layout
 from tithe.rules.sparse.channels import ChannelCut, Usage, members
-from tithe.rules.sparse.conv_kernels import Geometry, input_grad
+from tithe.rules.sparse.conv_kernels import Convolution, Geometry, input_grad
 from tithe.rules.sparse.reductions import selected_sum
 from tithe.rules.sparse.sparse_gradient import Touch
 from tithe.rules.theta import Binding
@@ -31,29 +32,34 @@ class Cut:
     groups that hold a selected weight, all of whose channels are kept.
 
     Args:
-        touch: where the weight is touched.
+        touch: where the weight is touched: rows along its axis 0, columns along its axis 1.
         groups: G.
         cut_out: compute only the touched output channels (one group).
         cut_in: keep only the touched input channels (one group), or only the touched groups.
+        transposed: the weight's axis 0 meets x and its axis 1 the output, not the other way round.
     """
 
-    def __init__(self, touch: Touch, groups: int, *, cut_out: bool, cut_in: bool) -> None:
-        num_out, num_in = touch.shape[0], touch.shape[1]
-        self.groups, self.outs, self.ins = groups, None, None
-        self.touch, self.cut_out, self.cut_in = touch, cut_out, cut_in
-        self.num_out, self.num_in = num_out, num_in * groups
-        if groups > 1 and cut_in:
-            per_group = num_out // groups
-            touched = torch.div(touch.rows, per_group, rounding_mode="floor").unique()
+    def __init__(self, touch: Touch, groups: int, *, cut_out: bool, cut_in: bool, transposed: bool = False) -> None:
+        self.touch, self.groups = touch, groups
+        self.by_group = groups > 1 and cut_in
+        cut_rows, cut_columns = (cut_in, cut_out) if transposed else (cut_out, cut_in)
+        rows = columns = None
+        if self.by_group:
+            each = touch.shape[0] // groups
+            touched = torch.div(touch.rows, each, rounding_mode="floor").unique()
             self.groups = touched.numel()
-            self.ins = members(touched, num_in)
-            self.outs = members(touched, per_group)
-            self.num_out, self.num_in = self.outs.numel(), self.ins.numel()
+            rows, columns = members(touched, each), members(touched, touch.shape[1])
         elif groups == 1:
-            if cut_out:
-                self.outs, self.num_out = touch.rows, touch.rows.numel()
-            if cut_in:
-                self.ins, self.num_in = touch.columns, touch.columns.numel()
+            rows = touch.rows if cut_rows else None
+            columns = touch.columns if cut_columns else None
+        self.rows, self.columns = rows, columns
+        self.num_rows = touch.shape[0] if rows is None else rows.numel()
+        self.num_columns = touch.shape[1] * groups if columns is None else columns.numel()
+        self.ins, self.outs = (rows, columns) if transposed else (columns, rows)
+        self.num_in, self.num_out = (
+            (self.num_rows, self.num_columns) if transposed else (self.num_columns, self.num_rows)
+        )
+        self.transposed = transposed
 
     @property
     def whole(self) -> bool:
@@ -70,15 +76,15 @@ class Cut:
             gy = gy.index_select(1, self.outs)
         if self.whole:
             return self.gather(geometry.backward(gy, kept, weight, (False, True, False))[1])
-        shape = (self.num_out, self.num_in // self.groups, *weight.shape[2:])
+        shape = (self.num_rows, self.num_columns // self.groups, *weight.shape[2:])
         return self.gather(geometry.weight_gradient(gy, kept, shape, self.groups))
 
     def gather(self, grad: Tensor) -> Tensor:
         """The selected entries of the gradient of the cut weight."""
-        if self.outs is None or (self.groups == 1 and self.cut_out):
-            at = self.touch.at(self.outs is not None, self.ins is not None)
+        if not self.by_group or self.rows is None:
+            at = self.touch.at(self.rows is not None, self.columns is not None)
         else:
-            row = torch.searchsorted(self.outs, self.touch.rows).index_select(0, self.touch.row)
+            row = torch.searchsorted(self.rows, self.touch.rows).index_select(0, self.touch.row)
             column = self.touch.columns.index_select(0, self.touch.column)
             at = row * self.touch.shape[1] + column
             if self.touch.inner is not None:
@@ -86,20 +92,24 @@ class Cut:
         return grad.reshape(-1).index_select(0, at)
 
     def cost(self, num_in_positions: int, num_out_positions: int, kernel: int, itemsize: int) -> Cost:
-        """The product's operations, the copied channels, and what is kept."""
+        """2 · positions · I O / G · kernel operations, the copied channels, and the kept ones.
+
+        Each weight meets every position of the output, or of the input where the convolution is transposed.
+        """
         copied = (self.ins is not None) * num_in_positions * self.num_in
         copied += (self.outs is not None) * num_out_positions * self.num_out
+        met = num_in_positions if self.transposed else num_out_positions
         return Cost(
-            flops=2.0 * num_out_positions * self.num_out * self.num_in // self.groups * kernel,
+            flops=2.0 * met * self.num_out * self.num_in // self.groups * kernel,
             moved=itemsize * 2.0 * copied,
             saved=itemsize * num_in_positions * self.num_in,
         )
 
 
-def cuts(touch: Touch, groups: int) -> list[Cut]:
+def cuts(touch: Touch, groups: int, *, transposed: bool = False) -> list[Cut]:
     """Every way to compute a touched convolution's gradient."""
     out = (False, True) if groups == 1 else (False,)
-    return [Cut(touch, groups, cut_out=o, cut_in=i) for o in out for i in (False, True)]
+    return [Cut(touch, groups, cut_out=o, cut_in=i, transposed=transposed) for o in out for i in (False, True)]
 
 
 class ConvRule(Rule):
@@ -118,13 +128,13 @@ class ConvRule(Rule):
         self.probe = weight.probe if weight is not None else None
         self.cut: Cut | ChannelCut | None = None
         if weight is not None and self.probe is None and isinstance(weight.selection, Channels):
-            weight.check_positions(x[:, 0].numel())
             self.cut = ChannelCut(weight.selection)
         elif weight is not None and self.probe is None and weight.touch is not None:
             kernel = weight.weight[0, 0].numel()
             positions = x[:, 0].numel()
-            out_positions = max(positions // math.prod(geometry.stride), 1)
-            found = cuts(weight.touch, geometry.groups)
+            step = math.prod(geometry.stride)
+            out_positions = positions * step if geometry.transposed else max(positions // step, 1)
+            found = cuts(weight.touch, geometry.groups, transposed=geometry.transposed)
             prices = [cut.cost(positions, out_positions, kernel, x.element_size()).price for cut in found]
             self.cut = found[prices.index(min(prices))]
 
@@ -132,13 +142,13 @@ class ConvRule(Rule):
         """The stock operation, the weight cast to x's dtype under autocast."""
         y = self.geometry.forward(x, weight, bias)
         if self.probe is not None:
-            self.probe.used(Usage.convolution(x, y, self.geometry.groups))
+            self.probe.used(Usage.convolution(x, y, self.geometry.groups, transposed=self.geometry.transposed))
         return y, ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
-        """The channels that the cut needs; all of x for a probe; nothing for a frozen weight."""
+        """The channels that the cut needs; all of x for a probe or where it is held; nothing for a frozen weight."""
         if self.cut is not None:
-            return (self.cut.keep(x),)
+            return (x if self.held else self.cut.keep(x),)
         return () if self.probe is None else (x,)
 
     def backward(
@@ -152,6 +162,8 @@ class ConvRule(Rule):
             gx, gw, gb = geometry.backward(gy, kept[0], weight, (need_x, True, asks_bias))
             gtw = self.cut.gather(gw)
         else:
+            if self.held and self.cut is not None:
+                kept = (self.cut.keep(kept[0]),)
             if need_x:
                 gx = input_grad(gy, weight, self.shape, self.strides, geometry)
             if isinstance(self.cut, ChannelCut):
@@ -173,54 +185,41 @@ class ConvRule(Rule):
         return gx, gb if need_bias else None, gtw, gtb
 
 
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: str | int | Sequence[int],
-    dilation: int | Sequence[int],
-    groups: int,
-    axes: int,
-) -> Tensor:
-    if needs_no_rule(weight, bias) or not fits(x, weight) or x.dim() not in (axes + 1, axes + 2):
+def conv_call(found: Convolution | None) -> Call:
+    """The call of a convolution, transposed or not; NotImplemented where none was read, or a capture has no shapes."""
+    if found is None:
         return NotImplemented
-    geometry = Geometry.of(weight, axes, stride, padding, dilation, groups)
-    if geometry is None:
-        return NotImplemented
-    bound = asking(weight)
-    if bound is not None and not bound.fits(groups, transposed=False):
-        return NotImplemented
-    if torch.compiler.is_compiling() and (_varies(bound, groups) or not x.is_contiguous()):
+    x, weight, bias, geometry, _ = found
+    if torch.compiler.is_compiling() and (_varies(asking(weight), geometry) or not x.is_contiguous()):
         return NotImplemented  # a captured graph has no shapes that depend on data, and one layout for gradients
-    x = autocast(x)
-    batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    rule = ConvRule(batched, bound, asking(bias), geometry)
-    y = apply_rule(rule, batched, weight, bias)
-    return y if x.dim() == axes + 2 else y.squeeze(0)
+    return Call(
+        partial(ConvRule, geometry=geometry),
+        *(x, weight, bias),
+        groups=geometry.groups,
+        transposed=geometry.transposed,
+        axis=1,
+        finish=found.finish,
+    )
 
 
-def _varies(bound: Binding | None, groups: int) -> bool:
+def _varies(bound: Binding | None, geometry: Geometry) -> bool:
     """Whether shapes in backward follow from which groups are selected."""
-    if bound is None or groups == 1:
+    if bound is None or geometry.groups == 1:
         return False
-    depthwise = bound.weight.shape[1] == 1 and isinstance(bound.selection, Channels)
-    return not depthwise
+    shape = bound.weight.shape
+    one_each = shape[0] == geometry.groups if geometry.transposed else shape[1] == 1
+    return not (one_each and isinstance(bound.selection, Channels))
 
 
-def _register(operation: Callable[..., Tensor], axes: int) -> None:
-    @register(operation)
-    def conv(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: int | Sequence[int] = 1,
-        padding: str | int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-    ) -> Tensor:
-        return _conv(input, weight, bias, stride, padding, dilation, groups, axes)
-
-
-for _axes, _operation in enumerate((F.conv1d, F.conv2d, F.conv3d), start=1):
-    _register(_operation, _axes)
+@register(
+    *(F.conv1d, F.conv2d, F.conv3d),
+    keeps="x[:, touched channels], of several groups all in the touched; nothing for biases alone or a frozen weight",
+    channels="x[:, channels]",
+    stock="x, also for a frozen weight",
+    family="convolution",
+    probes=True,
+    frozen=True,
+)
+def conv(*args: Any, **kwargs: Any) -> Call:
+    """The convolution y = w ∗ x + b; ∇w[o, i] = gy[:, o] ⋆ x[:, i] at the touched channels alone."""
+    return conv_call(Convolution.straight(*args, **kwargs))

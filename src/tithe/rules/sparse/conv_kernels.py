@@ -22,27 +22,6 @@ class Geometry(NamedTuple):
     output_padding: list[int]
     groups: int
 
-    @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        axes: int,
-        stride: int | Sequence[int],
-        padding: str | int | Sequence[int],
-        dilation: int | Sequence[int],
-        groups: int,
-    ) -> Geometry | None:
-        """From the arguments of `F.conv1d`, `conv2d`, `conv3d`; None where stock pads one side more."""
-        dilations = per_axis(dilation, axes)
-        if isinstance(padding, str):
-            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
-            if padding == "same" and any(t % 2 for t in total):
-                return None
-            paddings = [t // 2 for t in total] if padding == "same" else [0] * axes
-        else:
-            paddings = per_axis(padding, axes)
-        return cls(per_axis(stride, axes), paddings, dilations, False, [0] * axes, groups)
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The stock convolution, kernel and bias cast to x's dtype."""
         return torch.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *self)
@@ -51,13 +30,83 @@ class Geometry(NamedTuple):
         self, gy: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of (x, weight, bias) where `mask` asks for them."""
-        sizes = [weight.shape[0]] if mask[2] else None
+        sizes = [weight.shape[1] * self.groups if self.transposed else weight.shape[0]] if mask[2] else None
         return torch.ops.aten.convolution_backward.default(gy, x, weight, sizes, *self, list(mask))
 
     def weight_gradient(self, gy: Tensor, x: Tensor, shape: tuple[int, ...], groups: int) -> Tensor:
         """The gradient of a weight of `shape` in so many groups that has met the channels of x."""
         like = gy.new_empty(shape)  # not expanded: some kernels lay the gradient out alike
         return self._replace(groups=groups).backward(gy, x, like, (False, True, False))[1]
+
+
+class Convolution(NamedTuple):
+    """One call of a convolution, read off its arguments.
+
+    Args:
+        x: the input, batched.
+        weight: the kernel.
+        bias: the bias, or None.
+        geometry: the settings.
+        batched: whether x was given so.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+    batched: bool
+
+    @classmethod
+    def straight(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Convolution | None:
+        """From the arguments of `F.conv1d`, `conv2d`, `conv3d`; None where stock pads one side more, or refuses x."""
+        axes = weight.dim() - 2
+        dilations = per_axis(dilation, axes)
+        if isinstance(padding, str):
+            total = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+            if padding == "same" and any(t % 2 for t in total):
+                return None
+            paddings = [t // 2 for t in total] if padding == "same" else [0] * axes
+        else:
+            paddings = per_axis(padding, axes)
+        geometry = Geometry(per_axis(stride, axes), paddings, dilations, False, [0] * axes, groups)
+        return cls._of(input, weight, bias, geometry)
+
+    @classmethod
+    def transpose(
+        cls,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Convolution | None:
+        """From the arguments of `F.conv_transpose1d` and its kin; None where stock refuses x."""
+        axes = weight.dim() - 2
+        strides, paddings, dilations, more = (per_axis(v, axes) for v in (stride, padding, dilation, output_padding))
+        return cls._of(input, weight, bias, Geometry(strides, paddings, dilations, True, more, groups))
+
+    @classmethod
+    def _of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Convolution | None:
+        if x.dim() not in (weight.dim() - 1, weight.dim()):
+            return None
+        batched = x.dim() == weight.dim()
+        return cls(x if batched else x.unsqueeze(0), weight, bias, geometry, batched)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The output without the axis that x was given."""
+        return y if self.batched else y.squeeze(0)
 
 
 def input_grad(gy: Tensor, weight: Tensor, shape: Sequence[int], strides: Sequence[int], geometry: Geometry) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.base import Rule
-from tithe.rules.dispatch import apply_rule, asking, needs_no_rule, register
+from tithe.rules.dispatch import Call, asking, register
 from tithe.rules.sparse.probes import SquareProbe
 from tithe.rules.theta import Binding
 
@@ -56,7 +56,7 @@ class EmbeddingRule(Rule):
         return None, None, sums.reshape(-1).index_select(0, touch.at(True, False)), None
 
 
-@register(F.embedding)
+@register(F.embedding, keeps="the ids", stock="the ids; the gradient is a whole table", probes=True, cast="")
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -65,17 +65,18 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
-    """`F.embedding` by rule; renormalised tables and gradients scaled by frequency go through graft."""
+) -> Call:
+    """The look-up y = w[ids]; ∇w sums gy over the places of each selected row.
+
+    Renormalised tables and gradients scaled by frequency go through graft.
+    """
     binding = asking(weight)
-    if binding is None or needs_no_rule(weight, None) or max_norm is not None or scale_grad_by_freq:
+    if binding is None or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     probe = binding.probe
-    if probe is None and binding.touch is None:
-        return NotImplemented  # a table of which whole columns are selected
     if isinstance(probe, SquareProbe) and probe.expand and input.shape[:1] == (1,):
         # Positions shared by all samples are looked up once per sample, so that their gradients arrive apart.
         input = input.expand(probe.num_samples, *input.shape[1:])
-    return apply_rule(EmbeddingRule(binding, padding_idx), input, weight, None)
+    return Call(lambda ids, of_weight, _: EmbeddingRule(of_weight, padding_idx), input, weight)

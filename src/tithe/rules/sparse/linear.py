@@ -5,12 +5,14 @@ Shapes: N positions, I inputs, O outputs; x (..., I), gy (..., O); w (O, I), or 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.base import Rule
-from tithe.rules.dispatch import apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.dispatch import Call, register
 from tithe.rules.sparse.channels import Columns, Usage
 from tithe.rules.sparse.probes import Probe
 from tithe.rules.sparse.reductions import selected_sum
@@ -41,7 +43,6 @@ class LinearRule(Rule):
         if weight is not None and weight.probe is None:
             if isinstance(weight.selection, Channels):
                 self.way = Columns(weight.selection)
-                weight.check_positions(x.numel() // max(x.shape[-1], 1))
             elif weight.touch is not None:
                 self.way = cheapest(weight.touch, x, transposed=transposed)
         self.bias = bias
@@ -55,9 +56,9 @@ class LinearRule(Rule):
         return (x @ weight if bias is None else torch.addmm(bias, x, weight)), ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
-        """What the way keeps of x; all of it for a probe; nothing for a frozen weight."""
+        """What the way keeps of x; all of it for a probe or where it is held anyway; nothing for a frozen weight."""
         if self.way is not None:
-            return (self.way.keep(x),)
+            return (x if self.held else self.way.keep(x),)
         return () if self.probe is None else (x,)
 
     def backward(
@@ -73,43 +74,43 @@ class LinearRule(Rule):
             left, right = (kept[0], gy) if self.transposed else (gy, kept[0])
             self.probe.matrix(left, right)
         elif self.way is not None:
-            gtw = self.way.grad(gy_NO, kept[0])
+            gtw = self.way.grad(gy_NO, self.way.keep(kept[0]) if self.held else kept[0])
         gb = gy_NO.sum(0) if need_bias else None
         gtb = None if self.bias is None else selected_sum(self.bias, gy)
         return gx, gb, gtw, gtb
 
 
-@register(F.linear)
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` by rule."""
-    return linear_rule(input, weight, bias, transposed=False)
+@register(
+    F.linear,
+    keeps="x[..., touched columns] or x, whichever costs less; nothing for biases alone",
+    channels="x[..., channels]",
+    stock="x",
+    family="linear map",
+    probes=True,
+)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    """The map y = x wᵀ + b; ∇w = gyᵀ x at the selected entries."""
+    return linear_call(input, weight, bias, transposed=False)
 
 
-@register(torch.addmm, Tensor.addmm)
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """`torch.addmm(bias, x, weight)` by rule, for a vector bias and unit factors."""
+@register(torch.addmm, Tensor.addmm, like=linear)
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Call:
+    """The map y = b + x w for a vector b and unit factors; ∇w = xᵀ gy at the selected entries."""
     if beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
-    return linear_rule(mat1, mat2, input, transposed=True)
+    return linear_call(mat1, mat2, input, transposed=True)
 
 
-@register(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(input: Tensor, other: Tensor) -> Tensor:
-    """`x @ weight` by rule, for a matrix weight."""
-    return linear_rule(input, other, None, transposed=True) if other.dim() == 2 else NotImplemented
+@register(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, like=linear)
+def matmul(input: Tensor, other: Tensor) -> Call:
+    """The map y = x w for a matrix w; ∇w = xᵀ gy at the selected entries."""
+    return linear_call(input, other, None, transposed=True) if other.dim() == 2 else NotImplemented
 
 
-def linear_rule(
+def linear_call(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool, kind: type[LinearRule] = LinearRule
-) -> Tensor:
-    """The map by a rule of this kind; NotImplemented where stock keeps as little, or no rule serves."""
-    if needs_no_rule(weight, bias) or not fits(x, weight) or x.dim() == 0 or weight.dim() != 2:
+) -> Call:
+    """The call of a linear map by a rule of this kind; NotImplemented where x or the weight has too few axes."""
+    if x.dim() == 0 or weight.dim() != 2:
         return NotImplemented
-    asked_weight, asked_bias = asking(weight), asking(bias)
-    if asked_weight is None and asked_bias is None:
-        return NotImplemented  # frozen: stock keeps nothing but the weight already
-    if asked_weight is not None and not asked_weight.fits(1, transposed=transposed):
-        return NotImplemented
-    x = autocast(x)
-    rule = kind(x, asked_weight, asked_bias, transposed=transposed)
-    return apply_rule(rule, x, weight, bias)
+    return Call(partial(kind, transposed=transposed), x, weight, bias, transposed=transposed)

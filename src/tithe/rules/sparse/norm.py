@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.base import Rule
-from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, needs_no_rule, register
+from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, register
 from tithe.rules.lean.dispatch import Leanness, catch
 from tithe.rules.sparse.reductions import selected_sum
 from tithe.rules.theta import Binding
@@ -212,37 +212,56 @@ class ScaleRule(Rule):
         return gx, None, product.reshape(-1, self.weight.indices.numel()).sum(0), None
 
 
-@register(F.layer_norm)
+@register(
+    F.layer_norm,
+    keeps="x, mean, 1/σ while x needs a gradient; else x̂[:, entries]",
+    stock="x, mean, 1/σ",
+    probes=True,
+    cast="float32",
+)
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
-    """`F.layer_norm` by rule."""
-    asked_weight, asked_bias = asking(weight), asking(bias)
-    frozen = asked_weight is None and asked_bias is None
-    if weight is None or frozen or needs_no_rule(weight, bias) or not fits(input, weight):
+) -> Call:
+    """The norm y = w x̂ + b; ∇w = Σ gy x̂ and ∇b = Σ gy at the selected entries."""
+    if weight is None:
         return NotImplemented
-    input = autocast(input, to_float32=True)
-    rule = LayerNormRule(list(normalized_shape), eps, asked_weight, asked_bias)
-    return apply_rule(rule, input, weight, bias)
+    shape = list(normalized_shape)
+    return Call(lambda x, *of: LayerNormRule(shape, eps, *of), input, weight, bias)
 
 
-@register(F.rms_norm)
+@register(
+    F.rms_norm,
+    keeps="x, 1/σ while x needs a gradient; else x̂[:, entries]",
+    stock="on a CPU, several of x's size",
+    family="RMS norm",
+    probes=True,
+    cast="",
+)
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    """`F.rms_norm` by rule."""
-    if weight is None or asking(weight) is None or needs_no_rule(weight, None) or input.dtype != weight.dtype:
+) -> Call:
+    """The norm y = w x / √(mean x² + ε); ∇w = Σ gy x̂ at the selected entries."""
+    if weight is None:
         return NotImplemented
     if eps is None:  # stock takes that of the dtype it computes in
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    return apply_rule(RMSNormRule(list(normalized_shape), eps, asking(weight)), input, weight, None)
+    shape, epsilon = list(normalized_shape), eps
+    return Call(lambda x, of_weight, _: RMSNormRule(shape, epsilon, of_weight), input, weight)
 
 
-@register(F.batch_norm)
+@register(
+    F.batch_norm,
+    keeps="1/σ, and x̂[:, channels]",
+    stock="x",
+    family="batch norm in evaluation mode",
+    probes=True,
+    frozen=True,
+    cast="",
+)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -252,17 +271,22 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` by rule in evaluation mode; with batch statistics the whole input is needed anyway."""
-    if training or running_mean is None or running_var is None or weight is None or needs_no_rule(weight, bias):
+) -> Call:
+    """The map y = w (x − μ) / σ + b of running μ and σ; with batch statistics all of x is needed anyway."""
+    if training or running_mean is None or running_var is None or weight is None:
         return NotImplemented
-    if not fits(input, weight) or input.dtype != weight.dtype:
-        return NotImplemented
-    rule = BatchNormRule(running_mean, running_var, eps, asking(weight), asking(bias))
-    return apply_rule(rule, input, weight, bias)
+    mean, variance = running_mean, running_var
+    return Call(lambda x, *of: BatchNormRule(mean, variance, eps, *of), input, weight, bias)
 
 
-@catch(F.batch_norm)
+@catch(
+    F.batch_norm,
+    keeps="1/σ: 4 bytes a channel",
+    stock="4 n",
+    family="batch norm with a frozen scale in evaluation mode",
+    note="=",
+    asked=True,
+)
 def lean_batch_norm(
     leanness: Leanness,
     input: Tensor,
@@ -278,19 +302,28 @@ def lean_batch_norm(
     if training or running_mean is None or running_var is None or isinstance(weight, Carrier):
         return NotImplemented
     weight = torch.ones_like(running_var) if weight is None else weight
-    if not input.requires_grad or weight.requires_grad:
+    if weight.requires_grad:
         return NotImplemented
     rule = BatchNormRule(running_mean, running_var, eps, None, asking(bias))
     return apply_rule(rule, input, weight, bias)
 
 
-@register(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(input: Tensor, other: Tensor) -> Tensor:
-    """`weight * x` by rule, for a vector along x's last axis."""
+@register(
+    torch.mul,
+    Tensor.mul,
+    Tensor.__mul__,
+    Tensor.__rmul__,
+    keeps="x[..., entries]",
+    stock="x",
+    family="vector along the last axis",
+    probes=True,
+    cast="",
+)
+def mul(input: Tensor, other: Tensor) -> Call:
+    """The product y = w x for a vector w along the last axis of x; ∇w = Σ gy x at the selected entries."""
     weight, x = (input, other) if asking(input) is not None else (other, input)
-    binding = asking(weight)
-    if binding is None or not isinstance(cast(object, x), Tensor) or weight.dim() != 1 or needs_no_rule(weight, None):
+    if asking(weight) is None or not isinstance(cast(object, x), Tensor) or weight.dim() != 1:
         return NotImplemented
-    if asking(x) is not None or x.dtype != weight.dtype or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+    if x.dtype != weight.dtype or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
         return NotImplemented
-    return apply_rule(ScaleRule(binding), x, weight, None)
+    return Call(lambda x, of_weight, _: ScaleRule(of_weight), x, weight)
