@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tithe
+from tithe.app.terminal import human
 from tithe.app.train.data import Batch
 from tithe.app.train.trainee import Trainee
 
@@ -50,8 +51,7 @@ class Spending:
     def bill(self) -> str:
         """What it costs, of what it may."""
         if self.measure == "bytes":
-            unit, size = ("MB", 1e6) if self.limit >= 1e6 else ("kB", 1e3)
-            return f"{self.spent / size:,.2f} of {self.limit / size:,.2f} {unit}"
+            return f"{human(int(self.spent))} of {human(int(self.limit))}"
         return f"{self.spent:,.0f} of {self.limit:,.0f} {self.measure}"
 
     @property
