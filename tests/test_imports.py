@@ -49,8 +49,11 @@ ROOMS: dict[str, set[str]] = {
     "__init__": CORE | {"methods", "testing"},
     "app": set(),
     "app.terminal": {"errors", "ledger"},
-    "app.train": {"tithe", "errors", "select", "delta", "averages", "app.terminal"},
-    "app.demo": {"tithe", "errors", "select", "app.train", "app.terminal"},
+    "app.dense": {"tithe", "errors", "ledger", "plan"},
+    "app.section": {"tithe", "errors", "app.dense"},
+    "app.methods": {"tithe", "app.section", "app.price"},
+    "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
+    "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
     "app.price": {"tithe", "errors", "select", "app.train", "app.terminal", "ledger", "delta", "method"}
     | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
     "app.average": {"tithe", "errors", "select", "app.train", "app.terminal", "averages", "forward"},

@@ -18,9 +18,9 @@ from tithe.app.terminal import human
 from tithe.app.train.averaging import save
 from tithe.app.train.loop import Run
 from tithe.app.train.merging import describe
+from tithe.app.train.position import bill, drawn
 from tithe.app.train.progress import read_log
 from tithe.app.train.recording import recorded_steps
-from tithe.app.train.spending import Spending
 
 _PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -130,12 +130,11 @@ def _budget_rows(draws: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the draws under a budget cost at most, and what the last one was."""
     if not draws:
         return {}
-    read = [Spending(**{key: value for key, value in draw.items() if key != "step"}) for draw in draws]
-    dearest, last = max(read, key=lambda spending: spending.spent), read[-1]
+    dearest = max(draws, key=lambda draw: draw["spent"])
     return {
-        "budget": f"{dearest.bill} at most, {len(read)} draw{'s' * (len(read) > 1)}",
-        "last draw": last.drawn,
-        "predicted": f"{human(max(spending.peak for spending in read))} peak of a step, θ and state included",
+        "budget": f"{bill(dearest)} at most, {len(draws)} draw{'s' * (len(draws) > 1)}",
+        "last draw": drawn(draws[-1]),
+        "predicted": f"{human(max(draw['peak'] for draw in draws))} peak of a step, θ and state included",
     }
 
 
