@@ -18,9 +18,9 @@ from tithe.app.demo import digits, run
 from tithe.app.demo.averaged import Averaged, averaging_steps, num_checkpoints, opening_steps
 from tithe.app.demo.contestants import BUDGET, CONTESTANTS, DENSITY
 from tithe.app.demo.network import WIDTH, Digits
-from tithe.app.demo.pace import Pace
 from tithe.app.demo.race import FULL, RATES
 from tithe.app.demo.trainee import Course, optimizer_bytes, trained_weights
+from tithe.app.terminal import Bar
 from tithe.errors import TitheError
 
 
@@ -208,7 +208,7 @@ def test_a_run_of_two_parts_records_every_second_step_of_the_first_and_trains_th
     assert trained_weights(trainee) == num_checkpoints(20) == 4
     weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.endswith("@theta"))
     assert 3 * weights < trainee.mapped_bytes() < 1.1 * 3 * weights  # a byte for each, and each step between two
-    kept = trainee._plan._spread.kept
+    kept = trainee._plan._sharing.kept
     assert kept is not None
     theta = next(iter(trainee._plan.parameters()))
     assert trainee.attached_bytes(batches[0]) == theta.nbytes + kept.waiting.nbytes
@@ -307,11 +307,11 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_terminal_sees_a_bar_with_the_time_left() -> None:
     page = Console(file=io.StringIO(), width=80, force_terminal=True)
-    with Pace(page, 2) as pace:
-        pace.phase("sorting")
-        pace.advance()
-        pace.note("half of it is sorted")
-        pace.advance()
+    with Bar(page, 2) as bar:
+        bar.phase("sorting")
+        bar.advance()
+        bar.say("half of it is sorted")
+        bar.advance()
     assert isinstance(page.file, io.StringIO)
     for part in ("sorting", "left", "half of it is sorted"):
         assert part in page.file.getvalue()
@@ -319,8 +319,8 @@ def test_a_terminal_sees_a_bar_with_the_time_left() -> None:
 
 def test_elsewhere_each_phase_is_a_line_with_the_time_left() -> None:
     page = Page()
-    with Pace(page, 4) as pace:
-        pace.phase("first")
-        pace.advance()
-        pace.phase("second")
+    with Bar(page, 4) as bar:
+        bar.phase("first")
+        bar.advance()
+        bar.phase("second")
     assert re.fullmatch(r"first\nsecond \(about \d+ s left\)\n", page.text)

@@ -48,12 +48,16 @@ ROOMS: dict[str, set[str]] = {
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
     "app": set(),
-    "app.train": {"tithe", "errors", "select", "delta", "averages"},
-    "app.demo": {"tithe", "errors", "select", "app.train"},
-    "app.price": {"tithe", "errors", "select", "app.train", "ledger", "delta", "method"}
+    "app.terminal": {"errors", "ledger"},
+    "app.dense": {"tithe", "errors", "ledger", "plan"},
+    "app.section": {"tithe", "errors", "app.dense"},
+    "app.methods": {"tithe", "app.section", "app.price"},
+    "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
+    "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
+    "app.price": {"tithe", "errors", "select", "app.train", "app.terminal", "ledger", "delta", "method"}
     | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "app.average": {"tithe", "errors", "select", "app.train", "averages", "forward"},
-    "app.cli": {"tithe", "errors", "select", "app.train", "app.demo", "app.price", "app.average"},
+    "app.average": {"tithe", "errors", "select", "app.train", "app.terminal", "averages", "forward"},
+    "app.cli": {"tithe", "errors", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
     "integrations": {"tithe", "errors", "select"},
     "__main__": {"app.cli"},
 }

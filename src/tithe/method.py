@@ -177,6 +177,28 @@ class Spending:
     of_layers: int
 
 
+@dataclass(frozen=True)
+class Narrowing:
+    """How narrow a network has become.
+
+    Args:
+        cost: what is counted: "channels", "flops" or "params".
+        spent: the expected cost, as a share of the whole network's.
+        units: that may still exist; one is a channel, a hidden unit or a head with all that belongs to it.
+        weights: that are left.
+        widths: group of units → how many of them exist, as an expectation.
+    """
+
+    cost: str
+    spent: float
+    units: int
+    weights: int
+    widths: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.spent:.3f} of the {self.cost}  {self.units:,} units  {self.weights:,} weights left"
+
+
 def _no_tensors() -> dict[str, Tensor]:
     return {}
 

@@ -81,10 +81,10 @@ def test_a_run_under_a_budget_learns_and_says_what_it_drew_and_spent(write: Edit
     progress = shown(console)
     assert progress.count("draw: ") == 12
     assert "step 6/72  draw: " in progress
-    assert f"of 40.00 kB  {draws[0]['channels']} of 83 channels" in progress
+    assert f"of 40.0 kB  {draws[0]['channels']} of 83 channels" in progress
     table = quiet()
     show(result, table)
-    for word in ("budget", "of 40.00 kB at most, 12 draws", "last draw", "predicted", "other layers"):
+    for word in ("budget", "of 40.0 kB at most, 12 draws", "last draw", "predicted", "other layers"):
         assert word in shown(table)
     assert max(map(len, shown(table).replace(str(tmp_path), "").splitlines())) <= 80
 

@@ -9,9 +9,10 @@ import pytest
 
 import tithe
 from tithe import TitheError
+from tithe.app.methods import SECTIONS
+from tithe.app.section import AttachedSection
 from tithe.app.train import parse_recipe, read_recipe
 from tithe.app.train.locate import locate
-from tithe.app.train.method import TradyMethod, VrpgeMethod
 
 Edit = Callable[..., Path]
 
@@ -215,9 +216,10 @@ def test_vrpge_is_trained_as_in_its_paper_unless_told_otherwise(edit: Edit) -> N
     optimizer = paper.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.1, 0.9, 5e-4)
     assert (optimizer.schedule, optimizer.warmup_steps, optimizer.warmup_epochs) == ("cosine", None, None)
-    assert isinstance(paper.method, VrpgeMethod)
-    assert paper.method.make(40) == tithe.VRPGE(keep=0.2, structure_lr=12e-3, alpha=0.5, gradual=(4, 20))
-    assert paper.method.make(2).gradual == (0, 1)
+    assert isinstance(paper.method, AttachedSection)
+    assert type(paper.method) is SECTIONS["vrpge"]
+    assert paper.method.make(paper.folder, 40) == tithe.VRPGE(keep=0.2, structure_lr=12e-3, alpha=0.5, gradual=(4, 20))
+    assert paper.method.make(paper.folder, 2).gradual == (0, 1)
     told = read_recipe(edit((FISH, method)), ["optimizer.name=adamw", "optimizer.schedule=linear"]).optimizer
     assert (told.name, told.lr, told.momentum, told.weight_decay, told.schedule) == ("adamw", 0.01, 0, 0, "linear")
 
@@ -233,7 +235,8 @@ def test_vrpge_is_trained_as_in_its_paper_unless_told_otherwise(edit: Edit) -> N
 )
 def test_a_budget_is_text_or_names_its_measure(written: str, measure: str, limit: float, edit: Edit) -> None:
     recipe = read_recipe(edit((FISH, f'name = "trady"\nbudget = {written}\nlayers = "all"\nlean_bits = 8')))
-    assert isinstance(recipe.method, TradyMethod)
+    assert isinstance(recipe.method, AttachedSection)
+    assert type(recipe.method) is SECTIONS["trady"]
     method = recipe.method.make(recipe.folder)
     assert getattr(method.budget, measure) == limit
     assert (method.layers, method.lean, method.dynamic) == ("all", True, True)

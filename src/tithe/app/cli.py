@@ -15,11 +15,10 @@ from tithe.errors import TitheError
 
 try:
     import typer
-    from rich.console import Console
+
+    from tithe.app import terminal
 except ModuleNotFoundError as error:
     raise SystemExit(f"The command line needs {error.name}: pip install 'tithe[train]'") from error
-
-WIDTH = 80
 
 app = typer.Typer(
     name="tithe",
@@ -30,17 +29,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": terminal.WIDTH},
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """A console of at most 80 columns; rich leaves colours and bars out where nobody is looking."""
-    console = Console(stderr=stderr, highlight=False)
-    console.width = min(console.width, WIDTH)
-    return console
 
 
 def _say(text: str) -> None:
@@ -148,7 +140,7 @@ def train(
         from tithe.app.train.report import show
 
         try:
-            result = run(checked, resume=resume, console=_console(stderr=True))
+            result = run(checked, resume=resume, console=terminal.console(stderr=True))
         except Interrupted as stop:
             if os.environ.get("RANK", "0") == "0":
                 again = ["tithe", "train", str(recipe), "--resume"]
@@ -161,7 +153,7 @@ def train(
         if as_json:
             _print_json(result)
         else:
-            show(result, _console())
+            show(result, terminal.console())
 
 
 @app.command()
@@ -216,21 +208,21 @@ def price(
             budget=prices.parse_budget(budget), rank=rank, optimizer=optimizer, checkpoints=checkpoints
         )
         limit = None if memory is None else Budget(memory).bytes
-        with prices.Watch(_console(stderr=True)) as watch:
+        with terminal.Bar(terminal.console(stderr=True), patience=5.0) as bar:
             quotes = prices.price(
                 prices.outline(model, shape, settings or ()),
                 batch=batch,
                 methods=tuple(method or prices.OFFERS),
                 terms=terms,
                 memory=limit,
-                progress=watch,
+                progress=bar.phase,
             )
         if plot is not None:
             prices.plot(quotes, plot)
         if as_json:
             _print_json(quotes.as_dict())
         else:
-            prices.show(quotes, _console())
+            prices.show(quotes, terminal.console())
 
 
 @app.command()
@@ -287,12 +279,12 @@ def average(
             told={name: value for name, value in told.items() if value is not None},
             skip_damaged=skip_damaged,
             figure=plot,
-            console=_console(stderr=True),
+            console=terminal.console(stderr=True),
         )
         if as_json:
             _print_json(result.as_dict())
         else:
-            averages.show(result, _console())
+            averages.show(result, terminal.console())
 
 
 @app.command()

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tithe.errors import TitheError
 from tithe.forward import RandomStates
 from tithe.ledger import Ledger, human
-from tithe.method import Spending
+from tithe.method import Narrowing, Spending
 from tithe.plan.parameters import split_parameters
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
@@ -35,7 +36,7 @@ class Plan(ABC):
     """A model of which a selected part is trained. Made by `attach`.
 
     A training loop asks a plan what it needs, never which plan it is: `needs_backward`, `averages_gradients`,
-    `settled`, `spending`.
+    `warmup`, `settled`, `narrowing`, `spending`, `attached_bytes`.
 
     Args:
         model: the model.
@@ -152,6 +153,38 @@ class Plan(ABC):
     def index_bytes(self) -> int:
         """Return the bytes of the tensors that say where the selected values belong."""
 
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes that the plan keeps in memory beside the weights between two steps: θ and indices."""
+        theta = sum(p.nbytes for name, p in self.named_parameters() if name not in self._head)
+        return theta + self.index_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of a mapped file that each step reads."""
+        return 0
+
+    @property
+    def warmup(self) -> int:
+        """How many steps train the head alone, before anything else is."""
+        return 0
+
+    def train_mode(self) -> None:
+        """Put the model in training mode; norms that are not trained keep their statistics."""
+        self.model.train()
+        moving = self._moving_whole()
+        if moving is None:
+            return
+        names = set(moving)
+        for path, module in self.model.named_modules():
+            own = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
+            if isinstance(module, _NormBase) and own and not own & names:
+                module.eval()
+
+    def _moving_whole(self) -> Iterable[str] | None:
+        """Names of the weights that move whole; None where the plan itself sees to the norms of what is frozen."""
+        return None
+
     @abstractmethod
     def predict(self, batch: Any) -> Ledger:
         """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
@@ -200,6 +233,14 @@ class Plan(ABC):
 
     def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float | None:
         """Fix the structure, and train its weights alone from now on; returns its loss, or None where it is fixed."""
+        return None
+
+    def narrowing(self) -> Narrowing | None:
+        """Say how narrow the network is now; None where everything exists."""
+        return None
+
+    def widths(self) -> dict[str, dict[str, int]] | None:
+        """Module path → attribute → number, of every number that follows a width; None where all widths are full."""
         return None
 
     def refresh_statistics(self, batches: Iterable[Any] | None = None) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
 from tithe.forward import estimate_statistics
-from tithe.method import NarrowMethod
+from tithe.method import Narrowing, NarrowMethod
 from tithe.narrow import (
     InferenceNetwork,
     LiveWeights,
@@ -105,6 +105,27 @@ class NarrowPlan(Plan):
     def index_bytes(self) -> int:
         """Return the bytes of the maps from positions to units."""
         return sum(axis.nbytes for axis in self.stage.coupling.axes)
+
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes of the maps and of the probabilities: between steps θ is the weights' own memory."""
+        return self.index_bytes + sum(s.nbytes for s in self.structure_parameters())
+
+    def narrowing(self) -> Narrowing:
+        """Say how narrow the network is now."""
+        groups = self.structure_parameters()
+        names = [group.name for group in self.stage.coupling.groups]
+        return Narrowing(
+            cost=self.method.cost,
+            spent=self.probabilities.spent(),
+            units=sum(int((s > 0).sum()) for s in groups),
+            weights=sum(parameter.numel() for parameter in self.model.parameters()),
+            widths={name: round(float(s.sum()), 2) for name, s in zip(names, groups, strict=True)},
+        )
+
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Module path → attribute → number, of every number that follows a width."""
+        return self.stage.numbers(self.model)
 
     # --------------------------------------------------------------------------------------------------------- a step
 

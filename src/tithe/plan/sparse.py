@@ -93,6 +93,16 @@ class SparsePlan(Plan):
         """Return the bytes of the tensors that say where the selected values belong."""
         return sum(b.index_bytes for b in self._candidates)
 
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes that the plan keeps in memory beside the weights between two steps: θ, its unused slots, indices."""
+        return super().attached_bytes + self._selected.unused_bytes
+
+    @property
+    def warmup(self) -> int:
+        """How many steps train the head alone, before the first choice is made."""
+        return self.method.warmup
+
     def predict(self, batch: Any) -> ledger.Ledger:
         """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
 

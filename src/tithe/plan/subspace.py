@@ -121,6 +121,20 @@ class SubspacePlan(Plan):
         """Return the bytes of the basis that this process holds: on the CPU in a mapped file."""
         return self.basis.nbytes
 
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes of θ, and of the gradients of small weights, which wait to be projected together."""
+        kept = self._sharing.kept
+        return self.theta.nbytes + (0 if kept is None else kept.waiting.nbytes)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the basis, which each step reads."""
+        return self.index_bytes
+
+    def _moving_whole(self) -> Iterable[str]:
+        return self._spans_by_name
+
     def predict(self, batch: Any) -> ledger.Ledger:
         """Return the price of one forward and backward pass on `batch`; nothing of that size is allocated.
 

@@ -3,7 +3,7 @@
     command  the options, checked            ways     fixed weights; what a way gave
     compare  every way tried, one written    bench    a recipe's model and data: put weights in, evaluate
     soup     checkpoints kept one by one     trained  coefficients trained in the span
-    show · plot · watch  what is seen of it
+    show · plot              what is seen of it
 
 `tithe.average` itself looks at no data, and is in the core.
 """

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tithe import History, TitheError, TitheWarning
 from tithe.app.average.plot import plot
-from tithe.app.average.watch import Watch
 from tithe.app.average.ways import Comparison, Fixed, Settings, fixed_weights
+from tithe.app.terminal import Bar
 from tithe.averages.average import average, check_output, check_weights
 
 _WITH_DATA = ("bits", "granularity", "epochs", "lr")
@@ -52,28 +52,28 @@ def run(
     _check(recipe, data, weights, told, settings)
     history = _opened(checkpoints, console, skip_damaged=skip_damaged)
     check_output(output, history.rows.paths[0])
-    with Watch(console) as watch:
+    with Bar(console, patience=5.0) as bar:
         if recipe is None:
-            found = _fixed(history, output, weights, settings, watch)
+            found = _fixed(history, output, weights, settings, bar)
             coefficients = {"all": torch.tensor(found.weights)}
         else:
             from tithe.app.average.compare import compare
             from tithe.app.train import read_recipe
 
             folder = [] if data is None else [f"data.folder={json.dumps(str(data.resolve()))}"]
-            found = compare(read_recipe(recipe, folder), history, output, settings, watch)
+            found = compare(read_recipe(recipe, folder), history, output, settings, bar)
             coefficients = found.winner.coefficients
     if figure is not None:
         plot(coefficients, found.checkpoints, figure)
     return found
 
 
-def _fixed(history: History, output: Path, weights: str | None, settings: Settings, watch: Watch) -> Fixed:
+def _fixed(history: History, output: Path, weights: str | None, settings: Settings, bar: Bar) -> Fixed:
     method = "mean" if settings.method == "auto" else settings.method
     given = fixed_weights(method, len(history), settings.decay) if weights is None else parse_weights(weights)
     factors = check_weights(given, len(history))
-    watch.label("averaging")
-    average(history, output, factors, progress=watch)
+    bar.phase("averaging")
+    average(history, output, factors, progress=bar.to)
     return Fixed(
         checkpoints=tuple(map(str, history.rows.paths)),
         method=method if weights is None else "weights",

@@ -14,13 +14,13 @@ from tithe import History
 from tithe.app.average.bench import Bench, split_sizes
 from tithe.app.average.soup import greedy_soup
 from tithe.app.average.trained import Trained, Trainer, rates
-from tithe.app.average.watch import Watch
 from tithe.app.average.ways import METHODS, Comparison, Row, Settings, ema_weights, one_hot
+from tithe.app.terminal import Bar
 from tithe.app.train.recipe import Recipe
 from tithe.averages.average import average, check_output, write_like
 
 
-def compare(recipe: Recipe, history: History, output: Path, settings: Settings, watch: Watch) -> Comparison:
+def compare(recipe: Recipe, history: History, output: Path, settings: Settings, bar: Bar) -> Comparison:
     """Try every way to average, and write the one that is asked for, or the best on the selection rows.
 
     Args:
@@ -28,7 +28,7 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
         history: the checkpoints.
         output: the new file or folder.
         settings: which way is written, and how TWA trains.
-        watch: is told how far this is.
+        bar: is told how far this is.
 
     Returns:
         What each way gave.
@@ -37,18 +37,18 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
         TitheError: when data, model and checkpoints do not fit together, or the output exists.
     """
     check_output(output, history.rows.paths[0])
-    watch.label("reading data and model")
-    bench = Bench(recipe, history, watch)
+    bar.phase("reading data and model")
+    bench = Bench(recipe, history, bar.to)
     bench.plan(_cost(bench, settings))
     rows: list[Row] = []
     chosen: tuple[Row, dict[str, Tensor]] | None = None
-    for row in _rows(bench, settings, watch):
+    for row in _rows(bench, settings, bar):
         rows.append(row)
         asked = settings.method in ("auto", row.method)
         if asked and (chosen is None or row.score > chosen[0].score):
             chosen = row, bench.snapshot()
     assert chosen is not None
-    watch.label("writing")
+    bar.phase("writing")
     _write(bench, output, *chosen)
     return Comparison(
         checkpoints=tuple(map(str, history.rows.paths)),
@@ -59,12 +59,12 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     )
 
 
-def _rows(bench: Bench, settings: Settings, watch: Watch) -> Iterator[Row]:
+def _rows(bench: Bench, settings: Settings, bar: Bar) -> Iterator[Row]:
     """A row a way; the model is what the row says while it is looked at."""
     n, scores = len(bench.history), list[float]()
     started = time.monotonic()
     for index in range(n):
-        watch.label(f"checkpoint {index + 1} of {n}")
+        bar.phase(f"checkpoint {index + 1} of {n}")
         bench.put_checkpoint(index)
         scores.append(next(iter(bench.select().values())))
     best = max(range(n), key=scores.__getitem__)
@@ -75,24 +75,24 @@ def _rows(bench: Bench, settings: Settings, watch: Watch) -> Iterator[Row]:
         ("ema", ema_weights(n, settings.decay), f"decay {settings.decay:g}"),
     ):
         started = time.monotonic()
-        watch.label(METHODS[method])
+        bar.phase(METHODS[method])
         bench.put_average(weights)
         bench.estimate()
         yield _row(bench, method, detail, started, weights)
     started = time.monotonic()
-    watch.label(METHODS["greedy"])
+    bar.phase(METHODS["greedy"])
     kept = greedy_soup(bench, scores)
     weights = [(index in kept) / len(kept) for index in range(n)]
     yield _row(bench, "greedy", f"{len(kept)} of {n}", started, weights)
     started = time.monotonic()
-    watch.label("reading the span")
+    bar.phase("reading the span")
     trainer = Trainer(bench, settings)
     try:
         for method, split, places in (
             ("twa-t", "train", range(len(bench.samples["train"]))),
             ("twa-v", "validation", bench.tuning),
         ):
-            watch.label(METHODS[method])
+            bar.phase(METHODS[method])
             point = trainer.train(split, places)
             detail = _told(point, settings)
             found = trainer.plan.coefficients()

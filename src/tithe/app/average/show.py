@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from tithe.app import terminal
 from tithe.app.average.ways import METHODS, Comparison, Fixed
 
 
@@ -15,10 +14,7 @@ def show(found: Fixed | Comparison, console: Console) -> None:
         console.print(f"written: {found.output}", markup=False, soft_wrap=True)
         return
     metric = next(iter(found.rows[0].selection))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in (f"{metric}\nselection", f"{metric}\ntest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = terminal.table(["", f"{metric}\nselection", f"{metric}\ntest"])
     table.add_column("\nchosen", overflow="fold", max_width=34)
     table.add_column("\nseconds", justify="right", no_wrap=True)
     for row in found.rows:

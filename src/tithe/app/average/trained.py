@@ -19,7 +19,7 @@ from tithe.app.average.ways import Settings
 from tithe.app.train.course import AverageCourse
 from tithe.app.train.data import to_device
 from tithe.app.train.ending import AverageSection
-from tithe.app.train.trainee import make_optimizer
+from tithe.app.train.optimizer import make_optimizer
 from tithe.errors import TitheError
 
 _RATES: Final = {"model": (2.0, 0.2), "tensor": (1e-3, 1e-2)}

@@ -17,8 +17,8 @@ import tithe
 from tithe.app.demo.contestants import Contestant
 from tithe.app.demo.digits import NUM_CLASSES, Batch, Task, tasks
 from tithe.app.demo.network import WIDTH, Digits
-from tithe.app.demo.pace import Pace
 from tithe.app.demo.trainee import BATCH_SIZE, Course, Plain, Trainee, optimizer_bytes, trained_weights
+from tithe.app.terminal import Bar
 from tithe.errors import TitheError
 
 RATES = (3e-3, 1e-2, 3e-2)
@@ -113,7 +113,7 @@ class _Tuned:
     size: int
 
 
-def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, seed: int, pace: Pace) -> list[Result]:
+def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, seed: int, bar: Bar) -> list[Result]:
     """Run all contestants from the same pretrained base on the same batches.
 
     Writes `base.safetensors` and `SLUG.safetensors` of each contestant into `folder`.
@@ -123,22 +123,22 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
         folder: an existing folder for the files.
         length: how much is run.
         seed: of the weights, the batches and the choices.
-        pace: is told of every step.
+        bar: is told of every step.
 
     Raises:
         TitheError: a file, applied to a fresh copy of the base, does not give the outputs of the tuned network.
     """
     first, second = tasks()
-    base = _pretrain(first, length.pretraining, seed, pace)
+    base = _pretrain(first, length.pretraining, seed, bar)
     Plain(base).save(folder / "base.safetensors")
-    tuned = [_tune(contestant, base, second, folder, length, seed, pace) for contestant in contestants]
-    pace.phase("measuring bytes and seconds of a step")
+    tuned = [_tune(contestant, base, second, folder, length, seed, bar) for contestant in contestants]
+    bar.phase("measuring bytes and seconds of a step")
     batch = next(second.epochs(BATCH_SIZE, seed))[0]
     measured = Course(second, seed, length.tuning, measured=True)
     started = [_start(contestant, copy.deepcopy(base), measured) for contestant in contestants]
     trainees = [trainee for trainee, _ in started]
     ledgers = [_two_steps(trainee, batch) for trainee in trainees]
-    seconds = _interleave(trainees, batch, length.rounds, pace)
+    seconds = _interleave(trainees, batch, length.rounds, bar)
     return [
         Result(
             contestant=contestant,
@@ -164,22 +164,22 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
     ]
 
 
-def _pretrain(task: Task, num_steps: int, seed: int, pace: Pace) -> nn.Module:
+def _pretrain(task: Task, num_steps: int, seed: int, bar: Bar) -> nn.Module:
     """Train a new network on `task`, then give it a new head for the next task."""
-    pace.phase(f"pretraining on {task.name}")
+    bar.phase(f"pretraining on {task.name}")
     torch.manual_seed(seed)
     model = Digits()
-    _fit(Plain(model), Course(task, seed, num_steps), PRETRAINING_RATE, num_steps, pace)
-    pace.note(f"pretrained: {_logits(model, task.test).argmax(1).eq(task.test[1]).double().mean():.1%} of held-out")
+    _fit(Plain(model), Course(task, seed, num_steps), PRETRAINING_RATE, num_steps, bar)
+    bar.say(f"pretrained: {_logits(model, task.test).argmax(1).eq(task.test[1]).double().mean():.1%} of held-out")
     model.head = nn.Linear(WIDTH, NUM_CLASSES)
     return model
 
 
 def _tune(
-    contestant: Contestant, base: nn.Module, task: Task, folder: Path, length: Length, seed: int, pace: Pace
+    contestant: Contestant, base: nn.Module, task: Task, folder: Path, length: Length, seed: int, bar: Bar
 ) -> _Tuned:
     """Train at every rate, keep the best on the validation images, save it, and check the file on a fresh base."""
-    pace.phase(f"{contestant.name}: {len(length.rates)} learning rates on {task.name}")
+    bar.phase(f"{contestant.name}: {len(length.rates)} learning rates on {task.name}")
     path = folder / f"{contestant.slug}.safetensors"
     accuracies: list[float] = []
     best: tuple[float, float] | None = None
@@ -187,7 +187,7 @@ def _tune(
     course = Course(task, seed, length.tuning)
     for candidate in length.rates:
         trainee = contestant.start(copy.deepcopy(base), course)
-        _fit(trainee, course, candidate, sum(contestant.num_steps(length.tuning)), pace)
+        _fit(trainee, course, candidate, sum(contestant.num_steps(length.tuning)), bar)
         logits = _logits(trainee.model, task.validation)
         accuracy = logits.argmax(1).eq(task.validation[1]).double().mean().item()
         loss = nn.functional.cross_entropy(logits, task.validation[1]).item()
@@ -209,7 +209,7 @@ def _tune(
     return _Tuned(rate, tuple(accuracies), outputs.argmax(1).eq(task.test[1]), besides, path.stat().st_size)
 
 
-def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, pace: Pace) -> None:
+def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, bar: Bar) -> None:
     """Train with a short warm-up and a linear decay to zero at the end of a whole run; stop after `num_steps`."""
     done = 0
     for epoch in course.task.epochs(BATCH_SIZE, course.seed):
@@ -221,7 +221,7 @@ def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, pace: Pa
                 group["lr"] = rate * min(1.0, (done + 1) / WARM_UP_STEPS) * (1.0 - done / course.num_steps)
             trainee.step(batch)
             done += 1
-            pace.advance()
+            bar.advance()
         trainee.end_epoch()
 
 
@@ -242,7 +242,7 @@ def _two_steps(trainee: Trainee, batch: Batch) -> tithe.Ledger:
     return tithe.measure(steps, model=trainee.model)
 
 
-def _interleave(trainees: Sequence[Trainee], batch: Batch, rounds: int, pace: Pace) -> list[float]:
+def _interleave(trainees: Sequence[Trainee], batch: Batch, rounds: int, bar: Bar) -> list[float]:
     """Median seconds of a step of each; the turns alternate so that a busy moment of the machine hits all alike."""
     seconds: list[list[float]] = [[] for _ in trainees]
     for _ in range(rounds):
@@ -250,7 +250,7 @@ def _interleave(trainees: Sequence[Trainee], batch: Batch, rounds: int, pace: Pa
             start = time.perf_counter()
             trainee.step(batch)
             own.append(time.perf_counter() - start)
-            pace.advance()
+            bar.advance()
     return [statistics.median(own) for own in seconds]
 
 

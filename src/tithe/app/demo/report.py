@@ -9,32 +9,27 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tithe.app import terminal
 from tithe.app.demo.averaged import AVERAGE_RATE, BITS, num_checkpoints
 from tithe.app.demo.contestants import BUDGET, DENSITY, FIXED, KEEP
 from tithe.app.demo.race import Length, Result
 from tithe.app.demo.trainee import BATCH_SIZE
-
-_INKS = ("#1b4965", "#5fa8d3", "#e09f3e")
+from tithe.app.terminal import human
 
 
 def table(results: Sequence[Result]) -> Table:
     """The one table, under 80 columns: a row for each contestant, and one for the second part of a run of two."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column("", no_wrap=True)
-    for heading in ("held-out\naccuracy", "trainable\nweights", "peak over\nweights", "optimizer\nstate"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("seconds\na step", justify="right", no_wrap=True)
-    shown.add_column("file", justify="right", no_wrap=True)
+    heads = ("held-out\naccuracy", "trainable\nweights", "peak over\nweights", "optimizer\nstate", "seconds\na step")
+    shown = terminal.table(["", *heads, "file"])
+    shown.show_edge = False
     for row, run in zip(results, whole_runs(results), strict=True):
-        cells = f"{run.trained:,}", in_bytes(run.peak), in_bytes(run.optimizer), f"{run.seconds:.4f}"
-        shown.add_row(row.contestant.name, f"{row.accuracy:.1%}", *cells, in_bytes(row.size))
+        cells = f"{run.trained:,}", human(run.peak), human(run.optimizer), f"{run.seconds:.4f}"
+        shown.add_row(row.contestant.name, f"{row.accuracy:.1%}", *cells, human(row.size))
         if row.opening:
-            cells = f"{row.trained:,}", in_bytes(row.peak), in_bytes(row.optimizer), f"{row.seconds:.4f}"
+            cells = f"{row.trained:,}", human(row.peak), human(row.optimizer), f"{row.seconds:.4f}"
             shown.add_row("  its TWA steps", "", *cells, "")
     return shown
 
@@ -88,10 +83,10 @@ def remarks(results: Sequence[Result], length: Length) -> Table:
 def figure(results: Sequence[Result], path: Path) -> None:
     """Write a PNG of two panels: bars of accuracy, and bars of bytes on a logarithmic axis."""
     names, runs = [row.contestant.name for row in results], whole_runs(results)
-    drawn = Figure(figsize=(9.0, 1.4 + 0.6 * len(results)), layout="constrained")
+    drawn = terminal.figure(9.0, 1.4 + 0.6 * len(results))
     left, right = drawn.subplots(1, 2, sharey=True)
     places = list(range(len(results)))
-    bars = left.barh(places, [100 * row.accuracy for row in results], color=_INKS[0])
+    bars = left.barh(places, [100 * row.accuracy for row in results], color=terminal.COLOURS[0])
     left.bar_label(bars, fmt="%.1f", padding=3)
     left.set(title="held-out accuracy, %", xlim=(0, 112), yticks=places, yticklabels=names)
     left.invert_yaxis()
@@ -102,14 +97,12 @@ def figure(results: Sequence[Result], path: Path) -> None:
     )
     for place, (kind, sizes) in enumerate(kinds):
         heights = [at + 0.27 * (place - 1) for at in places]
-        bars = right.barh(heights, sizes, height=0.25, color=_INKS[place], label=kind)
-        right.bar_label(bars, labels=[in_bytes(size) for size in sizes], padding=3, fontsize=8)
+        bars = right.barh(heights, sizes, height=0.25, color=terminal.COLOURS[place], label=kind)
+        right.bar_label(bars, labels=[human(size) for size in sizes], padding=3, fontsize=8)
     largest = max(size for _, sizes in kinds for size in sizes)
     right.set(title="bytes (logarithmic)", xscale="log", xlim=(1e3, largest * 8), xticks=[1e3, 1e4, 1e5, 1e6, 1e7])
     drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-    drawn.savefig(path, format="png", dpi=150)
+    terminal.save_figure(drawn, path)
 
 
 def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: float) -> dict[str, Any]:
@@ -159,20 +152,6 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
     }
 
 
-def in_bytes(count: int) -> str:
-    """Bytes for people, of three digits.
-
-    Example:
-        >>> in_bytes(1_367_600)
-        '1.37 MB'
-    """
-    for unit, size in (("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{count} B"
-
-
 def _sentences(results: Sequence[Result], length: Length) -> list[str]:
     num_tests = results[0].correct.numel()
     return [
@@ -202,7 +181,7 @@ def _opened(results: Sequence[Result], row: Result, length: Length) -> str:
         f"{row.contestant.name} trains as the first row does for {row.opening} of {length.tuning} steps and records "
         f"{_many(num_checkpoints(length.tuning), 'checkpoint')}; {_many(row.steps, 'more step')} then train how much "
         f"of each there is, from their mean, by SGD of rate {AVERAGE_RATE:g}. Its row says what the run takes at most, "
-        f"the line below what these steps take; they read {in_bytes(row.mapped)} of a mapped file, {BITS} bits a "
+        f"the line below what these steps take; they read {human(row.mapped)} of a mapped file, {BITS} bits a "
         f"weight. Steps times seconds are {training[0] / training[1]:.2f} of the first row's, {training[0]:.2f} s for "
         f"{training[1]:.2f} s; "
         f"recording and preparing took another {row.besides:.2f} s. Accuracy: {_duel(row, full)}. Lengths "
@@ -260,7 +239,7 @@ def _peaks(results: Sequence[Result]) -> str:
     if kept > moved:
         said += " So the peak falls far less than the number of trained weights: activations dominate it."
     if chosen.choosing > chosen.peak:
-        said += f" Choosing, once before training, had {in_bytes(chosen.choosing)} alive ({chosen.contestant.name})."
+        said += f" Choosing, once before training, had {human(chosen.choosing)} alive ({chosen.contestant.name})."
     return said
 
 

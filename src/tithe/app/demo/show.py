@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tithe.app import terminal
 from tithe.app.demo import report
 from tithe.app.demo.contestants import CONTESTANTS
-from tithe.app.demo.pace import Pace
 from tithe.app.demo.race import FULL, QUICK, race
 from tithe.errors import TitheError
 
@@ -37,7 +37,7 @@ def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | 
         TitheError: `output` cannot be a folder, the embedded images were changed, or a saved file does not give the
             tuned network again.
     """
-    console = console if console is not None else Console()
+    console = terminal.console() if console is None else console
     length = QUICK if quick else FULL
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | 
         ) from error
     with staging as name, torch.random.fork_rng(devices=()), _one_thread():
         folder = Path(name)
-        with Pace(console, length.steps(CONTESTANTS)) as pace:
-            results = race(CONTESTANTS, folder, length=length, seed=seed, pace=pace)
+        with terminal.Bar(console, length.steps(CONTESTANTS)) as bar:
+            results = race(CONTESTANTS, folder, length=length, seed=seed, bar=bar)
         report.figure(results, folder / "demo.png")
-        outcome = report.as_json(results, length=length, seed=seed, seconds=pace.seconds)
+        outcome = report.as_json(results, length=length, seed=seed, seconds=bar.seconds)
         (folder / "result.json").write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
         for path in sorted(folder.iterdir()):
             os.replace(path, output / path.name)
@@ -64,7 +64,7 @@ def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | 
     console.print(report.table(results))
     console.print()
     console.print(report.remarks(results, length))
-    console.print(f"{pace.seconds:.0f} seconds. Figure, numbers and files: {output}", markup=False, highlight=False)
+    console.print(f"{bar.seconds:.0f} seconds. Figure, numbers and files: {output}", markup=False, highlight=False)
     return outcome
 
 

@@ -11,7 +11,6 @@ from tithe.app.price.plot import plot
 from tithe.app.price.quote import Fit, Quote, Quotes
 from tithe.app.price.show import show
 from tithe.app.price.subject import Subject
-from tithe.app.price.watch import Watch
 
 __all__ = [
     "OFFERS",
@@ -22,7 +21,6 @@ __all__ = [
     "Shape",
     "Subject",
     "Terms",
-    "Watch",
     "outline",
     "parse_budget",
     "plot",

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from tithe.app import terminal
 from tithe.app.price.quote import Quotes
-from tithe.errors import TitheError
 
-_COLOURS = {
-    "weights": "#b0b7bf",
-    "batch": "#7f8790",
-    "theta": "#8c6bb1",
-    "optimizer": "#e6a03c",
-    "gradients": "#c8553d",
-    "saved": "#2b7bba",
-    "transient": "#9ecae1",
-}
-_LABELS = {"theta": "θ and its index", "saved": "saved for backward", "transient": "working set"}
+_PARTS = ("saved", "gradients", "optimizer", "theta", "transient", "batch", "weights")
+_LABELS = {"theta": "θ and its index", "saved": "kept for backward", "transient": "working set"}
 
 
 def plot(quotes: Quotes, path: Path) -> None:
@@ -26,17 +17,12 @@ def plot(quotes: Quotes, path: Path) -> None:
     Raises:
         TitheError: the file cannot be written, or its ending names no format.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # A canvas of its own: no display is needed, and the caller's matplotlib stays as it is.
-    figure: Any = Figure(figsize=(7.2, 1.2 + 0.5 * len(quotes.rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = terminal.figure(7.2, 1.2 + 0.5 * len(quotes.rows))
     axes = figure.add_subplot()
     names = [row.method for row in quotes.rows]
     scale, unit = (1e9, "GB") if max(row.peak for row in quotes.rows) >= 1e9 else (1e6, "MB")
     starts = [0.0] * len(names)
-    for part, colour in _COLOURS.items():
+    for part, colour in reversed(list(zip(_PARTS, terminal.COLOURS, strict=True))):
         sizes = [row.parts[part] / scale for row in quotes.rows]
         axes.barh(names, sizes, left=starts, color=colour, label=_LABELS.get(part, part), height=0.7)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
@@ -49,11 +35,5 @@ def plot(quotes: Quotes, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{unit} at the highest moment of a step")
     axes.set_title(f"{quotes.subject}, batch {quotes.batch}, {quotes.dtype}, {quotes.optimizer}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise TitheError(
-            str(path), found=str(error), expected="a file to write, such as price.png", remedy="name another file"
-        ) from error
+    terminal.save_figure(figure, path)

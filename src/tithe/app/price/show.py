@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from tithe.app.price.quote import Quote, Quotes
-from tithe.ledger import human
+from tithe.app.terminal import human, megabytes, table
 
 _LAYERS = 8
 _PATH = 28
@@ -18,9 +15,9 @@ _PATH = 28
 def show(quotes: Quotes, console: Console) -> None:
     """Print the quotes."""
     console.print(_title(quotes), markup=False)
-    for table in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
+    for made in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
         console.print()
-        console.print(table)
+        console.print(made)
     console.print()
     for name, reason in quotes.left_out.items():
         console.print(f"{name} is left out: {reason}", markup=False)
@@ -40,27 +37,12 @@ def _budget(quotes: Quotes) -> str:
     return human(budget.bytes) if budget.bytes is not None else f"{budget.of(0):,} elements"
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.padding = (0, 1, 0, 0)
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _mega(size: int) -> str:
-    """Megabytes in at most seven characters."""
-    value = size / 1e6
-    return "0" if size == 0 else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
-
-
 def _memory(quotes: Quotes) -> Table:
-    heads = ["weights", "batch", "θ+index", "optim", "grads", "saved", "work", "PEAK"]
-    table = _table("Memory at the highest moment of a step, MB: columns add up to the peak", ["method", *heads])
+    heads = ["weights", "batch", "θ+index", "optim", "grads", "kept", "work", "PEAK"]
+    made = table(["method", *heads], title="Memory at the highest moment of a step, MB: columns add up to the peak")
     for row in quotes.rows:
-        table.add_row(row.method, *map(_mega, row.parts.values()), _mega(row.peak))
-    return table
+        made.add_row(row.method, *map(megabytes, row.parts.values()), megabytes(row.peak))
+    return made
 
 
 def _count(values: int) -> str:
@@ -77,13 +59,13 @@ def _giga(flops: int | None) -> str:
 
 def _work(quotes: Quotes) -> Table:
     heads = ["trained", "forward", "input ∇", "weight ∇", "kept MB", "send MB", "file MB"]
-    table = _table("Work of a step: GFLOPs, the most kept for backward, bytes that ranks send", ["method", *heads])
+    made = table(["method", *heads], title="Work of a step: GFLOPs, the most kept for backward, bytes that ranks send")
     for row in quotes.rows:
         flops = row.flops
         counts = (None,) * 3 if flops is None else (flops.forward, flops.input_gradient, flops.weight_gradient)
-        sizes = map(_mega, (row.saved, row.sent, row.file))
-        table.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
-    return table
+        sizes = map(megabytes, (row.saved, row.sent, row.file))
+        made.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
+    return made
 
 
 def _layers(quotes: Quotes) -> Table:
@@ -91,21 +73,21 @@ def _layers(quotes: Quotes) -> Table:
     rows = quotes.rows
     width = max(6, min(13, (78 - _PATH) // len(rows) - 2))
     heads = [_short(row.method, width) for row in rows]
-    table = _table("Layers that keep most for backward, MB", ["module", *heads])
+    made = table(["module", *heads], title="Layers that keep most for backward, MB")
     most: dict[str, int] = {}
     for row in rows:
         for path, size in row.layers.items():
             most[path] = max(most.get(path, 0), size)
     ranked = sorted(most, key=lambda path: (-most[path], path))
-    lines = {path or "(outermost)": [_mega(row.layers.get(path, 0)) for row in rows] for path in ranked[:_LAYERS]}
+    lines = {path or "(outermost)": [megabytes(row.layers.get(path, 0)) for row in rows] for path in ranked[:_LAYERS]}
     if len(ranked) > _LAYERS:
         rest = [sum(row.layers.get(path, 0) for path in ranked[_LAYERS:]) for row in rows]
-        lines[f"({len(ranked) - _LAYERS} more)"] = list(map(_mega, rest))
+        lines[f"({len(ranked) - _LAYERS} more)"] = list(map(megabytes, rest))
     wide = sum(2 + max(map(len, column)) for column in zip(heads, *lines.values(), strict=True))
     room = min(_PATH, 78 - wide)
     for path, cells in lines.items():
-        table.add_row(_clip(path, room), *cells)
-    return table
+        made.add_row(_clip(path, room), *cells)
+    return made
 
 
 def _short(name: str, width: int) -> str:
@@ -119,10 +101,10 @@ def _clip(path: str, room: int) -> str:
 def _fits(quotes: Quotes) -> Table:
     memory = quotes.memory or 0
     heads = ["micro-batch", "makes the batch", "peak MB", "largest selection"]
-    table = _table(f"What fits in {human(memory)}", ["method", *heads])
+    made = table(["method", *heads], title=f"What fits in {human(memory)}")
     for row in quotes.rows:
-        table.add_row(row.method, *_fit(row))
-    return table
+        made.add_row(row.method, *_fit(row))
+    return made
 
 
 def _fit(row: Quote) -> tuple[str, str, str, str]:
@@ -130,16 +112,21 @@ def _fit(row: Quote) -> tuple[str, str, str, str]:
     if fit is None:
         return "", "", "", ""
     if fit.micro_batch == 0:
-        return "none", "one sample takes", _mega(fit.peak), ""
+        return "none", "one sample takes", megabytes(fit.peak), ""
     steps = "at once" if fit.steps == 1 else f"{fit.steps} micro-batches"
-    return f"{fit.micro_batch:,}", steps, _mega(fit.peak), "" if fit.fraction is None else f"{100 * fit.fraction:g} %"
+    return (
+        f"{fit.micro_batch:,}",
+        steps,
+        megabytes(fit.peak),
+        "" if fit.fraction is None else f"{100 * fit.fraction:g} %",
+    )
 
 
 def _notes(quotes: Quotes) -> list[str]:
     notes = [
         "work: the transient working set, a layer's input and output and what they are made from. It is the floor "
         "of any peak; a smaller micro-batch lowers it.",
-        "grads, saved: as they stand at that moment. All gradients together are the bytes that ranks send in a step.",
+        "grads, kept: as they stand at that moment. All gradients together are the bytes that ranks send in a step.",
         "Python and torch themselves come on top (some hundred MB), and kernels' scratch memory.",
     ]
     if any("FISH" in row.method for row in quotes.rows):

@@ -1,7 +1,7 @@
 """Training runs from a recipe: what `tithe train` does, callable from Python.
 
     recipe   the TOML file, checked        data     rows, labels, batches       models   the network and its head
-    trainee  the method, or a baseline     loop     steps, saves, resumes       report   the result
+    setup    the method on the model       loop     steps, saves, resumes       report   the result
     ending   [history] and [average]       recording, averaging                 how a run ends with an average
 
 Importing this package loads pydantic alone; `train` loads the rest.

@@ -12,10 +12,10 @@ import torch
 import tithe
 from tithe.app.train.course import AverageCourse, Course, OwnCourse
 from tithe.app.train.data import Batch, Examples, Samples, even_chunks, to_device
-from tithe.app.train.models import Network
+from tithe.app.train.models import Loss, Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import FOLDER
-from tithe.app.train.trainee import Loss, Trainee
+from tithe.app.train.setup import make_lean
 from tithe.delta import write_network
 from tithe.errors import TitheError
 
@@ -70,7 +70,7 @@ class TrainingBatches:
         return (to_device(batch, self.device) for batch in self.samples.batches(rows))
 
 
-def leave(trainee: Trainee, folder: Path, *, is_main: bool) -> dict[str, dict[str, int]] | None:
+def leave(trainee: tithe.Plan, folder: Path, *, is_main: bool) -> dict[str, dict[str, int]] | None:
     """Let the run's own method go.
 
     Of a network that got narrower, the main process writes what it is now, `narrow.safetensors`: a fresh model has full
@@ -84,11 +84,9 @@ def leave(trainee: Trainee, folder: Path, *, is_main: bool) -> dict[str, dict[st
     Returns:
         Module path → attribute → number, of every number that follows a width; None where all widths are full.
     """
-    widths = None
-    if isinstance(trainee, tithe.NarrowPlan):
-        widths = trainee.stage.numbers(trainee.model)
-        if is_main:
-            trainee.save(folder / NARROW)
+    widths = trainee.widths()
+    if widths is not None and is_main:
+        trainee.save(folder / NARROW)
     trainee.release()
     return widths
 
@@ -101,7 +99,7 @@ def attach_average(
     state: Mapping[str, Any] | None,
     *,
     narrow: bool,
-) -> tithe.SubspacePlan:
+) -> tithe.Plan:
     """Make the average of the run's history ready to train.
 
     Args:
@@ -115,29 +113,25 @@ def attach_average(
     Raises:
         TitheError: the history is damaged, or is not one of this model.
     """
-    section, model, method = recipe.average, network.model, recipe.method
+    section, model = recipe.average, network.model
     assert section is not None
     if narrow:
         tithe.apply(model, recipe.output / NARROW)
-    if method.lean:
-        tithe.lean(model, method.lean_bits, exact=bool(method.lean_exact))
-    try:
+    make_lean(recipe, network)
+    with recipe.blamed("average"):
         return tithe.attach(
             model,
             section.make(recipe.output / FOLDER),
             loss=loss,
             data=data,
-            where=network.head if method.name == "head" else "*",
+            where=recipe.method.moves(network.head),
             seed=recipe.run.seed,
             state=None if state is None else dict(state),
         )
-    except TitheError as error:
-        place = f"{recipe.place('average')}: {error.place}"
-        raise TitheError(place, found=error.found, expected=error.expected, remedy=error.remedy) from error
 
 
 def save(
-    trainee: Trainee, path: Path, widths: Mapping[str, Mapping[str, int]] | None, *, metadata: Mapping[str, str]
+    trainee: tithe.Plan, path: Path, widths: Mapping[str, Mapping[str, int]] | None, *, metadata: Mapping[str, str]
 ) -> None:
     """Write what is trained; of the average of narrow networks, a narrow network.
 
@@ -147,8 +141,8 @@ def save(
         widths: what `leave` returned.
         metadata: for the file's header.
     """
-    if widths is None or not isinstance(trainee, tithe.SubspacePlan):
+    if widths is None:
         trainee.save(path, metadata=metadata)
-        return
-    method, steps = type(trainee.method).__name__, str(trainee.num_steps)
-    write_network(path, trainee.model, widths, metadata={"method": method, "steps": steps, **metadata})
+    else:
+        told = {"method": tithe.TWA.__name__, "steps": str(trainee.num_steps), **metadata}
+        write_network(path, trainee.model, widths, metadata=told)

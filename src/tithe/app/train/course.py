@@ -10,11 +10,7 @@ from typing import final
 
 from tithe.app.train.data import chunks, epoch_order
 from tithe.app.train.ending import AverageSection
-from tithe.app.train.method import VrpgeMethod
 from tithe.app.train.recipe import OptimizerSection, Recipe
-
-_SLOWER = 100
-"""What the learning rate is divided by for the weights of a network that is fixed, as in the paper."""
 
 _WARM = 0.2
 """The part of an average's steps in which the learning rate of a cosine rises, as in the paper."""
@@ -123,17 +119,13 @@ class OwnCourse(Course):
     @property
     def fixed_from(self) -> int:
         """The number of finished steps from which on the network's widths are fixed; 0 where they always are."""
-        method = self.recipe.method
-        if not isinstance(method, VrpgeMethod):
-            return 0
-        return max(1, self.total_steps - round(method.finetune * self.total_steps))
+        return self.recipe.method.fixed_from(self.total_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of the step after `step` finished ones; its schedule runs again once widths are fixed."""
         section, method, start = self.recipe.optimizer, self.recipe.method, self.fixed_from
-        if isinstance(method, VrpgeMethod) and step >= start:
-            lr = method.finetune_lr or section.lr / _SLOWER
-            return rate(section, lr, step - start, self.total_steps - start, 0)
+        if start and step >= start:
+            return rate(section, method.finetuning_rate(section.lr), step - start, self.total_steps - start, 0)
         return rate(section, section.lr, step, start or self.total_steps, warmup_steps(section, self.steps_per_epoch))
 
     def records(self, step: int) -> bool:

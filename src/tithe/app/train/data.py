@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tithe.app.train.images import Images, read_folder, read_hub_images, read_npz
-from tithe.app.train.method import VrpgeMethod
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.tables import Table, read_hub_table, read_table
 from tithe.errors import TitheError
@@ -82,8 +81,8 @@ def read_examples(recipe: Recipe) -> Examples:
     if recipe.data.task != "text-regression":
         labels = recipe.data.labels or _order(splits["train"].label)
         _check_count(recipe, splits["train"], labels)
-    if isinstance(recipe.method, VrpgeMethod):
-        splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.held_out)
+    if recipe.method.holds_out is not None:
+        splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.holds_out)
     if recipe.average is not None and recipe.average.on == "held_out":
         splits = _carve(recipe, splits, "average", ("average", "held_out"), recipe.average.held_out)
     if not labels:

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field, model_validator
 
 import tithe
-from tithe.app.train.method import AnyMethod, FishMethod, TradyMethod
-from tithe.app.train.section import Section, refuse
+from tithe.app.section import MethodSection, Section, refuse
 
 Optimizer = Literal["sgd", "adamw", "adam"]
 
@@ -122,13 +121,8 @@ class AverageSection(Section):
         return tithe.TWA(tithe.History(folder), bits=bits, granularity=self.granularity, start=self.start)
 
 
-def records_deltas(method: AnyMethod) -> bool:
-    """Whether a run's history is one of deltas: of n checkpoints with k trained weights, n·k numbers."""
-    return isinstance(method, FishMethod | TradyMethod)
-
-
 def check_ending(
-    method: AnyMethod,
+    method: MethodSection,
     history: HistorySection | None,
     average: AverageSection | None,
     *,
@@ -153,7 +147,7 @@ def check_ending(
                 remedy="add a section [history]",
             )
         return
-    if history.bits is not None and records_deltas(method):
+    if history.bits is not None and method.records_deltas:
         raise refuse(
             "history.bits",
             found=f"bits beside the method {method.name}",

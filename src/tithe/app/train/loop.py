@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import math
 import signal
 import time
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
-from tithe.app.train.averaging import leave
-from tithe.app.train.data import Batch, to_device
-from tithe.app.train.method import FishMethod, VrpgeMethod
-from tithe.app.train.narrowing import narrowing, settling_batches
-from tithe.app.train.prepared import Prepared
+from tithe.app.train.averaging import TrainingBatches, attach_average, courses, leave
+from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
+from tithe.app.train.data import Batch, ChoosingBatches, Samples, chunks, even_chunks, read_examples, to_device
+from tithe.app.train.metrics import chosen_metrics, score
+from tithe.app.train.models import build, classification_loss, find_model, logits, regression_loss
+from tithe.app.train.optimizer import (
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_bytes,
+    optimizer_state,
+    trained_counts,
+)
+from tithe.app.train.position import Position, bill, drawn
 from tithe.app.train.progress import Reporter
-from tithe.app.train.spending import spending
+from tithe.app.train.recipe import Recipe
+from tithe.app.train.recording import Recording, recorded_steps
+from tithe.app.train.setup import StopSignals, attach, check_output, find_method, load_state, make_accelerator
 from tithe.errors import TitheError
 
 
@@ -33,8 +46,118 @@ class NotFiniteError(TitheError):
 
 
 @final
-class Run(Prepared):
-    """A recipe made ready; `fit` trains it. Built as `Prepared`."""
+class Run:
+    """A recipe made ready, data read, model loaded and method attached; `fit` trains it.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the last checkpoint in the recipe's output folder.
+        console: where to show progress.
+
+    Raises:
+        TitheError: the data, the model or the method is not as the recipe says, or the checkpoint is of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, *, resume: bool, console: Console) -> None:
+        self.recipe = recipe
+        self.checkpoints = Checkpoints(recipe.output / "checkpoints")
+        steps = self.checkpoints.steps()
+        if not resume:
+            check_output(recipe, steps)
+        find_model(recipe)
+        find_method(recipe)
+        self.examples = read_examples(recipe)
+        self.accelerator = make_accelerator(recipe)
+        world = self.accelerator.num_processes
+        state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
+        self.console = console if self.accelerator.is_main_process else None
+        self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
+        self.position = Position() if state is None else Position(**state["position"])
+        self._signals = StopSignals()
+        self._share = (self.accelerator.process_index, world)
+        self._courses = courses(recipe, self.examples, self._share)
+        self.total_steps = self._courses[-1].total_steps
+        self._recording: Recording | None = None
+        if recipe.history is not None and self.accelerator.is_main_process:
+            self._recording = Recording(recipe, self.position.step, self.position.recorded)
+        self._attach(state)
+        self._begin()
+        if state is not None:
+            self._restore(state)
+
+    def _attach(self, state: dict[str, Any] | None) -> None:
+        """Load the base and put the method on it, with the choice and the values of a state where there is one."""
+        recipe, accelerator = self.recipe, self.accelerator
+        set_seed(recipe.run.seed)
+        self.network = build(recipe, self.examples)
+        self.model = self.network.model.to(accelerator.device)
+        self.samples = {
+            name: Samples(rows, self.examples.targets[name], self.network.encoder)
+            for name, rows in self.examples.splits.items()
+        }
+        self.course = self._courses[self.position.average is not None]
+        self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        self._choosing = ChoosingBatches(
+            samples=self.samples["train"],
+            batch_size=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            share=self._share,
+            device=accelerator.device,
+            priced=recipe.method.prices_inputs,
+        )
+        chosen, began = None if state is None else state["trainee"], self.position.average
+        if began is None:
+            self.trainee = attach(
+                recipe, self.network, self.loss, self._choosing, chosen, structure_steps=self.course.fixed_from
+            )
+        else:
+            data = TrainingBatches(self.samples["train"], recipe.run.batch_size, self._share, accelerator.device)
+            narrow = began["narrow"] is not None
+            self.trainee = attach_average(recipe, self.network, self.loss, data, chosen, narrow=narrow)
+        self.wrapped: nn.Module = self.model
+        self.trainee.train_mode()
+
+    def _begin(self) -> None:
+        """Make the optimizer of what was attached, and start the random draws of training."""
+        self.optimizer = make_optimizer(self.course.optimizer, self.trainee.parameters())
+        self.trainee.bind(self.optimizer)
+        # Not before: a budget charged with the optimizer's state leaves θ smaller than it was attached.
+        # While a warm-up lasts, nothing but the head gets a gradient.
+        self._wrap(waits=self.trainee.warmup > 0)
+        set_seed(self.recipe.run.seed + 1 + self._share[0])
+
+    def _wrap(self, *, waits: bool) -> None:
+        """On several processes, let DistributedDataParallel see what is trained now.
+
+        A network that is another in every step has no fixed gradients to see, and one whose weights move together no
+        gradients of its own: their plans average what they learn from.
+        """
+        self.wrapped = self.model
+        if self.accelerator.num_processes > 1 and not self.trainee.averages_gradients:
+            # The wrapper before has hooks on the same parameters, and it is part of a cycle.
+            gc.collect()
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(self.model, device_ids=devices, find_unused_parameters=waits)
+
+    def _go_back(self, step: int) -> None:
+        """Take an earlier checkpoint; on a fresh base, where choices since then may have moved other weights."""
+        state = self.checkpoints.load(step)
+        if self.position.average is not None:  # an average is made of the same weights throughout
+            self.trainee.load_state_dict(state["trainee"])
+            return
+        self.wrapped = self.model  # lets the wrapper go
+        self.trainee.release()
+        self._attach(state)
+
+    def _changed(self, changed: bool) -> None:
+        """Wrap the model again where a choice has changed how many values a tensor trains."""
+        if changed and self.accelerator.num_processes > 1:
+            self._wrap(waits=False)
+
+    @property
+    def _scaler(self) -> Any:
+        """The gradient scaler of fp16, or None."""
+        return self.accelerator.scaler
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -79,9 +202,8 @@ class Run(Prepared):
         self._attach(None)
         self._begin()
         at.seconds += time.monotonic() - started
-        assert isinstance(self.trainee, tithe.SubspacePlan)
         self._refresh()
-        mean, count = self.scores(), len(self.trainee.history)
+        mean, count = self.scores(), len(recorded_steps(self.recipe))
         at.average |= {"mean": mean, "checkpoints": count}
         at.judge(next(iter(mean["validation"].values())))
         reporter.log("mean", at.step, mean["validation"])
@@ -120,9 +242,8 @@ class Run(Prepared):
 
     def _measured_step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
         """A step; the first one that trains all it will train is measured."""
-        at, method = self.position, self.recipe.method
-        first = method.warmup + 1 if isinstance(method, FishMethod) else 1
-        if at.ledger is not None or at.step + 1 < min(first, self.course.total_steps):
+        at = self.position
+        if at.ledger is not None or at.step + 1 < min(self.trainee.warmup + 1, self.course.total_steps):
             return self._step(batches)
         values: list[dict[str, float]] = []
         ledger = tithe.measure(lambda: values.append(self._step(batches)), model=self.model)
@@ -193,26 +314,35 @@ class Run(Prepared):
 
     def _show_draw(self, reporter: Reporter, *, new: bool) -> None:
         """Say what was drawn under a budget; a draw that a resumed run goes on with is in the log already."""
-        spent = spending(self.trainee, self._choosing)
+        at, plan = self.position, self.trainee
+        spent = plan.spending()
         if spent is None:
             return
+        ledger = plan.predict(next(iter(self._choosing)))  # the batch that prices were made for
+        draw = {
+            **dataclasses.asdict(spent),
+            "weights": sum(selection.size for selection in plan.selections.values()),
+            "peak": ledger.peak + plan.attached_bytes + ledger.optimizer,
+        }
         if new:
-            self.position.draws.append({"step": self.position.step, **spent.as_dict()})
-            reporter.log("draw", self.position.step, spent.as_dict())
-        reporter.say(f"step {self.position.step}/{self.total_steps}  draw: {spent}")
+            at.draws.append({"step": at.step, **draw})
+            reporter.log("draw", at.step, draw)
+        reporter.say(f"step {at.step}/{self.total_steps}  draw: {bill(draw)}  {drawn(draw)}")
 
     def _narrow(self, reporter: Reporter, *, ended: bool) -> None:
         """Fix the widths of a network that gets narrower when it is time, and say how narrow it is."""
-        at, plan, method, last = self.position, self.trainee, self.recipe.method, self.course.fixed_from
-        if not isinstance(plan, tithe.NarrowPlan) or not isinstance(method, VrpgeMethod) or at.step > last:
+        at, plan, last = self.position, self.trainee, self.course.fixed_from
+        if at.step > last:
             return
-        if at.step == last:
+        if at.step == last and not plan.settled:
             samples, size = self.samples["held_out"], self.recipe.run.batch_size
-            plan.settle(settling_batches(samples, size, self.accelerator.device), draws=method.draws)
-        if ended or at.step == last:
-            found = narrowing(plan)
-            at.widths.append({"step": at.step, **found.as_dict()})
-            reporter.log("widths", at.step, found.as_dict())
+            batches = samples.batches(even_chunks(range(len(samples)), size))
+            held_out = [to_device(batch, self.accelerator.device) for batch in batches]
+            plan.settle(held_out, draws=self.recipe.method.num_draws)
+        found = plan.narrowing()
+        if found is not None and (ended or at.step == last):
+            at.widths.append({"step": at.step, **dataclasses.asdict(found)})
+            reporter.log("widths", at.step, dataclasses.asdict(found))
             state = "fixed" if at.step == last else "network"
             reporter.say(f"step {at.step}/{self.total_steps}  {state}: {found}")
 
@@ -226,10 +356,9 @@ class Run(Prepared):
 
     def _refresh(self) -> None:
         """Weights that were averaged have never seen a batch: their norms get statistics of their own."""
-        if isinstance(self.trainee, tithe.SubspacePlan):
-            started = time.monotonic()
-            self.trainee.refresh_statistics()
-            self.position.seconds += time.monotonic() - started
+        started = time.monotonic()
+        self.trainee.refresh_statistics()
+        self.position.seconds += time.monotonic() - started
 
     # -------------------------------------------------------------------------------------- evaluating and saving
 
@@ -256,3 +385,56 @@ class Run(Prepared):
         # All processes stop after the same step, whichever of them got the signal.
         asked = cast(list[int], gather_object([int(self._signals.received or 0)]))
         return signal.Signals(max(asked)) if any(asked) else None
+
+    # -------------------------------------------------------------------------------------- evaluating and saving
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """The recipe's metrics on one split, in evaluation mode; every process takes its share."""
+        samples, world, rank = self.samples[split], self.accelerator.num_processes, self.accelerator.process_index
+        rows = list(range(rank, len(samples), world))
+        outputs: list[Tensor] = []
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for batch in samples.batches(chunks(rows, self.recipe.run.eval_batch_size), self.recipe.run.workers):
+                outputs.append(logits(self.model, to_device(batch, self.accelerator.device)).float().cpu())
+        self.trainee.train_mode()
+        answers = torch.cat(outputs) if outputs else torch.empty(0)
+        if world > 1:
+            shares = cast(list[Tensor], gather_object([answers]))
+            answers = torch.empty(len(samples), shares[0].shape[-1])
+            for other, share in enumerate(shares):
+                answers[other::world] = share
+        return score(chosen_metrics(self.recipe), answers, self.examples.targets[split])
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The metrics on validation and, where there is one, test."""
+        return {split: self.evaluate(split) for split in ("validation", "test") if split in self.samples}
+
+    def accounts(self) -> dict[str, Any]:
+        """What is trained, in numbers, and the bytes of the optimizer's state."""
+        trained = trained_counts(self.trainee, self.network.head, self.num_weights)
+        return {"trainable": trained, "optimizer": optimizer_bytes(self.optimizer)}
+
+    def save(self) -> None:
+        """Write a checkpoint of the compact state: what is trained, the optimizer, the generators, the position."""
+        world, mine = self.accelerator.num_processes, random_state()
+        everyone = cast(list[Any], gather_object([mine])) if world > 1 else [mine]
+        if self.accelerator.is_main_process:
+            state = {
+                "recipe": self.recipe.settings(),
+                "data": self.examples.fingerprint(),
+                "processes": world,
+                "position": dict(vars(self.position)),
+                "trainee": self.trainee.state_dict(),
+                "optimizer": optimizer_state(self.optimizer, self.trainee),
+                "scaler": None if self._scaler is None else self._scaler.state_dict(),
+                "random": everyone,
+            }
+            self.checkpoints.save(self.position.step, state, self.position.best_step)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        load_optimizer_state(self.optimizer, self.trainee, state["optimizer"])
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        set_random_state(state["random"][self.accelerator.process_index])

@@ -22,6 +22,8 @@ from tithe.app.train.images import Images
 from tithe.app.train.recipe import Recipe
 from tithe.errors import TitheError
 
+Loss = Callable[[nn.Module, Batch], Tensor]
+
 _HEADS = ("classifier.*", "score.*", "classification_head.*", "head.*", "heads.*", "fc.*", "output.*")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from tithe.app.terminal import human
 
 
 @dataclass
@@ -50,3 +53,16 @@ class Position:
             return False
         self.best_step, self.best_value = self.step, value
         return True
+
+
+def bill(draw: Mapping[str, Any]) -> str:
+    """Say what a draw under a budget costs, of what it may."""
+    if draw["measure"] == "bytes":
+        return f"{human(int(draw['spent']))} of {human(int(draw['limit']))}"
+    return f"{draw['spent']:,.0f} of {draw['limit']:,.0f} {draw['measure']}"
+
+
+def drawn(draw: Mapping[str, Any]) -> str:
+    """Say what was drawn under a budget."""
+    channels = f"{draw['channels']:,} of {draw['of_channels']:,} channels"
+    return f"{channels}  {draw['layers']} of {draw['of_layers']} layers"

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-def live_memory(device: torch.device) -> int:
-    """Bytes in use now: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+from tithe.app.terminal import Bar
 
 
 class Reporter:
@@ -36,10 +28,9 @@ class Reporter:
     def __init__(
         self, folder: Path, *, total: int, done: int, every: int, device: torch.device, console: Console | None
     ) -> None:
-        self._console, self._total, self._every, self._device = console, total, every, device
-        self._log = folder / "log.jsonl"
-        self._started, self._first, self._latest = time.monotonic(), done, done
-        self._loss, self._metric = 0.0, ""
+        self._console, self._total, self._every = console, total, every
+        self._log, self._loss, self._metric = folder / "log.jsonl", 0.0, ""
+        self._bar = Bar(console, total, done=done, device=device)
         if console is None:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -47,45 +38,33 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         _cut(self._log, done)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
-        self._bar = Progress(
-            BarColumn(bar_width=12),
-            TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("train", total=total, completed=done, status="")
 
     def __enter__(self) -> Reporter:
-        if self._console is not None:
-            self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bar.__exit__(kind, error, trace)
         if self._console is not None:
-            self._bar.stop()
             self._board.close()
 
     def say(self, text: str) -> None:
         """Print one line."""
-        if self._console is not None:
-            self._console.print(text, highlight=False, markup=False)
+        self._bar.say(text)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Show a finished step: `values` holds its loss, learning rate and gradient norm."""
         if self._console is None:
             return
-        self._loss, self._latest = values["loss"], step
-        self._bar.update(self._task, completed=step, status=self._status())
+        self._loss = values["loss"]
+        status = "  ".join(part for part in (f"loss {self._loss:.4f}", self._metric) if part)
+        self._bar.to(step, status=f"{step}/{self._total}  {status}")
         if step % self._every == 0 or step == self._total:
             self._write("train", step, values)
             if not self._console.is_terminal:
-                spent = time.monotonic() - self._started
-                left = spent / (step - self._first) * (self._total - step)
-                self.say(f"step {step}/{self._total}  {self._status()}  {left:.0f} s left")
+                self.say(f"step {step}/{self._total}  {status}  {self._bar.memory}  {self._bar.left}")
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """Show an evaluation."""
@@ -104,10 +83,6 @@ class Reporter:
         """
         if self._console is not None:
             self._write(kind, step, {name: value for name, value in values.items() if not isinstance(value, str)})
-
-    def _status(self) -> str:
-        memory = f"{live_memory(self._device) / 1e6:,.0f} MB"
-        return "  ".join(part for part in (f"loss {self._loss:.4f}", self._metric, memory) if part)
 
     def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
         with self._log.open("a", encoding="utf-8") as file:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from tithe.app.methods import SECTIONS
+from tithe.app.section import REFUSED, TABLES, MethodSection, Section, exactly_one, known_keys, refuse
 from tithe.app.train.ending import AverageSection, HistorySection, check_ending
 from tithe.app.train.locate import Lines, locate
-from tithe.app.train.method import METHODS, AnyMethod, BudgetTable, Reselect, VrpgeMethod
-from tithe.app.train.section import REFUSED, Section, exactly_one, refuse
 from tithe.errors import TitheError
+
+if TYPE_CHECKING:
+    AnyMethod = MethodSection
+else:
+    AnyMethod = Union[tuple(dict.fromkeys(SECTIONS.values()))]  # noqa: UP007
 
 Task = Literal["text-classification", "text-regression", "image-classification"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -149,36 +155,25 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_method(cls, settings: Any) -> Any:
-        """Two methods are trained as in their papers unless told otherwise.
-
-        TraDy: SGD without momentum, a warm-up, then a cosine. VR-PGE: SGD with momentum and weight decay, a cosine.
-        """
+    def _usual_optimizer(cls, settings: Any) -> Any:
+        """Train a method as in its paper, as far as it is not told otherwise."""
         match settings:
-            case {"method": {"name": "trady"}, "optimizer": dict() as given}:
-                own = cast(dict[str, Any], given)
-                usual: dict[str, Any] = {"name": "sgd", "schedule": "cosine"}
-                if not {"warmup_steps", "warmup_epochs"} & set(own):
-                    usual |= _warmup(cast(dict[str, Any], settings).get("run"))
-                return {**settings, "optimizer": {**usual, **own}}
-            case {"method": {"name": "vrpge"}}:
+            case {"method": {"name": str(name)}} if name in SECTIONS:
                 told = cast(dict[str, Any], settings).get("optimizer", {})
-                if not isinstance(told, dict):
-                    return settings
-                own = cast(dict[str, Any], told)
-                usual = {"schedule": "cosine"}
-                if own.get("name", "sgd") == "sgd":
-                    usual |= {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-                return {**settings, "optimizer": {**usual, **own}}
             case _:
                 return settings
+        if not isinstance(told, dict):
+            return settings
+        own = cast(dict[str, Any], told)
+        usual = SECTIONS[name].usual_optimizer(own, settings.get("run"))
+        # Where lr is missing too, the missing section is the one to report.
+        return {**settings, "optimizer": {**usual, **own}} if own or "lr" in usual else settings
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Recipe:
-        tuned = self.method.finetune if isinstance(self.method, VrpgeMethod) else 0.0
         for unit in ("steps", "epochs"):
             warmup, length = getattr(self.optimizer, f"warmup_{unit}"), getattr(self.run, unit)
-            if warmup is not None and length is not None and warmup >= length * (1 - tuned):
+            if warmup is not None and length is not None and warmup >= length * (1 - self.method.finetuned):
                 raise refuse(
                     f"optimizer.warmup_{unit}",
                     found=f"a warm-up of {warmup:g} {unit} in a run of {length}",
@@ -189,11 +184,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _losses_of_one_scale(self) -> Recipe:
-        if isinstance(self.method, VrpgeMethod) and self.run.precision == "fp16":
+        if self.method.compares_losses and self.run.precision == "fp16":
             raise refuse(
                 "run.precision",
                 found="fp16, whose losses are scaled by a number that changes",
-                expected="losses as they are: vrpge learns from their differences",
+                expected=f"losses as they are: {self.method.name} learns from their differences",
                 remedy='set precision = "bf16"',
             )
         return self
@@ -216,6 +211,15 @@ class Recipe(Section):
     def place(self, *path: str) -> str:
         """Say where a key stands in the file, for a message."""
         return self._lines.place(*path)
+
+    @contextlib.contextmanager
+    def blamed(self, *path: str) -> Generator[None]:
+        """Let a refusal inside the block name the key that it comes from."""
+        try:
+            yield
+        except TitheError as error:
+            place = f"{self.place(*path)}: {error.place}"
+            raise TitheError(place, found=error.found, expected=error.expected, remedy=error.remedy) from error
 
     def data_path(self, key: Literal["train", "validation", "test", "npz"]) -> Path | None:
         """The file or folder that a key of `[data]` names, which must exist.
@@ -241,17 +245,6 @@ class Recipe(Section):
     def settings(self) -> dict[str, Any]:
         """All keys of the sections that there are, with their values, as JSON data."""
         return {name: section for name, section in self.model_dump(mode="json").items() if section is not None}
-
-
-def _warmup(run: Any) -> dict[str, float]:
-    """The paper's 5 epochs of its 50 and more: a tenth of the run, and 5 epochs at most."""
-    match run:
-        case {"epochs": int(epochs)}:
-            return {"warmup_epochs": max(0.0, min(5.0, epochs / 10))}
-        case {"steps": int(steps)}:
-            return {"warmup_steps": max(0, steps // 10)}
-        case _:
-            return {}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -339,13 +332,12 @@ _SECTIONS: Mapping[str, type[Section]] = {
     "history": HistorySection,
     "average": AverageSection,
 }
-_TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTable}
 
 
 def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
     path = [str(part) for part in error["loc"]]
     method = None
-    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
+    if len(path) > 1 and path[0] == "method" and path[1] in SECTIONS:
         method, path = path[1], [path[0], *path[2:]]
     place, kind = lines.place(*path), error["type"]
     if kind == "extra_forbidden":
@@ -368,7 +360,7 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         return TitheError(place, found=said["found"], expected=said["expected"], remedy=said["remedy"])
     expected = error["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
     if kind == "union_tag_invalid":
-        place, expected = lines.place("method", "name"), "one of " + ", ".join(map(repr, METHODS))
+        place, expected = lines.place("method", "name"), "one of " + ", ".join(map(repr, SECTIONS))
         error["input"] = cast(Mapping[str, Any], error["input"]).get("name")
     if kind == "string_pattern_mismatch":
         expected = "package.module:callable"
@@ -378,7 +370,7 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
 def _known(path: Sequence[str], method: str | None) -> list[str]:
     if len(path) == 1:
         return list(Recipe.model_fields)
-    if len(path) > 2 and path[1] in _TABLES:
-        return list(_TABLES[path[1]].model_fields)
-    section = METHODS[method] if method is not None else _SECTIONS[path[0]]
-    return sorted(section.model_fields, key=lambda key: key.startswith("lean"))  # what all methods share comes last
+    if len(path) > 2 and path[1] in TABLES:
+        return list(TABLES[path[1]].model_fields)
+    section = SECTIONS[method] if method is not None else _SECTIONS[path[0]]
+    return list(known_keys(section))

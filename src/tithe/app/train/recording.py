@@ -9,9 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import tithe
-from tithe.app.train.ending import records_deltas
 from tithe.app.train.recipe import Recipe
-from tithe.app.train.trainee import Trainee
 from tithe.averages.recorder import is_full
 from tithe.errors import TitheError, TitheWarning
 
@@ -25,7 +23,7 @@ def recorded_steps(recipe: Recipe) -> dict[int, Path]:
         TitheError: a file is damaged, or something else wrote it.
     """
     folder = recipe.output / FOLDER
-    if records_deltas(recipe.method):
+    if recipe.method.records_deltas:
         return {int(path.stem): path for path in sorted(folder.glob("[0-9]*.safetensors"))}
     history = tithe.History(folder)
     return dict(zip(history.steps, history.rows.paths, strict=True)) if len(history) else {}
@@ -58,9 +56,9 @@ class Recording:
             )
         section = recipe.history
         bits = None if section is None else section.bits
-        self._history = None if records_deltas(recipe.method) else tithe.History(self.folder, bits)
+        self._history = None if recipe.method.records_deltas else tithe.History(self.folder, bits)
 
-    def record(self, trainee: Trainee, model: nn.Module, step: int) -> bool:
+    def record(self, trainee: tithe.Plan, model: nn.Module, step: int) -> bool:
         """Append the present weights; returns whether they were written: a full disk only warns.
 
         Args:

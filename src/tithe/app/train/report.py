@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from tithe.app import terminal
+from tithe.app.terminal import human
 from tithe.app.train.averaging import save
 from tithe.app.train.loop import Run
 from tithe.app.train.merging import describe
+from tithe.app.train.position import bill, drawn
 from tithe.app.train.progress import read_log
 from tithe.app.train.recording import recorded_steps
-from tithe.app.train.spending import Spending
 
 _PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
@@ -97,9 +98,7 @@ def _average(run: Run, began: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print a result as one table of at most 80 columns."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = terminal.facts()
     for split, values in result["metrics"].items():
         table.add_row(split, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     trainable, sizes, seconds = result["trainable"], result["bytes"], result["seconds"]
@@ -107,11 +106,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         "best of": f"step {result['best_step']} of {result['steps']}, chosen on validation",
         "trained": f"{trainable['total']:,} of {trainable['model']:,} weights ({trainable['fraction']:.2%})",
         "of it head": f"{trainable['head']:,}",
-        "peak of a step": "not measured"
-        if sizes["peak"] is None
-        else f"{sizes['peak'] / 1e6:,.1f} MB beyond the model",
-        "optimizer": f"{sizes['optimizer'] / 1e6:,.2f} MB",
-        "network" if result["widths"] else "delta": f"{sizes['delta'] / 1e6:,.2f} MB",
+        "peak of a step": "not measured" if sizes["peak"] is None else f"{human(sizes['peak'])} beyond the model",
+        "optimizer": human(sizes["optimizer"]),
+        "network" if result["widths"] else "delta": human(sizes["delta"]),
         "time": f"{seconds['training']:.1f} s, {seconds['per_step'] * 1e3:.0f} ms a step",
     }
     method = result["recipe"]["method"]
@@ -121,7 +118,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         rows["other layers"] = ", ".join(["lean", *kept])
     rows = {**rows, **_budget_rows(result["draws"]), **_width_rows(result["widths"])}
     if result["history"]:
-        rows["history"] = f"{len(result['history'])} checkpoints, {sizes['history'] / 1e6:,.2f} MB"
+        rows["history"] = f"{len(result['history'])} checkpoints, {human(sizes['history'])}"
     rows = {**rows, **_average_rows(result["average"])}
     rows["written"] = result["files"]["delta"]
     for name, value in rows.items():
@@ -133,12 +130,11 @@ def _budget_rows(draws: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What the draws under a budget cost at most, and what the last one was."""
     if not draws:
         return {}
-    read = [Spending(**{key: value for key, value in draw.items() if key != "step"}) for draw in draws]
-    dearest, last = max(read, key=lambda spending: spending.spent), read[-1]
+    dearest = max(draws, key=lambda draw: draw["spent"])
     return {
-        "budget": f"{dearest.bill} at most, {len(read)} draw{'s' * (len(read) > 1)}",
-        "last draw": last.drawn,
-        "predicted": f"{max(spending.peak for spending in read) / 1e6:,.1f} MB peak of a step, θ and state included",
+        "budget": f"{bill(dearest)} at most, {len(draws)} draw{'s' * (len(draws) > 1)}",
+        "last draw": drawn(draws[-1]),
+        "predicted": f"{human(max(draw['peak'] for draw in draws))} peak of a step, θ and state included",
     }
 
 
@@ -167,27 +163,26 @@ def _average_rows(average: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _draw(folder: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train, validation = read_log(folder, "train"), read_log(folder, "validation")
-    # A canvas of its own: no display is needed, and the caller's matplotlib stays as it is.
-    figure: Any = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = terminal.figure(6.4, 3.6)
     axes = figure.add_subplot()
     losses = [entry["loss"] for entry in train]
-    axes.plot([entry["step"] for entry in train], losses, color="tab:blue", alpha=0.35, linewidth=0.8)
-    axes.plot([entry["step"] for entry in train], _smooth(losses), color="tab:blue", label="training loss")
+    axes.plot([entry["step"] for entry in train], losses, color=terminal.COLOURS[0], alpha=0.35, linewidth=0.8)
+    axes.plot([entry["step"] for entry in train], _smooth(losses), color=terminal.COLOURS[0], label="training loss")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     if validation:
         name = next(key for key in validation[0] if key not in {"step", "split"})
         other = axes.twinx()
         other.plot(
-            [e["step"] for e in validation], [e[name] for e in validation], "o-", color="tab:orange", markersize=3
+            [e["step"] for e in validation],
+            [e[name] for e in validation],
+            "o-",
+            color=terminal.COLOURS[1],
+            markersize=3,
         )
-        other.set_ylabel(f"validation {name}", color="tab:orange")
-    figure.savefig(folder / "loss.png", dpi=150)
+        other.set_ylabel(f"validation {name}", color=terminal.COLOURS[1])
+    terminal.save_figure(figure, folder / "loss.png")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -1,18 +1,20 @@
-"""What a run needs from outside before its first step: the device, and a checkpoint that fits it."""
+"""What a run needs before its first step: the device, a checkpoint that fits it, the method on the model."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
 
+import tithe
 from tithe.app.train.checkpoints import Checkpoints
-from tithe.app.train.data import Examples
+from tithe.app.train.data import Batch, Examples
+from tithe.app.train.models import Loss, Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import recorded_steps
 from tithe.errors import TitheError
@@ -113,6 +115,59 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
             if then != new and (section, key) not in _FREE:
                 found.append(((section, key), f"[{section}] {key}: {then!r} then, {new!r} now"))
     return found
+
+
+def find_method(recipe: Recipe) -> None:
+    """Check that the files that the method reads are there.
+
+    Raises:
+        TitheError: one of them is missing or damaged.
+    """
+    for key, load in recipe.method.files.items():
+        path = getattr(recipe.method, key)
+        if path is not None:
+            with recipe.blamed("method", key):
+                load(recipe.folder / path)
+
+
+def attach(
+    recipe: Recipe,
+    network: Network,
+    loss: Loss,
+    data: Iterable[Batch],
+    state: Mapping[str, Any] | None,
+    *,
+    structure_steps: int,
+) -> tithe.Plan:
+    """Make the recipe's method ready to train.
+
+    Args:
+        recipe: the run.
+        network: its model, on its device.
+        loss: mean loss of a batch.
+        data: batches to choose by.
+        state: a `state_dict` of the same run; its choice is taken and nothing is scored.
+        structure_steps: in which the network's widths are still being learned.
+    """
+    make_lean(recipe, network)  # before the choice is made, which then keeps no more than training does
+    with recipe.blamed("method"):
+        return recipe.method.attach(
+            network.model,
+            folder=recipe.folder,
+            steps=structure_steps,
+            head=network.head,
+            loss=loss,
+            data=data,
+            seed=recipe.run.seed,
+            state=None if state is None else dict(state),
+        )
+
+
+def make_lean(recipe: Recipe, network: Network) -> None:
+    """Let all layers keep only what backward needs, where the recipe says so; it goes with the model."""
+    method = recipe.method
+    if method.lean:
+        tithe.lean(network.model, method.lean_bits, exact=bool(method.lean_exact))
 
 
 class StopSignals:
