@@ -1,4 +1,4 @@
-"""Passes over the data that score weights: a whole batch at once where a rule can, one sample at a time where not.
+"""Score weights by passes over data: a whole batch at once if a rule can, else one sample at a time.
 
 The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit beside
 a training step; each group is one pass over the samples.
@@ -38,7 +38,7 @@ _NOISE = 1e-9
 
 
 def check_loss(value: Any, *, finite: bool = True) -> Tensor:
-    """`value` when it is a scalar that backward can start from; `finite`: NaN and infinity are refused too.
+    """Return `value` if it is a scalar that backward can start from; with `finite`, refuse NaN and infinity.
 
     Raises:
         TitheError: when it is not a tensor, not a scalar, detached, or not finite.
@@ -62,7 +62,7 @@ def check_loss(value: Any, *, finite: bool = True) -> Tensor:
 
 
 class Passes:
-    """Scores weights by passes over data.
+    """A scorer of weights by passes over data.
 
     Args:
         model: the model, with carriers in place.
@@ -103,7 +103,7 @@ class Passes:
             )
 
     def scores(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
-        """Name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
+        """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
 
         Raises:
             TitheError: when a weight gets no gradient from any sample.
