@@ -1,4 +1,4 @@
-"""Docstrings begin with a sentence: every public name of the package says what it is or does in more than three words."""
+"""Docstrings begin with a sentence: each public one says in more than three words what its name is or does."""
 
 from __future__ import annotations
 

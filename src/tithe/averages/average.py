@@ -1,4 +1,4 @@
-"""The average of checkpoints, written in the format that they have, without any of them being loaded.
+"""Average checkpoints and write the result in their own format, without loading any of them whole.
 
 safetensors files, Hugging Face folders    read and written a block at a time
 `.pt` and `.ckpt` files                    read a block at a time; the average is in memory, for `torch.save`
@@ -46,7 +46,7 @@ def average(
     skip_damaged: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write Σ weights_i w_i of checkpoints on disk as one checkpoint of their format; a few blocks are in memory.
+    """Write Σ weights_i w_i of checkpoints on disk as one checkpoint of their format; only a few blocks are in memory.
 
     Floating-point tensors are averaged, summed in float32, or in float64 where they are float32 or float64. Others are
     the last checkpoint's, and so are entries that are the same infinity in every checkpoint. The running statistics of
@@ -152,7 +152,7 @@ class _Columns:
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weights of so many checkpoints, which sum to one.
+    """Return the weights of so many checkpoints, checked to sum to one.
 
     Raises:
         TitheError: when there is no checkpoint, or the weights are not one finite number each with a sum of one.
@@ -205,7 +205,7 @@ def check_output(output: Path, first: Path) -> None:
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """The Hugging Face folder that a checkpoint is, or None: a `pytorch_model.bin` has its configuration beside it."""
+    """Return a checkpoint's Hugging Face folder, or None; a `pytorch_model.bin` has its configuration beside it."""
     if checkpoint.is_dir():
         return checkpoint
     return checkpoint.parent if checkpoint.name == _OLD else None
@@ -275,7 +275,7 @@ def _metadata(found: Mapping[str, str]) -> dict[str, str]:
 
 
 def copy_extras(origin: Path, target: Path) -> None:
-    """Copy what lies beside the weights of a Hugging Face folder: configuration, tokenizer, the index of shards.
+    """Copy a Hugging Face folder's other files: configuration, tokenizer, the index of shards.
 
     A folder inside comes along where it holds no weights.
     """

@@ -1,4 +1,4 @@
-"""The ledger's page: what a piece of work spent or will spend, in bytes."""
+"""Show the bytes that a piece of work needed or will need."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def _empty() -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What a piece of work spent (`tithe.measure`) or will spend (`plan.predict`); all figures are bytes.
+    """The bytes that a piece of work needed (`tithe.measure`) or will need (`plan.predict`).
 
     Attributes:
         peak: the highest sum of live storages created by the work, beyond what was alive when it began.
