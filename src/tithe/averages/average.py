@@ -50,7 +50,7 @@ def average(
 
     Floating-point tensors are averaged, summed in float32, or in float64 where they are float32 or float64. Others are
     the last checkpoint's, and so are entries that are the same infinity in every checkpoint. The running statistics of
-    norms are averaged like weights: estimate them anew before the average is used (`tithe average` with a recipe does).
+    norms are averaged like weights: estimate them again before using the average (`tithe average` with a recipe does).
 
     A safetensors file comes out of safetensors files or of what a `History` recorded; a folder with the same shards out
     of Hugging Face folders, with the first one's configuration and tokenizer; what the last one holds, with the model's
@@ -205,7 +205,7 @@ def check_output(output: Path, first: Path) -> None:
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """Return a checkpoint's Hugging Face folder, or None; a `pytorch_model.bin` has its configuration beside it."""
+    """Return a checkpoint's Hugging Face folder, or None; a `pytorch_model.bin` has its configuration next to it."""
     if checkpoint.is_dir():
         return checkpoint
     return checkpoint.parent if checkpoint.name == _OLD else None
@@ -264,7 +264,7 @@ def _write_flat(target: Path, forms: Mapping[str, Form], metadata: Mapping[str, 
 
 
 def _aligned(forms: Mapping[str, Form]) -> dict[str, Form]:
-    """Tensors with the widest dtypes first, so that each begins at a multiple of its own: readers view, not copy."""
+    """Return tensors with the widest dtypes first, so that each begins at a multiple of its width for views."""
     return {name: forms[name] for name in sorted(forms, key=lambda name: -forms[name].dtype.itemsize)}
 
 

@@ -25,10 +25,10 @@ from tithe.delta.source import PICKLES, find_shards
 from tithe.errors import TitheError
 
 _NESTED: Final = ("state_dict", "model_state_dict", "model", "module", "net", "ema_state_dict")
-"""Keys under which training scripts keep a model's tensors, beside the optimizer's."""
+"""Keys under which training scripts store a model's tensors, next to the optimizer's."""
 
 _NO_WEIGHTS: Final = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)[._].*")
-"""What Hugging Face's trainer and accelerate write beside weights, in files of the same kinds."""
+"""Files of the same kinds that Hugging Face's trainer and accelerate write next to the weights."""
 
 PICKLED: Final = "pytorch_model.bin"
 """What Hugging Face calls weights that are no safetensors."""
@@ -117,7 +117,7 @@ def _offsets(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int] | None
     """Where in the file each tensor begins, in bytes; None where torch does not tell.
 
     Raises:
-        TitheError: when the file was packed anew, so that numbers do not lie in it as they are.
+        TitheError: when the file was packed again, so that its numbers are not stored as they are.
     """
     if not zipfile.is_zipfile(path):
         return None

@@ -35,7 +35,7 @@ class History:
     without running code, or a delta by `plan.save`. Of a tensor that deltas change in places, every method gives the
     values at those places, 1-D; `tithe.attach` puts them onto the model.
 
-    What is recorded: the floating-point parameters, tied ones once, and the buffers, of which those that are saved.
+    It records the floating-point parameters, tied ones once, and the buffers that a `state_dict` holds.
     With bits, a weight is coded as its step from the checkpoint before, computed in float32 (float64 of float64); what
     did not change takes no room, and what is shorter than its codes is kept whole. Buffers are always kept whole.
 

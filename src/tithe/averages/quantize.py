@@ -1,6 +1,6 @@
 """Code n vectors in blocks of columns, 8, 4 or 1 bits per number, and project or combine them without decoding.
 
-A part of the basis is B blocks of n rows of 256 columns. Each row of a block has a scale of its own, so that a sum over
+A part of the basis is B blocks of n rows of 256 columns. Each row of a block has its own scale, so that a sum over
 columns or rows is taken of the codes as small whole numbers, and the scale enters once for all 256.
 
     x = s · q        values (B, n, 256)        codes (B, n, 32 · bits) uint8        scales (B, n) bfloat16

@@ -169,7 +169,7 @@ def read_recorded(paths: Sequence[Path], left_out: list[str] | None) -> tuple[li
 def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a model's floating-point parameters, each once under its first name, and the rest of its state.
 
-    What an attached plan trains is no part of the state; the weights that it is written into are.
+    The θ of an attached plan is not part of the state; the weights that it is written into are.
 
     Raises:
         TitheError: when a tensor has no values, is sparse, quantised, or of a dtype that safetensors does not store.
@@ -285,7 +285,7 @@ class Recorder:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], note: Note) -> bool:
-    """Write a file beside its place, then give it its name unless that is taken; False when the disk is full."""
+    """Write a temporary file, then give it its name unless that is taken; return False when the disk is full."""
     temporary = path.parent / f".{path.stem}.{note.name}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ class CodedRows(Rows):
 class DeltaRows(Rows):
     """Rows that are deltas on one base.
 
-    What a delta leaves alone has the base's value, so that the places of a tensor are those that any of them changes.
+    An entry that a delta does not change has the base's value; the places of a tensor are those that any delta changes.
 
     Args:
         entries: at least one.

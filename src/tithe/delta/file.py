@@ -102,7 +102,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path` for a file or folder, which becomes `path` if the block succeeds.
+    """Yield a temporary path next to `path` for a file or folder, which becomes `path` if the block succeeds.
 
     Args:
         path: the final place; an existing file there is replaced in one step, a folder there must be empty.

@@ -270,17 +270,17 @@ def recording(recorder: Recorder, *inner: AbstractContextManager[Any]) -> Genera
 def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledger:
     """Run `fn()` and return its ledger: the peak of live storages it created, and the most it kept for backward.
 
-    Counts every storage that an operator creates while `fn` runs, on any device, from its birth until nothing refers
-    to it: views and aliases cost nothing, a resized storage counts at its new size, what existed before is not counted.
-    Holds no tensor, so it prolongs no life.
+    It counts every storage that an operator creates while `fn` runs, on any device, from its creation until nothing
+    refers to it: views and aliases cost nothing, a resized storage counts at its new size, and storages that existed
+    before do not count. It holds no tensor, so it keeps none alive.
 
-    What it cannot see: scratch memory inside one kernel; what a compiled graph (`torch.compile`) keeps to itself;
-    tensors hidden on an autograd context instead of `save_for_backward`, or taken by saved-tensor hooks inside `fn`
-    (activation checkpointing, offloading): these are in `peak`, not in `saved`.
+    It cannot see scratch memory inside one kernel, tensors that a compiled graph (`torch.compile`) keeps internally,
+    tensors on an autograd context outside `save_for_backward`, or tensors that saved-tensor hooks inside `fn` take
+    over (activation checkpointing, offloading): the last two are in `peak`, not in `saved`.
 
-    What watching changes: autograd adds gradients out of place where it would otherwise reuse one of the two, so where
-    branches join the peak may be higher by one tensor than unwatched; the check that no saved tensor was modified in
-    place is off; function transforms (`torch.func.grad`) refuse to run; a GPU allocator's peak statistics are reset.
+    Watching has side effects: autograd adds gradients out of place where it would otherwise reuse one of the two, so
+    where branches join the peak may be higher by one tensor than unwatched; the check that no kept tensor was modified
+    in place is off; function transforms (`torch.func.grad`) refuse to run; a GPU allocator's peak statistics are reset.
 
     Args:
         fn: the work, for example one training step. Its result is dropped.

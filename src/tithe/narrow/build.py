@@ -1,6 +1,6 @@
 """Make a stage from a model: find which channels belong together, and check that the model works without some.
 
-The second is tried once, before anything is trained, beside the same network with zeros for what is absent:
+The check runs once, before training, and compares with the same network with zeros for the absent channels:
 
     a channel whose weights, scale and shift are all zero, into it and out of it, emits nothing that is read
 """

@@ -16,7 +16,7 @@ class InferenceNetwork:
     """Hooks around the root's forward pass: if no step is running, the model is the likeliest narrow network.
 
     Its weights are read, not trained: a forward pass that is to be differentiated belongs into `plan.backward`. An
-    object rather than closures, so that a deep copy of the model has hooks of its own.
+    object rather than closures, so that a deep copy of the model has its own hooks.
 
     Args:
         stage: of the model.

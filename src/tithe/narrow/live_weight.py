@@ -25,7 +25,7 @@ class LiveWeight:
 
     Args:
         name: the parameter's name in the model.
-        weight: the model's own parameter; it gets no gradient of its own while it is bound.
+        weight: the model's own parameter; it gets no gradient while it is bound.
     """
 
     def __init__(self, name: str, weight: nn.Parameter) -> None:

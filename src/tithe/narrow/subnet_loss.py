@@ -91,7 +91,7 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
     """Compare two networks on a batch, in evaluation mode.
 
     Raises:
-        TitheError: when their losses differ beyond rounding.
+        TitheError: when their losses differ by more than rounding.
     """
     found: list[float] = []
     for model in (one, other):

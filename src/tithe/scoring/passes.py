@@ -1,6 +1,6 @@
 """Score weights by passes over data: a whole batch at once if a rule can, else one sample at a time.
 
-The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit beside
+The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit with
 a training step; each group is one pass over the samples.
 """
 
@@ -118,7 +118,7 @@ class Passes:
                     yield binding.name, score.abs_() if statistic == "sum" else score
 
     def _groups(self) -> list[list[Binding]]:
-        """Groups whose sums fit beside a pass without passing a training step on the same batch.
+        """Return groups whose sums and a pass together need no more than a training step on the same batch.
 
         Two samples are run with probes that only listen: what they save for backward, scaled to the batch, tells what
         a training step keeps. The room is never less than an eighth of the weights, which bounds the number of passes.
