@@ -184,7 +184,7 @@ def step(records: Sequence[Record]) -> str:
 def memory(records: Sequence[Record]) -> str:
     """One row for each width of codes."""
     rows = [[f"{r['bits']} bits", f"{r['resident MB']:.0f}", "≤ 300"] for r in records]
-    return table(["", "resident beyond a plain step, MB", "to reach"], rows)
+    return table(["", "resident, more than a plain step, MB", "to reach"], rows)
 
 
 def streams(records: Sequence[Record]) -> str:

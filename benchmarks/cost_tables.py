@@ -24,7 +24,7 @@ def step(results: Path, docs: Path) -> str:
 
 
 def _step_table(rows: dict[str, Record], full: Record, lora: Record) -> str:
-    header = ["", "trained", "CPU ms", "of full", "of LoRA", "peak MB", "of full", "of LoRA", "saved MB", "gradient MB"]
+    header = ["", "trained", "CPU ms", "of full", "of LoRA", "peak MB", "of full", "of LoRA", "kept MB", "gradient MB"]
     cells = [
         [
             name,

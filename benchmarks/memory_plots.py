@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 PARTS = {
     "weights": "#3b3b3b",
     "gradients and optimizer": "#d55e00",
-    "saved for backward": "#0072b2",
+    "kept for backward": "#0072b2",
     "transient": "#56b4e9",
 }
 LINES = ("#d55e00", "#e69f00", "#0072b2", "#56b4e9")
@@ -74,7 +74,7 @@ def growth(records: Sequence[Record], methods: Sequence[str], weights: int, path
             timed = [r for r in rows if r["measured"]]
             seconds = [r["cpu_ms"] / 1e3 for r in timed]
             grid[1][column].plot([r[axis_name] for r in timed], seconds, "o-", color=colour, markersize=5)
-        for row, label in enumerate(("peak beyond the weights, MB", "CPU seconds of a step")):
+        for row, label in enumerate(("peak without the weights, MB", "CPU seconds of a step")):
             axis: Any = grid[row][column]
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_xscale("log", base=2)

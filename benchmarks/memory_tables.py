@@ -92,7 +92,7 @@ def step_table(steps: Mapping[str, Record]) -> str:
         ]
         for name, r in steps.items()
     ]
-    header = ["", "trained", "channels, layers", "saved MB", "less", "peak MB", "less", "CPU ms", "of full"]
+    header = ["", "trained", "channels, layers", "kept MB", "less", "peak MB", "less", "CPU ms", "of full"]
     return table(header, cells)
 
 
@@ -109,7 +109,7 @@ def reach_table(steps: Mapping[str, Record]) -> str:
         cpu = row["cpu_ms"] / full["cpu_ms"]
         if whole:
             kept = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in list(row["saved_by_layer"].items())[:2])
-            rows.append(_line(f"{name}: saved, times less", saved, 50, True, f"{kept} MB"))
+            rows.append(_line(f"{name}: kept, times less", saved, 50, True, f"{kept} MB"))
             rows.append(_line(f"{name}: peak, times less", peak, 5, True, f"{layer}, and the block's input"))
             rows.append(_line(f"{name}: CPU time of full", cpu, 0.7, False, ""))
         elif single:
@@ -133,7 +133,7 @@ def kept_table(steps: Mapping[str, Record]) -> str:
         [name, *(f"{sizes.get(group, 0) / 1e6:.2f}" for group in groups), *_told(steps[name])]
         for name, sizes in merged.items()
     ]
-    return table(["MB", *groups, "saved, predicted ÷ measured", "peak, predicted ÷ measured"], cells)
+    return table(["MB", *groups, "kept, predicted ÷ measured", "peak, predicted ÷ measured"], cells)
 
 
 def _by_group(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -167,7 +167,7 @@ def limited_table(records: Sequence[Record]) -> str:
         ]
         for name, r in sorted(rows.items(), key=lambda item: -item[1]["smallest_megabytes"])
     ]
-    return table(["", "smallest M, MB", "beyond imports", "full takes", "how it ends below"], cells)
+    return table(["", "smallest M, MB", "without imports", "full takes", "how it ends below"], cells)
 
 
 def _ending(words: str) -> str:
@@ -184,7 +184,7 @@ def _times(ratio: float) -> str:
 
 
 def growth_tables(records: Sequence[Record], weights: int, docs: Path) -> str:
-    """Peak, saved bytes and seconds over the batch and the resolution, and their plot."""
+    """Peak, kept bytes and seconds over the batch and the resolution, and their plot."""
     methods = list(dict.fromkeys(r["method"] for r in reversed(records)))
     methods = ["full", *(m for m in methods if "LoRA" in m), *sorted(m for m in methods if "TraDy" in m)]
     at = {(r["method"], r["batch"], r["side"]): r for r in records}
@@ -202,7 +202,7 @@ def growth_tables(records: Sequence[Record], weights: int, docs: Path) -> str:
         rows.append([f"{batch} × {side}²", *(" / ".join(cell) for cell in zip(peaks, saved, seconds, strict=True))])
     header = ["batch", *methods]
     said = (
-        "Each cell: peak beyond the weights, MB / saved for backward, MB / CPU seconds. "
+        "Each cell: peak without the weights, MB / kept for backward, MB / CPU seconds. "
         "A star marks a prediction: the step itself was not run."
     )
     return "\n\n".join([said, table(header, rows), "![Growth of bytes and seconds](memory-growth.png)"])

@@ -49,7 +49,7 @@ def growth_of_cost(records: Sequence[Record], path: Path) -> None:
         for axis, field in zip(axes, ("cpu_ms", "peak_bytes"), strict=True):
             ratios = [r[field] / rows[-1][field] for r in rows[:-1]]
             axis.plot([100 * r["density"] for r in rows[:-1]], ratios, "o-", color=COLOURS[i], label=f"{hidden} wide")
-    for axis, title in zip(axes, ("CPU time of a step", "peak bytes beyond the weights"), strict=True):
+    for axis, title in zip(axes, ("CPU time of a step", "peak bytes without the weights"), strict=True):
         axis.set_xscale("log")
         axis.set_ylim(bottom=0)
         axis.axhline(1, color="#c8ccd2", linewidth=1)

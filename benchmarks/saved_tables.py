@@ -20,7 +20,7 @@ REACH = {
 
 
 def saved(results: Path, docs: Path) -> str:
-    """Bytes kept, peak and CPU time of a step of each network by method, with ratios to LoRA."""
+    """Bytes kept, peak and CPU time of a step of each network by method; then lean layers alone."""
     records = list(lines(results / "saved.jsonl"))
     parts: list[str] = []
     for network in dict.fromkeys(r["network"] for r in records):
@@ -30,6 +30,9 @@ def saved(results: Path, docs: Path) -> str:
                 parts += [f"## {network}, dropout {dropout:g}", _table(rows, rows[PEER])]
     if parts:
         parts.append(origin(records))
+    alone = list(lines(results / "lean_alone.jsonl"))
+    if alone:
+        parts += ["## Lean layers alone, everything trained: BERT of 4 layers", _alone(alone), origin(alone)]
     trained = list(lines(results / "lean_accuracy.jsonl"))
     if trained:
         parts += ["## Accuracy of FISH with and without lean layers, SST-2", _accuracy(trained), origin(trained)]
@@ -38,7 +41,7 @@ def saved(results: Path, docs: Path) -> str:
 
 def _table(rows: dict[str, Record], peer: Record) -> str:
     timed = len(peer["cpu_ms_all"]) > 1
-    header = ["", "trained", "saved MB", "of LoRA", "to reach", "peak MB", "of LoRA"]
+    header = ["", "trained", "kept MB", "of LoRA", "to reach", "peak MB", "of LoRA"]
     header += ["CPU ms", "of LoRA"] if timed else []
     cells = [
         [
@@ -53,6 +56,24 @@ def _table(rows: dict[str, Record], peer: Record) -> str:
         ]
         for name, r in rows.items()
     ]
+    return table(header, cells)
+
+
+def _alone(records: list[Record]) -> str:
+    """The stock model and the lean ones, by dropout; the gap is the largest difference to the stock loss in a run."""
+    cells = [
+        [
+            f"dropout {r['dropout']:g}, {r['way']}",
+            megabytes(r["saved_bytes"]),
+            megabytes(r["peak_bytes"]),
+            f"{r['cpu_ms']:.0f}",
+            f"{r['time_of_stock']:.2f}",
+            f"{r['first_loss_gap']:.0e}" if r["first_loss_gap"] else "0",
+            f"{r['largest_loss_gap']:.0e}" if r["largest_loss_gap"] else "0",
+        ]
+        for r in reversed(records)
+    ]
+    header = ["", "kept MB", "peak MB", "CPU ms", "of stock", "gap of the first loss", "largest gap of a loss"]
     return table(header, cells)
 
 

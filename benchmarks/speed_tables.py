@@ -23,7 +23,7 @@ def speed(results: Path, docs: Path) -> str:
     parts = ["## A step", step_table(found), "### To reach", reach_table(found)]
     plotted = {n: [r for case, r in found if case.network == n and case.cost == "flops"] for n in PLOTTED}
     narrow_plots.speed(plotted, docs / "speed.png")
-    parts += ["## Speed-up against FLOPs", "![Measured speed-up beside the ideal](speed.png)"]
+    parts += ["## Speed-up against FLOPs", "![Measured speed-up and the ideal](speed.png)"]
     bytes_of = list(lines(results / "narrow_memory.jsonl"))
     if bytes_of:
         parts += ["## Bytes of a step", memory_table(bytes_of)]
@@ -108,7 +108,7 @@ def _yes(reached: bool) -> str:
 
 
 def memory_table(records: Sequence[Record]) -> str:
-    """Peak and standing bytes beside the dense step's."""
+    """Peak and standing bytes compared with the dense step's."""
     dense = {r["network"]: r for r in records if r["keep"] == 1}
     cells: list[list[str]] = []
     for r in records:

@@ -1,4 +1,4 @@
-"""The page on transfer under a memory budget: accuracy, dynamic beside static, what is kept, the ranking of layers."""
+"""The page on transfer under a memory budget: accuracy, dynamic against static, what is kept, the ranking of layers."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _sparsity(records: Sequence[Record]) -> str:
         f"{n.name}: " + ", ".join(f"{name} {size:,}" for name, size in n.budgets.items()) for n in NETWORKS.values()
     )
     note = (
-        "Percent left out, mean over the draws of eight epochs. Measured: bytes that convolutions saved for backward, "
+        "Percent left out, mean over the draws of eight epochs. Measured: bytes that convolutions kept for backward, "
         "elements of the gradients that the step left (of SU's biases too, the head apart), FLOPs "
         f"of the kernels that ran. Budgets in elements: {budgets}."
     )
@@ -218,7 +218,7 @@ def _bytes(records: Sequence[Record]) -> str:
         ]
         for r in records
     ]
-    return table(["", "method", "saved MB", "times less than full", "peak MB", "times less than full"], rows)
+    return table(["", "method", "kept MB", "times less than full", "peak MB", "times less than full"], rows)
 
 
 def _rankings(records: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
 """A batch is any tree of tensors: dicts, `UserDict`s (Hugging Face's `BatchEncoding`), lists, tuples, dataclasses.
 
-The first dimension of every tensor counts the samples. What is neither a tensor nor a container (a string, a number,
-None) is passed along as it is.
+The first dimension of every tensor counts the samples. A value that is neither a tensor nor a container (a string, a
+number, None) is passed along as it is.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What may be spent: bytes, elements, a fraction or FLOPs, as one comparable value."""
+"""Limit what may be spent: bytes, elements, a fraction or FLOPs, as one comparable value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 
 @dataclass(frozen=True, init=False)
 class Budget:
-    """A limit in exactly one measure.
+    """A budget limits what a plan may spend, in exactly one measure.
 
     Args:
         size: bytes, as a number or as text ("64MB", "1.5GiB").
@@ -63,7 +63,7 @@ class Budget:
             )
 
     def of(self, total: int) -> int:
-        """The limit as a whole number when selecting everything costs `total`; a fraction is rounded down.
+        """Return the limit as a whole number when selecting everything costs `total`; a fraction is rounded down.
 
         The tiny slack keeps 0.29 · 100 at 29 where binary fractions would give 28.
         """

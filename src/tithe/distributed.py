@@ -1,4 +1,4 @@
-"""What ranks have to agree on. The only importer of torch.distributed; on one process nothing happens."""
+"""Make ranks agree. This is the only importer of torch.distributed; on one process nothing happens."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from tithe.errors import TitheError
 
 
 def world_size() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's place among the ranks; 0 without a process group."""
+    """Return this process's place among the ranks; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def first(tensor: Tensor) -> Tensor:
-    """What rank 0 has, on every rank: for results that rounding may make differ from processor to processor."""
+    """Return rank 0's values on every rank: rounding may make results differ from processor to processor."""
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
 def scatter_mean(flat: Tensor) -> Tensor:
-    """This rank's equal part of the mean over ranks of a 1-D tensor, whose length is a multiple of their number."""
+    """Return this rank's equal part of the mean over ranks of a 1-D tensor; their number divides its length."""
     out = flat.new_empty(flat.numel() // world_size())
     dist.reduce_scatter(out, list(flat.chunk(world_size())))  # the form that has one name in every release of torch
     return out.div_(world_size())
 
 
 def gather(part: Tensor) -> Tensor:
-    """Every rank's part of a 1-D tensor, one after the other."""
+    """Return every rank's part of a 1-D tensor, one after the other."""
     out = part.new_empty(part.numel() * world_size())
     dist.all_gather(list(out.chunk(world_size())), part)
     return out
@@ -46,29 +46,29 @@ def _device() -> torch.device:
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum of `tensor` over ranks, in place."""
+    """Sum `tensor` over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_number(number: int, device: torch.device) -> int:
-    """Sum of a count over ranks."""
+    """Return the sum of a count over ranks."""
     return int(sum_(torch.tensor(number, dtype=torch.int64, device=device)))
 
 
 def mean_(tensor: Tensor) -> Tensor:
-    """Mean of `tensor` over ranks, in place."""
+    """Average `tensor` over ranks, in place."""
     return sum_(tensor).div_(world_size()) if world_size() > 1 else tensor
 
 
 def mean_number(number: float, device: torch.device) -> float:
-    """Mean of a number over ranks."""
+    """Return the mean of a number over ranks."""
     return float(mean_(torch.tensor(number, dtype=torch.float64, device=device))) if world_size() > 1 else number
 
 
 def fixed_sizes_error() -> TitheError:
-    """θ changed its size under a wrapper that fixed its buckets before."""
+    """Make the error for a θ that changed its size under a wrapper that had fixed its buckets."""
     return TitheError(
         "theta",
         found="sizes other than those that DistributedDataParallel fixed when it wrapped",
@@ -82,7 +82,7 @@ def check_same(
     digest: Tensor,
     error: TitheError | None = None,
 ) -> None:
-    """Compare a small int64 tensor over ranks.
+    """Compare a small int64 tensor over ranks, and raise where they differ.
 
     Raises:
         TitheError: on every rank when any differs.

@@ -1,8 +1,8 @@
-"""The one error family of the library: what was found, what was expected, and the remedy."""
+"""Define the one error family of the library: each error says what was found, what was expected, and the remedy."""
 
 
 class TitheError(Exception):
-    """Anything the library refuses to do, said so that the reader can act on it.
+    """An action that the library refuses, described so that the reader can act on it.
 
     Args:
         place: what the error is about: a module or parameter path, a file, a setting.
@@ -21,4 +21,4 @@ class TitheError(Exception):
 
 
 class TitheWarning(UserWarning):
-    """Something the user can act on, and nothing else."""
+    """A warning about something that the user can act on."""

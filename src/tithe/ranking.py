@@ -1,4 +1,4 @@
-"""Which layers are worth a budget: their reweighted gradient norms, measured once for an architecture."""
+"""Rank the layers that are worth a budget: reweighted gradient norms, measured once for an architecture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Ranking:
-    """The reweighted gradient norm (RGN) of each layer of an architecture.
+    """A ranking holds the reweighted gradient norm (RGN) of each layer of an architecture.
 
         RGN_layer = Σ_c ‖∂L/∂W_{:,c}‖₂ / (C'·D² + H·W)
 
@@ -48,7 +48,7 @@ class Ranking:
 
     @classmethod
     def of(cls, layers: Mapping[str, Layer], norms: Mapping[str, Tensor]) -> Ranking:
-        """From a price list and the norms of each layer's channels."""
+        """Make a ranking from a price list and the norms of each layer's channels."""
         rgn = {name: float(norms[name].double().sum()) / layer.elements for name, layer in layers.items()}
         return cls(rgn, {name: layer.shape for name, layer in layers.items()})
 
@@ -63,7 +63,7 @@ class Ranking:
         head: str | Sequence[str] = (),
         samples: int = 1024,
     ) -> Ranking:
-        """Measure the ranking of a model as it is now; one layer's gradient stands in memory at a time.
+        """Measure the ranking of a model as it is now; only one layer's gradient is in memory at a time.
 
         The paper adds up over a few epochs of ordinary fine-tuning: measure at several points and add (`+`).
 
@@ -99,7 +99,7 @@ class Ranking:
         return cls.of(layers, norms)
 
     def layers(self, coverage: float = 0.97) -> list[str]:
-        """The fewest layers that hold `coverage` of the total RGN, largest first."""
+        """Return the fewest layers that hold `coverage` of the total RGN, largest first."""
         return cover(self.rgn, coverage)
 
     def __add__(self, other: Ranking) -> Ranking:
@@ -109,7 +109,7 @@ class Ranking:
         return Ranking({name: value + other.rgn[name] for name, value in self.rgn.items()}, self.shapes)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare with the layers to choose from, which may be fewer.
+        """Compare the ranking with the layers to choose from, which may be fewer.
 
         Raises:
             TitheError: naming the first layer that the ranking does not know, or knows in another shape.
@@ -125,7 +125,7 @@ class Ranking:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically.
+        """Write the ranking as JSON, atomically.
 
         Raises:
             TitheError: when the folder does not exist.
@@ -137,7 +137,7 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | Path) -> Ranking:
-        """Read what `save` wrote.
+        """Read a ranking that `save` wrote.
 
         Raises:
             TitheError: when there is no such file, or it is no ranking of this format.

@@ -1,4 +1,4 @@
-"""When a choice is made again: pure functions of the step and the epoch."""
+"""Say when a choice is made again: pure functions of the step and the epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Unit = Literal["steps", "epochs"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Due after every `period` steps or epochs; never again when `period` is None.
+    """A schedule makes a choice due after every `period` steps or epochs, or never again when `period` is None.
 
     Args:
         period: a count of `unit`, at least 1, or None.
@@ -35,7 +35,7 @@ class Schedule:
             )
 
     def due(self, *, step: int | None = None, epoch: int | None = None) -> bool:
-        """Whether the choice is due now that `step` steps (or `epoch` epochs) are finished."""
+        """Return whether the choice is due now that `step` steps (or `epoch` epochs) are finished."""
         count = step if self.unit == "steps" else epoch
         return self.period is not None and count is not None and count > 0 and count % self.period == 0
 

@@ -1,4 +1,4 @@
-"""The contract, shipped: run it on a selection, a rule or a method of your own.
+"""Test the contracts: run these checks on a selection, a rule or a method of your own.
 
     check_selection(MySelection(...))
     check_rule(MyLayer(), x)
@@ -141,7 +141,7 @@ def check_selection(selection: Selection, *, dtype: torch.dtype = torch.float64,
 
 
 def patterns(shape: Sequence[int], *, seed: int = 0) -> Iterator[tuple[str, Coordinates]]:
-    """Selections in a weight of `shape` that between them make every way of computing worth taking.
+    """Return selections in a weight of `shape` that together make each way of computing the cheapest once.
 
     Args:
         shape: the weight's shape, without an axis of length 0.
@@ -185,7 +185,7 @@ def check_rule(
     atol: float = 1e-11,
     seed: int = 0,
 ) -> None:
-    """Check that the rules a layer meets give exactly what graft and autograd give, for every pattern of selection.
+    """Check that a layer's rules give exactly the results of graft and autograd, for every pattern of selection.
 
         θ.grad = Sᵀ ∇w        the output and the input's gradient unchanged        no gradient on the weight itself
 
@@ -296,7 +296,7 @@ def check_method(
     head: str | Sequence[str] = (),
     num_steps: int = 3,
 ) -> None:
-    """Check what every method owes its user, by training with AdamW, weight decay included.
+    """Check the contract of a method by training with AdamW, weight decay included.
 
     The choice is the same for the same seed · keys stay as they are · only selected weights, the head and buffers
     move · stopping and resuming on a fresh base equals never stopping · `release` leaves nothing behind.

@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: recorded, coded, streamed by columns; and the basis that their differences span.
+"""Keep a run's checkpoints on disk, stream them by columns, and build the basis of their differences.
 
 history   what a user records or opens       recorder   the files of a run, each written whole or not at all
 opened    checkpoints that are there         formats    one checkpoint, whoever wrote it

@@ -1,4 +1,4 @@
-"""The average of checkpoints, written in the format that they have, without any of them being loaded.
+"""Average checkpoints and write the result in their own format, without loading any of them whole.
 
 safetensors files, Hugging Face folders    read and written a block at a time
 `.pt` and `.ckpt` files                    read a block at a time; the average is in memory, for `torch.save`
@@ -46,11 +46,11 @@ def average(
     skip_damaged: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write Σ weights_i w_i of checkpoints on disk as one checkpoint of their format; a few blocks are in memory.
+    """Write Σ weights_i w_i of checkpoints on disk as one checkpoint of their format; only a few blocks are in memory.
 
     Floating-point tensors are averaged, summed in float32, or in float64 where they are float32 or float64. Others are
     the last checkpoint's, and so are entries that are the same infinity in every checkpoint. The running statistics of
-    norms are averaged like weights: estimate them anew before the average is used (`tithe average` with a recipe does).
+    norms are averaged like weights: estimate them again before using the average (`tithe average` with a recipe does).
 
     A safetensors file comes out of safetensors files or of what a `History` recorded; a folder with the same shards out
     of Hugging Face folders, with the first one's configuration and tokenizer; what the last one holds, with the model's
@@ -152,7 +152,7 @@ class _Columns:
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """The weights of so many checkpoints, which sum to one.
+    """Return the weights of so many checkpoints, checked to sum to one.
 
     Raises:
         TitheError: when there is no checkpoint, or the weights are not one finite number each with a sum of one.
@@ -205,7 +205,7 @@ def check_output(output: Path, first: Path) -> None:
 
 
 def folder_of(checkpoint: Path) -> Path | None:
-    """The Hugging Face folder that a checkpoint is, or None: a `pytorch_model.bin` has its configuration beside it."""
+    """Return a checkpoint's Hugging Face folder, or None; a `pytorch_model.bin` has its configuration next to it."""
     if checkpoint.is_dir():
         return checkpoint
     return checkpoint.parent if checkpoint.name == _OLD else None
@@ -264,7 +264,7 @@ def _write_flat(target: Path, forms: Mapping[str, Form], metadata: Mapping[str, 
 
 
 def _aligned(forms: Mapping[str, Form]) -> dict[str, Form]:
-    """Tensors with the widest dtypes first, so that each begins at a multiple of its own: readers view, not copy."""
+    """Return tensors with the widest dtypes first, so that each begins at a multiple of its width for views."""
     return {name: forms[name] for name in sorted(forms, key=lambda name: -forms[name].dtype.itemsize)}
 
 
@@ -275,7 +275,7 @@ def _metadata(found: Mapping[str, str]) -> dict[str, str]:
 
 
 def copy_extras(origin: Path, target: Path) -> None:
-    """Copy what lies beside the weights of a Hugging Face folder: configuration, tokenizer, the index of shards.
+    """Copy a Hugging Face folder's other files: configuration, tokenizer, the index of shards.
 
     A folder inside comes along where it holds no weights.
     """

@@ -1,4 +1,4 @@
-"""The basis that checkpoints span: their differences, coded, in a file of its own, read a block at a time.
+"""Store the basis of checkpoints, their coded differences, in one file, and read it a block at a time.
 
     d_i = w_i − w̄ = Σ_e A_ie s_e        G = D Dᵀ, (n, n), summed in float64        columns in blocks of 256
 
@@ -42,7 +42,7 @@ _ALIGNED = 64
 
 @dataclass(frozen=True)
 class Strip:
-    """The columns of one tensor: where its blocks lie among all.
+    """The columns of one tensor, and the position of its blocks among all.
 
     Args:
         name: in the history.
@@ -56,12 +56,12 @@ class Strip:
 
     @property
     def stop(self) -> int:
-        """The block after its last."""
+        """Return the block after its last."""
         return self.first + -(-self.numel // BLOCK)
 
 
 def strips(history: History, names: Sequence[str]) -> list[Strip]:
-    """The columns of some tensors, one after the other; each begins a block of its own."""
+    """Return the columns of some tensors, one after the other; each begins a new block."""
     out: list[Strip] = []
     first = 0
     for name in names:
@@ -71,7 +71,7 @@ def strips(history: History, names: Sequence[str]) -> list[Strip]:
 
 
 class Storage:
-    """Bytes in a file without a name, mapped: what was looked at can be given back to the system.
+    """A mapped file without a name, whose pages can be given back to the system after they were read.
 
     Args:
         nbytes: how many.
@@ -86,12 +86,12 @@ class Storage:
         self.bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
 
     def take(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor over a range of the bytes."""
+        """Return a tensor over a range of the bytes."""
         count = int(np.prod(shape)) * dtype.itemsize
         return self.bytes[start : start + count].view(dtype).view(shape)
 
     def forget(self, tensor: Tensor) -> None:
-        """Let the system have the memory behind a tensor; the bytes stay in the file."""
+        """Give the memory behind a tensor back to the system; the bytes stay in the file."""
         first = tensor.data_ptr() - self.bytes.data_ptr()
         start = -(-first // _PAGE) * _PAGE
         length = (first + tensor.numel() * tensor.element_size()) // _PAGE * _PAGE - start
@@ -104,7 +104,7 @@ Edge = tuple[int, int]
 
 
 def edges(n: int, root: int, *, chained: bool) -> list[Edge]:
-    """A tree over n checkpoints, parents before their children.
+    """Return a tree over n checkpoints, parents before their children.
 
     Args:
         n: how many.
@@ -121,7 +121,7 @@ def edges(n: int, root: int, *, chained: bool) -> list[Edge]:
 
 
 def centred_paths(n: int, tree: Sequence[Edge]) -> Tensor:
-    """A, (n, n − 1) float64: of each checkpoint's difference from the mean, how much of each step it is."""
+    """Return A, (n, n − 1) float64: the coefficient of each step in each checkpoint's difference from the mean."""
     paths = torch.zeros(n, len(tree), dtype=torch.float64)
     for place, (parent, child) in enumerate(tree):
         paths[child] = paths[parent]
@@ -130,7 +130,7 @@ def centred_paths(n: int, tree: Sequence[Edge]) -> Tensor:
 
 
 class Basis:
-    """Differences of checkpoints from their mean, and the start that they are added to.
+    """The differences of checkpoints from their mean, and the start that they are added to.
 
     Args:
         history: the checkpoints.
@@ -193,23 +193,23 @@ class Basis:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and scales that are held here."""
+        """Return the bytes of the codes and scales in this process."""
         return self._codes.numel() * self._codes.element_size() + (
             0 if self._scales is None else self._scales.numel() * self._scales.element_size()
         )
 
     def held(self, strip: Strip) -> tuple[int, int]:
-        """The blocks of a tensor that are held here, counted among all."""
+        """Return the blocks of a tensor in this process, counted among all."""
         first, stop = max(strip.first, self.blocks[0]), min(strip.stop, self.blocks[1])
         return first, max(first, stop)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are held here."""
+        """Return the number of blocks in this process."""
         return self.blocks[1] - self.blocks[0]
 
     def project(self, first: int, gradient: Tensor) -> Tensor:
-        """d_i · g over blocks that are held here: (n,) float64.
+        """Return d_i · g over the blocks in this process: (n,) float64.
 
         Args:
             first: the block where the gradient begins.
@@ -221,7 +221,7 @@ class Basis:
         return self._paths @ out
 
     def products(self, first: int, gradient: Tensor, owners: Tensor, count: int) -> Tensor:
-        """The same for each of several weights that blocks belong to: (count, n) float64.
+        """Return these products for each of several weights that blocks belong to: (count, n) float64.
 
         Args:
             first: the block where the gradient begins.
@@ -235,7 +235,7 @@ class Basis:
         return out @ self._paths.T
 
     def compose(self, first: int, stop: int, weights: Tensor, owners: Tensor | None = None) -> Tensor:
-        """w̄ + Σ weights_i d_i over blocks that are held here: (blocks, 256).
+        """Return w̄ + Σ weights_i d_i over the blocks in this process: (blocks, 256).
 
         Args:
             first: the first block.
@@ -320,13 +320,13 @@ def _weighted(block: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
 
 
 class TensorColumns(Columns):
-    """The columns of one tensor, all of them held here."""
+    """The columns of one tensor, all of them in this process."""
 
     def __init__(self, basis: Basis, strip: Strip) -> None:
         self.basis, self.strip, self.num_vectors = basis, strip, basis.num_vectors
 
     def project(self, gradient: Tensor) -> Tensor:
-        """d_i · g; of the gradient no more than an incomplete last block is copied."""
+        """Return d_i · g; only an incomplete last block of the gradient is copied."""
         count, rest = divmod(gradient.numel(), BLOCK)
         out = self.basis.project(self.strip.first, gradient[: count * BLOCK].view(count, BLOCK))
         if rest:
@@ -334,19 +334,19 @@ class TensorColumns(Columns):
         return out
 
     def compose(self, weights: Tensor) -> Tensor:
-        """w̄ + Σ weights_i d_i."""
+        """Return w̄ + Σ weights_i d_i for the tensor."""
         return self.basis.compose(self.strip.first, self.strip.stop, weights).view(-1)[: self.strip.numel]
 
 
 def blocked(rows: Tensor) -> Tensor:
-    """Rows (n, c) in blocks, (⌈c / 256⌉, n, 256), the last filled up with zeros."""
+    """Cut rows (n, c) into blocks, (⌈c / 256⌉, n, 256), the last one filled up with zeros."""
     missing = -rows.shape[1] % BLOCK
     padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
     return padded.reshape(rows.shape[0], -1, BLOCK).transpose(0, 1).contiguous()
 
 
 def orthonormal(gram: Tensor, tolerance: float = 1e-10) -> Tensor:
-    """M with Mᵀ G M = 1 on the directions that there are, and zero columns for those that there are not.
+    """Return M with Mᵀ G M = 1 on the directions that exist, and zero columns for the others.
 
     G = U Λ Uᵀ;  M = U Λ^{−½} where λ > tolerance · λ_max.
 

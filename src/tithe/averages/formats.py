@@ -1,4 +1,4 @@
-"""One checkpoint on disk, whatever wrote it, read by ranges of entries; and which checkpoints are at a path.
+"""Read one checkpoint of any origin by ranges of entries, and find the checkpoints at a path.
 
 A safetensors file, or a Hugging Face folder with one or several (`FileEntry`); a `.pt` file by `torch.save` or
 Lightning (`PickleEntry`): tensors and plain containers alone, what would run code is refused; a delta by `plan.save`
@@ -25,17 +25,17 @@ from tithe.delta.source import PICKLES, find_shards
 from tithe.errors import TitheError
 
 _NESTED: Final = ("state_dict", "model_state_dict", "model", "module", "net", "ema_state_dict")
-"""Keys under which training scripts keep a model's tensors, beside the optimizer's."""
+"""Keys under which training scripts store a model's tensors, next to the optimizer's."""
 
 _NO_WEIGHTS: Final = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)[._].*")
-"""What Hugging Face's trainer and accelerate write beside weights, in files of the same kinds."""
+"""Files of the same kinds that Hugging Face's trainer and accelerate write next to the weights."""
 
 PICKLED: Final = "pytorch_model.bin"
 """What Hugging Face calls weights that are no safetensors."""
 
 
 class Entry(ABC):
-    """A checkpoint: named tensors.
+    """A checkpoint of named tensors, whatever wrote it.
 
     Args:
         path: the file or folder.
@@ -47,16 +47,16 @@ class Entry(ABC):
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) in row-major order, 1-D on the CPU, in the tensor's own dtype."""
+        """Return entries [start, stop) in row-major order, 1-D on the CPU, in the tensor's own dtype."""
 
     def tensor(self, name: str) -> Tensor:
-        """All of a tensor."""
+        """Return all of a tensor."""
         form = self.forms[name]
         return self.read(name, 0, form.numel).view(form.shape)
 
 
 class FileEntry(Entry):
-    """One or several safetensors files.
+    """A checkpoint of one or several safetensors files.
 
     Args:
         path: what the checkpoint is called: the file, or the folder.
@@ -69,12 +69,12 @@ class FileEntry(Entry):
         self.forms = {name: file.forms[name] for name, file in self._owner.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """A range of the file."""
+        """Read a range of entries from the file."""
         return self._owner[name].read(name, start, stop)
 
 
 class PickleEntry(Entry):
-    """A file by `torch.save`: a state dict, or one beside other things, as Lightning and training scripts write it.
+    """A file by `torch.save`: a state dict, alone or among other data, as Lightning and training scripts write it.
 
     torch's reader of weights alone says where in the file each tensor lies; ranges are read from there. A file in the
     form from before torch 1.6 has no such places: it is loaded whole, and stays in memory.
@@ -98,7 +98,7 @@ class PickleEntry(Entry):
         self.forms = {name: Form.of(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """A range of the file; of a tensor that does not lie in row-major order, the rows around it."""
+        """Read a range of entries; for a tensor that is not stored row-major, the rows around it."""
         tensor = self._tensors[name]
         if self._offsets is None:
             return tensor.view(-1)[start:stop].clone()
@@ -117,7 +117,7 @@ def _offsets(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int] | None
     """Where in the file each tensor begins, in bytes; None where torch does not tell.
 
     Raises:
-        TitheError: when the file was packed anew, so that numbers do not lie in it as they are.
+        TitheError: when the file was packed again, so that its numbers are not stored as they are.
     """
     if not zipfile.is_zipfile(path):
         return None
@@ -139,7 +139,7 @@ def _offsets(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int] | None
 
 
 def load(path: Path) -> Any:
-    """What a file by `torch.save` holds, on the CPU; its tensors mapped where the file's form allows it.
+    """Return the content of a file by `torch.save` on the CPU, with mapped tensors if the file's form allows it.
 
     Args:
         path: the file.
@@ -202,7 +202,7 @@ def _state(content: Any, path: Path) -> tuple[tuple[str, ...], dict[str, Tensor]
 
 
 class DeltaEntry(Entry):
-    """A delta by `plan.save`: of a tensor that it changes in places, the form is that of the values there.
+    """A delta by `plan.save`; a tensor that it changes in places has the form of the values there.
 
     Values at places are held in memory, k numbers and their places; tensors that are stored whole stay on disk.
 
@@ -233,19 +233,19 @@ class DeltaEntry(Entry):
         self.forms = forms
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """A range of the values."""
+        """Read a range of the values."""
         if name in self._values:
             return self._values[name][start:stop]
         return self._flat.read(f"{name}#dense", start, stop)
 
     def share(self, name: str, places: Tensor) -> None:
-        """Hold one tensor of places with other deltas that change the same: n deltas have k places, not n·k."""
+        """Share one tensor of places with other deltas that change the same: n deltas have k places, not n·k."""
         if torch.equal(self.places[name], places):
             self.places[name] = places
 
 
 def open_entry(path: Path) -> Entry:
-    """The checkpoint at a path.
+    """Open the checkpoint at a path.
 
     Args:
         path: a file; or a folder with safetensors, or with a `pytorch_model.bin`.
@@ -264,7 +264,7 @@ def open_entry(path: Path) -> Entry:
 
 
 def find_entries(path: Path) -> list[Path]:
-    """The checkpoints at a path: in a folder, in the order of the numbers in their names.
+    """Find the checkpoints at a path: in a folder, in the order of the numbers in their names.
 
     A folder that is one checkpoint itself is that one; else every subfolder with weights, and every file of weights.
 

@@ -1,4 +1,4 @@
-"""A run's checkpoints on disk: recorded while it trains, or opened over what is there already."""
+"""Keep a run's checkpoints on disk: record them while it trains, or open existing ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SUMMED: Final = 1 << 18
 
 
 class History:
-    """Checkpoints w_1 … w_n of one model, each on disk, streamed by columns: n models never are in memory.
+    """Checkpoints w_1 … w_n of one model on disk, streamed by columns: n models are never in memory at once.
 
     A path that does not exist, an empty folder, or a folder that a history recorded: `record` appends to it. Anything
     else is read only: a folder of checkpoints, one checkpoint, or a list of them, in this order. A checkpoint is a
@@ -35,7 +35,7 @@ class History:
     without running code, or a delta by `plan.save`. Of a tensor that deltas change in places, every method gives the
     values at those places, 1-D; `tithe.attach` puts them onto the model.
 
-    What is recorded: the floating-point parameters, tied ones once, and the buffers, of which those that are saved.
+    It records the floating-point parameters, tied ones once, and the buffers that a `state_dict` holds.
     With bits, a weight is coded as its step from the checkpoint before, computed in float32 (float64 of float64); what
     did not change takes no room, and what is shorter than its codes is kept whole. Buffers are always kept whole.
 
@@ -101,7 +101,7 @@ class History:
 
     @property
     def rows(self) -> Rows:
-        """The checkpoints side by side.
+        """Return the checkpoints side by side.
 
         Raises:
             TitheError: when there are none.
@@ -123,11 +123,11 @@ class History:
 
     @property
     def partial(self) -> bool:
-        """Whether checkpoints are deltas, which hold some of a model's tensors and leave the others as they are."""
+        """Return whether checkpoints are deltas, which hold some of a model's tensors and do not change the others."""
         return isinstance(self._rows, DeltaRows)
 
     def on(self, base: Mapping[str, Tensor]) -> History:
-        """The same checkpoints; of deltas, what they leave alone is the base's.
+        """Return the same checkpoints, where deltas take the tensors they do not change from a base.
 
         Args:
             base: name → tensor of the model that the deltas were made on, or were applied to; read when columns are.
@@ -144,12 +144,12 @@ class History:
 
     @property
     def steps(self) -> list[int]:
-        """The step of each checkpoint, as told to `record`; its place in the list where none was."""
+        """Return the step of each checkpoint, as given to `record`, or else its place in the list."""
         return [note.step for note in self._notes] or list(range(len(self)))
 
     @property
     def scores(self) -> list[float | None]:
-        """How good each checkpoint was, as told to `record`."""
+        """Return the score of each checkpoint, as given to `record`."""
         return [note.score for note in self._notes] or [None] * len(self)
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class History:
         return {name: rows.tensor(place, name) for name in rows.forms}
 
     def record(self, model: nn.Module, step: int, *, score: float | None = None) -> bool:
-        """Append the model's weights and buffers; returns whether they were written.
+        """Append the model's weights and buffers; return whether they were written.
 
         A full disk warns and leaves the history as it was: training goes on.
 
@@ -209,7 +209,7 @@ class History:
         return True
 
     def mean(self) -> dict[str, Tensor]:
-        """The mean of every floating-point tensor, summed in float64; of others, what the last checkpoint has.
+        """Return the mean of each floating-point tensor, summed in float64; others are the last checkpoint's.
 
         Raises:
             TitheError: when there is no checkpoint, or one has values that are not finite.
@@ -217,7 +217,7 @@ class History:
         return self.average([1 / len(self.rows)] * len(self))
 
     def average(self, weights: Sequence[float]) -> dict[str, Tensor]:
-        """Σ weights_i w_i of every floating-point tensor, in its own dtype; of others, what the last checkpoint has.
+        """Return Σ weights_i w_i of each floating-point tensor, in its own dtype; others are the last checkpoint's.
 
         Args:
             weights: one for each checkpoint.
@@ -228,7 +228,7 @@ class History:
         return {name: self.average_tensor(name, weights) for name in self.rows.forms}
 
     def average_tensor(self, name: str, weights: Sequence[float]) -> Tensor:
-        """The same for one tensor; an entry that is infinite in every checkpoint, as in masks, stays so.
+        """Average one tensor; an entry that is infinite in every checkpoint, as in masks, stays infinite.
 
         Args:
             name: of the tensor.
@@ -258,7 +258,7 @@ class History:
         return out.view(form.shape)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of a tensor in every checkpoint, (n, stop − start), float32 or float64.
+        """Return entries [start, stop) of a tensor in every checkpoint, (n, stop − start), float32 or float64.
 
         Args:
             name: of a floating-point tensor.
@@ -308,7 +308,7 @@ class History:
 
 
 def spans(numel: int, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of columns that together are a few blocks of memory, whatever their number; whole blocks of codes each.
+    """Return ranges of columns that together fill a few blocks of memory, whatever their number; whole blocks of codes.
 
     Args:
         numel: columns.

@@ -1,4 +1,4 @@
-"""A history over checkpoints that are there: in folders, in files, several histories together."""
+"""Open a history over existing checkpoints: in folders, in files, several histories together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tithe.errors import TitheError
 
 
 def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows, list[Note]]:
-    """The checkpoints at some paths, in this order.
+    """Open the checkpoints at some paths, in this order.
 
     Args:
         paths: files, and folders, each of which is a checkpoint or holds some.
@@ -50,7 +50,7 @@ def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows,
 
 
 def none_left(path: Path, left_out: Sequence[str] | None) -> TitheError:
-    """What is said where every checkpoint was left out.
+    """Make the error for a history whose checkpoints were all skipped.
 
     Args:
         path: where they are.

@@ -1,6 +1,6 @@
-"""Codes of n vectors in blocks of columns: 8, 4 or 1 bits a number, projected on and combined without being decoded.
+"""Code n vectors in blocks of columns, 8, 4 or 1 bits per number, and project or combine them without decoding.
 
-A part of the basis is B blocks of n rows of 256 columns. Each row of a block has a scale of its own, so that a sum over
+A part of the basis is B blocks of n rows of 256 columns. Each row of a block has its own scale, so that a sum over
 columns or rows is taken of the codes as small whole numbers, and the scale enters once for all 256.
 
     x = s · q        values (B, n, 256)        codes (B, n, 32 · bits) uint8        scales (B, n) bfloat16
@@ -48,7 +48,7 @@ _SPAN = 512
 
 
 def code_bytes(bits: int) -> int:
-    """Bytes of the codes of one row of a block.
+    """Return the bytes of the codes of one row of a block.
 
     Args:
         bits: 8, 4 or 1.
@@ -66,7 +66,7 @@ def code_bytes(bits: int) -> int:
 
 
 def block_bytes(bits: int | None, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that one row of a block takes in all, its scale included.
+    """Return the bytes that one row of a block takes, its scale included.
 
     Args:
         bits: 8, 4 or 1; None for the numbers themselves.
@@ -83,7 +83,7 @@ def block_bytes(bits: int | None, dtype: torch.dtype = torch.float32) -> int:
 
 
 def encode(values: Tensor, bits: int | None) -> tuple[Tensor, Tensor | None]:
-    """Codes and scales of blocks.
+    """Return the codes and scales of blocks.
 
         q = round(x / s)        |x − s q| ≤ s / 2        (8 and 4 bits)
 
@@ -128,7 +128,7 @@ def encode(values: Tensor, bits: int | None) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(codes: Tensor, scales: Tensor | None, bits: int | None) -> Tensor:
-    """The values again.
+    """Return the values of codes and scales.
 
         x = s · q
 
@@ -157,7 +157,7 @@ def decode(codes: Tensor, scales: Tensor | None, bits: int | None) -> Tensor:
 
 
 def project(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Tensor) -> Tensor:
-    """The products of each row with a gradient.
+    """Return the products of each row with a gradient.
 
         out_i = Σ_b s_bi Σ_c q_bic g_bc
 
@@ -186,7 +186,7 @@ def project(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Te
 def products(
     codes: Tensor, scales: Tensor | None, bits: int | None, gradient: Tensor, owners: Tensor, count: int
 ) -> Tensor:
-    """What `project` adds up over all blocks, for each of so many owners over its own: (count, n) float64.
+    """Sum the results of `project` over all blocks, for each of several owners of blocks: (count, n) float64.
 
     The owners of blocks are (B,) int64, below `count`; the rest is as for `project`.
 
@@ -222,7 +222,7 @@ def _products(codes: Tensor, scales: Tensor | None, bits: int | None, gradient: 
 
 
 def gram(codes: Tensor, scales: Tensor | None, bits: int | None) -> Tensor:
-    """The products of rows with each other.
+    """Return the products of rows with each other.
 
         out_ij = Σ_b s_bi s_bj Σ_c q_bic q_bjc
 
@@ -258,7 +258,7 @@ def gram(codes: Tensor, scales: Tensor | None, bits: int | None) -> Tensor:
 def combine(
     codes: Tensor, scales: Tensor | None, bits: int | None, weights: Tensor, owners: Tensor | None = None
 ) -> Tensor:
-    """The weighted sum of the rows.
+    """Return the weighted sum of the rows.
 
         out_bc = Σ_i w_i s_bi q_bic
 
@@ -384,12 +384,12 @@ def _unpacked(codes: Tensor) -> Tensor:
 
 
 def packed_by_arithmetic(mask: Tensor) -> Tensor:
-    """Bits of bools (B, n, 256), for devices that numpy does not reach: uint8 (B, n, 32)."""
+    """Pack bools (B, n, 256) into bits, uint8 (B, n, 32), on devices that numpy does not reach."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask.unflatten(-1, (-1, 8)).to(torch.uint8) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def unpacked_by_arithmetic(codes: Tensor) -> Tensor:
-    """Zeros and ones of bits (B, n, 32): uint8 (B, n, 256)."""
+    """Return the zeros and ones of bits (B, n, 32) as uint8 (B, n, 256)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (codes[..., None] >> shifts & 1).flatten(-2)

@@ -1,4 +1,4 @@
-"""A history that a run records: one file a checkpoint, each written whole or not at all.
+"""Record the history of a run: one file per checkpoint, each written whole or not at all.
 
     000000.safetensors    the first checkpoint, whole
     000001.safetensors    the next: whole, or the coded step from the one before it
@@ -42,7 +42,7 @@ _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, 
 
 @dataclass(frozen=True)
 class Note:
-    """What a recorded checkpoint says of itself.
+    """The description that a recorded checkpoint has of itself.
 
     Args:
         step: of the run.
@@ -59,12 +59,12 @@ class Note:
     after: str
 
     def metadata(self) -> dict[str, str]:
-        """The free strings of the file's header."""
+        """Return the free strings of the file's header."""
         return {KEY: json.dumps({"version": VERSION, **vars(self)})}
 
     @classmethod
     def of(cls, file: FlatFile) -> Note | None:
-        """Read it; None for a file that no history recorded.
+        """Read a file's note; return None for a file that no history recorded.
 
         Raises:
             TitheError: when it is damaged or of a later version.
@@ -89,14 +89,14 @@ class Note:
 
 
 def recorded(folder: Path) -> list[Path]:
-    """The files of a recorded history, in order; empty when there is none."""
+    """Return the files of a recorded history, in order; empty if there is none."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.safetensors", path.name))
 
 
 def begun(paths: Sequence[Path], skip: bool) -> bool:
-    """Whether a history recorded these files.
+    """Return whether a history recorded these files.
 
     Args:
         paths: in order.
@@ -115,7 +115,7 @@ def begun(paths: Sequence[Path], skip: bool) -> bool:
 
 
 def read_recorded(paths: Sequence[Path], left_out: list[str] | None) -> tuple[list[FlatFile], list[Note]]:
-    """The files of one run, and what they say of themselves.
+    """Read the notes of the files of one run.
 
     Args:
         paths: in order.
@@ -167,9 +167,9 @@ def read_recorded(paths: Sequence[Path], left_out: list[str] | None) -> tuple[li
 
 
 def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The floating-point parameters of a model, each once under its first name, and what else its state holds.
+    """Return a model's floating-point parameters, each once under its first name, and the rest of its state.
 
-    What an attached plan trains is no part of the state; the weights that it is written into are.
+    The θ of an attached plan is not part of the state; the weights that it is written into are.
 
     Raises:
         TitheError: when a tensor has no values, is sparse, quantised, or of a dtype that safetensors does not store.
@@ -188,7 +188,7 @@ def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 class Recorder:
-    """Appends checkpoints of a model in training.
+    """A writer that appends checkpoints of a model in training.
 
     A coded history needs the checkpoint before, as it is decoded, in memory: one number for each weight; with one bit
     also what its code has rounded, which the next takes up in part. A run that goes on begins with nothing of that.
@@ -212,7 +212,7 @@ class Recorder:
     def record(
         self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], step: int, score: float | None
     ) -> Path | None:
-        """Write one checkpoint; None when the disk is full.
+        """Write one checkpoint; return None when the disk is full.
 
         Args:
             weights: name → parameter.
@@ -285,7 +285,7 @@ class Recorder:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], note: Note) -> bool:
-    """Write a file beside its place, then give it its name unless that is taken; False when the disk is full."""
+    """Write a temporary file, then give it its name unless that is taken; return False when the disk is full."""
     temporary = path.parent / f".{path.stem}.{note.name}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ def link(temporary: Path, path: Path) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a disk had no room: told by its number, or by the words of safetensors."""
+    """Return whether an error means a full disk, by its number or by the words of safetensors."""
     number = error.errno if isinstance(error, OSError) else None
     return number in _FULL or any(f"(os error {full})" in str(error) for full in _FULL)
 

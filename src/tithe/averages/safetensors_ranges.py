@@ -1,4 +1,4 @@
-"""safetensors by ranges of entries: nothing of a tensor is in memory but what was asked for.
+"""Read and write safetensors by ranges of entries: only the requested part of a tensor is in memory.
 
 A memory map would do for reading, but what it has shown counts as resident until the system wants it back; ranges are
 read into buffers instead. A file is opened for each range: 3 µs more than a handle that is kept, and no limit on how
@@ -39,17 +39,17 @@ class Form:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Form:
-        """That of a tensor."""
+        """Return the form of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Return the bytes of its data."""
         return self.numel * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def check_plain(place: str, name: str, tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class FlatFile:
-    """A safetensors file, its header read and checked.
+    """A safetensors file whose header was read and checked.
 
     Args:
         path: the file.
@@ -95,7 +95,7 @@ class FlatFile:
 
     @classmethod
     def open(cls, path: Path) -> FlatFile:
-        """Read the header.
+        """Open a file and read its header.
 
         Args:
             path: of the file; it is closed again.
@@ -138,7 +138,7 @@ class FlatFile:
         return cls(path, forms, offsets, metadata)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Entries [start, stop) of a tensor in row-major order, a new 1-D tensor on the CPU.
+        """Return entries [start, stop) of a tensor in row-major order, a new 1-D tensor on the CPU.
 
         Raises:
             TitheError: when the file is gone, or shorter than it was.
@@ -148,12 +148,12 @@ class FlatFile:
         return read_range(self.path, self.offsets[name] + start * form.dtype.itemsize, count, form.dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """All of a tensor."""
+        """Return all of a tensor."""
         return self.read(name).view(self.forms[name].shape)
 
 
 def read_range(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Numbers as they lie in a file, a new 1-D tensor on the CPU.
+    """Return numbers as they are stored in a file, a new 1-D tensor on the CPU.
 
     Args:
         path: the file.
@@ -177,7 +177,7 @@ def read_range(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tenso
 
 
 def fill(file: RawIOBase, out: Tensor, path: Path) -> None:
-    """Read the bytes of a contiguous CPU tensor from where an unbuffered file stands.
+    """Read the bytes of a contiguous CPU tensor from the position of an unbuffered file.
 
     Args:
         file: open for reading.
@@ -205,7 +205,7 @@ def _gone(path: Path, reason: str) -> TitheError:
 
 
 class FlatWriter:
-    """Writes a safetensors file from its beginning to its end, a range of entries at a time.
+    """A writer of a safetensors file from its beginning to its end, a range of entries at a time.
 
     Args:
         file: open for writing, empty.
@@ -247,6 +247,6 @@ class FlatWriter:
         file.write(header)
 
     def write(self, values: Tensor) -> None:
-        """The next entries, in the dtype that was announced."""
+        """Write the next entries, in the dtype that was announced."""
         plain = values.detach().cpu().contiguous().reshape(-1)
         self._file.write(plain.view(torch.uint8).numpy().data)

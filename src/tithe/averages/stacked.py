@@ -1,4 +1,4 @@
-"""The checkpoints of a history side by side, streamed by columns: n rows of the same few entries at a time.
+"""Stream the checkpoints of a history side by side: n rows of the same few columns at a time.
 
     columns(name, start, stop) → (n, stop − start)
 
@@ -33,7 +33,7 @@ _AT_ONCE: Final = 1 << 20
 
 
 class Rows(ABC):
-    """Checkpoints of the same tensors.
+    """Checkpoints of the same tensors, as rows.
 
     Args:
         paths: where each lies.
@@ -50,10 +50,10 @@ class Rows(ABC):
 
     @abstractmethod
     def ranges(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """Entries [start, stop) of each row, one after the other: (stop − start,), in any dtype that holds them."""
+        """Yield entries [start, stop) of each row in turn, (stop − start,), in any dtype that holds them."""
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of every row, (n, stop − start), in float32, or float64 for tensors of float64."""
+        """Return entries [start, stop) of every row, (n, stop − start), in float32, or float64 for float64 tensors."""
         out = torch.empty(len(self), stop - start, dtype=computed_dtype(self.forms[name].dtype))
         for row, values in zip(out, self.ranges(name, start, stop), strict=True):
             row.copy_(values)
@@ -61,11 +61,11 @@ class Rows(ABC):
 
     @abstractmethod
     def tensor(self, index: int, name: str) -> Tensor:
-        """A tensor of one row, in its own shape and dtype."""
+        """Return a tensor of one row, in its own shape and dtype."""
 
     @abstractmethod
     def states(self) -> Iterator[dict[str, Tensor]]:
-        """Each row as a dict of tensors, one after the other."""
+        """Yield each row as a dict of tensors, one after the other."""
 
 
 class PlainRows(Rows):
@@ -87,15 +87,15 @@ class PlainRows(Rows):
             check_forms(entry.path, entry.forms, self.forms, entries[0].path)
 
     def ranges(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """One read a row."""
+        """Yield ranges with one read per row."""
         return (entry.read(name, start, stop) for entry in self.entries)
 
     def tensor(self, index: int, name: str) -> Tensor:
-        """As it is stored."""
+        """Return a tensor as it is stored."""
         return self.entries[index].tensor(name)
 
     def states(self) -> Iterator[dict[str, Tensor]]:
-        """As they are stored."""
+        """Yield the rows as they are stored."""
         for entry in self.entries:
             yield {name: entry.tensor(name) for name in entry.forms}
 
@@ -130,26 +130,26 @@ class CodedRows(Rows):
                     raise _differs(file.path, name, "no such tensor", "one", files[0].path)
 
     def ranges(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """The first row, and the running sums of the steps after it."""
+        """Yield the first row, and the running sums of the steps after it."""
         first = start // BLOCK * BLOCK
         last = min(-(-stop // BLOCK) * BLOCK, self.forms[name].numel)
         for row in self._sums(name, first, last, len(self), _AT_ONCE):
             yield row[start - first : stop - first]
 
     def tensor(self, index: int, name: str) -> Tensor:
-        """The running sum up to one row; of one without floating-point numbers, its file's."""
+        """Return the running sum up to one row; a tensor without floating-point numbers comes from its file."""
         form = self.forms[name]
         if not form.dtype.is_floating_point:
             return self.files[index].tensor(name)
         return self.sum(index, name).to(form.dtype).view(form.shape)
 
     def sum(self, index: int, name: str) -> Tensor:
-        """w̃_i, (numel,), as it is summed: float32, or float64 for a tensor of float64."""
+        """Return w̃_i, (numel,), in the dtype of the sum: float32, or float64 for a tensor of float64."""
         *_, row = self._sums(name, 0, self.forms[name].numel, index + 1, _AT_ONCE)
         return row
 
     def states(self) -> Iterator[dict[str, Tensor]]:
-        """The running sums, those of one row in memory at a time."""
+        """Yield the running sums; only those of one row are in memory at a time."""
         sums = {
             name: self._sums(name, 0, form.numel, len(self), 1)
             for name, form in self.forms.items()
@@ -191,7 +191,7 @@ class CodedRows(Rows):
 class DeltaRows(Rows):
     """Rows that are deltas on one base.
 
-    What a delta leaves alone has the base's value, so that the places of a tensor are those that any of them changes.
+    An entry that a delta does not change has the base's value; the places of a tensor are those that any delta changes.
 
     Args:
         entries: at least one.
@@ -221,7 +221,7 @@ class DeltaRows(Rows):
             self.forms[name] = form
 
     def on(self, base: Mapping[str, Tensor]) -> DeltaRows:
-        """The same rows on the tensors of a base.
+        """Return the same rows on the tensors of a base.
 
         Args:
             base: name → tensor, of the model that the deltas were made on, or of one that they were applied to; read
@@ -259,16 +259,16 @@ class DeltaRows(Rows):
         return DeltaRows(self.entries, under)
 
     def ranges(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """Values at the places; those that a delta leaves alone are the base's."""
+        """Yield values at the places; the base has those that a delta does not change."""
         return (self._range(entry, name, start, stop) for entry in self.entries)
 
     def tensor(self, index: int, name: str) -> Tensor:
-        """Values at the places, or all of the tensor."""
+        """Return the values at the places, or all of the tensor."""
         form = self.forms[name]
         return self._range(self.entries[index], name, 0, form.numel).view(form.shape)
 
     def states(self) -> Iterator[dict[str, Tensor]]:
-        """What each delta changes, at the places of all."""
+        """Yield the changes of each delta, at the places of all."""
         for index in range(len(self)):
             yield {name: self.tensor(index, name) for name in self.forms}
 
@@ -297,7 +297,7 @@ class DeltaRows(Rows):
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of a dtype are computed in: float64 for float64, else float32."""
+    """Return the dtype in which numbers are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -306,7 +306,7 @@ def _computed(values: Tensor) -> Tensor:
 
 
 def coded_shorter(form: Form, bits: int) -> bool:
-    """Whether the codes and scales of a tensor take fewer bytes than its numbers do."""
+    """Return whether the codes and scales of a tensor take fewer bytes than its numbers."""
     return sum(part.nbytes for part in _code_forms({"": form}, bits).values()) < form.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Σ c_i w_i of checkpoints on disk, a block at a time: one is read while another is added up.
+"""Sum c_i w_i over checkpoints on disk, a block at a time: one is read while another is added up.
 
 disk ──a block of w_1, of w_2, …──> three buffers ──> float32 or float64 sum ──> the block in its own dtype
 """
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """Entries [start, stop) of a tensor."""
+    """A range of entries [start, stop) of a tensor."""
 
     name: str
     start: int
@@ -42,24 +42,24 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """Pieces of one dtype that follow each other."""
+    """A run of consecutive pieces of one dtype."""
 
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one checkpoint's entries."""
+        """Return the bytes of one checkpoint's entries."""
         return self.numel * self.dtype.itemsize
 
 
 def blocks(forms: Mapping[str, Form], num_bytes: int) -> Iterator[Block]:
-    """All entries of some tensors in order, in blocks of one dtype and of at most so many bytes, a multiple of 16."""
+    """Return all entries of some tensors in order, in blocks of one dtype and of a limited size, a multiple of 16."""
     pieces: list[Piece] = []
     dtype, room = torch.float32, 0
     for name, form in forms.items():
@@ -78,10 +78,10 @@ def blocks(forms: Mapping[str, Form], num_bytes: int) -> Iterator[Block]:
 
 
 class Sums(Protocol):
-    """Where the values of an average come from."""
+    """A source of the values of an average."""
 
     def blocks(self, forms: Mapping[str, Form]) -> Iterator[tuple[Block, Tensor]]:
-        """All entries of some tensors in order: blocks, each with its values, 1-D of its dtype, good until the next."""
+        """Yield all entries of some tensors in order: blocks with their 1-D values, which are valid until the next."""
         ...
 
 
@@ -96,7 +96,7 @@ class Given:
         self._state = state
 
     def blocks(self, forms: Mapping[str, Form]) -> Iterator[tuple[Block, Tensor]]:
-        """As they are, in the dtypes that are asked for."""
+        """Yield the values in the dtypes that are asked for."""
         for block in blocks(forms, _LONGEST):
             flat = [self._state[piece.name].detach().reshape(-1)[piece.start : piece.stop] for piece in block.pieces]
             yield block, torch.cat([values.to("cpu", block.dtype) for values in flat])
@@ -160,10 +160,10 @@ class Stream:
         self._sum, self._chunk = torch.empty(2, _CHUNK * 8, dtype=torch.uint8)
 
     def blocks(self, forms: Mapping[str, Form]) -> Iterator[tuple[Block, Tensor]]:
-        """The sum over some tensors, in order: floating-point ones summed in float32, or float64 from float32 on.
+        """Yield the sum over some tensors, in order: floats are summed in float32, or float64 from float32 on.
 
-        Others are the last checkpoint's, and so is an entry that is the same infinity in every checkpoint, as in masks.
-        The values that come with a block, 1-D of its dtype, are good until the next one.
+        Other tensors are the last checkpoint's, and so is an entry that is the same infinity in each, as in masks.
+        The values that come with a block, 1-D of its dtype, are valid until the next one.
 
         Raises:
             TitheError: naming the checkpoint and the tensor, when a value is not finite, or a file ends too early.
@@ -264,5 +264,5 @@ def _viewed(buffer: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def summed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that entries are added up in: float64 from float32 on, else float32."""
+    """Return the dtype in which entries are added up: float64 from float32 on, else float32."""
     return torch.float64 if dtype.itemsize >= 4 else torch.float32

@@ -1,4 +1,4 @@
-"""Which positions of a model's tensors exist or are absent together.
+"""Find which positions of a model's tensors exist or are absent together.
 
 coupling    units, where they are, what they cost          trace     one forward pass, watched
 labels      what is known of a tensor's entries            assemble  from what was seen to units

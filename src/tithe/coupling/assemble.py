@@ -1,4 +1,4 @@
-"""From what a trace has seen to a coupling: classes become units, units of one kind a group."""
+"""Make a coupling from a trace: classes become units, and units of one kind become a group."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assemble(
     whole: Mapping[str, str],
     samples: int,
 ) -> Coupling:
-    """Number what can be absent, and say what it costs.
+    """Number the units that can be absent, and say what they cost.
 
     Args:
         classes: after the trace.

@@ -1,4 +1,4 @@
-"""One operation as a trace meets it: its arguments with their labels, and what they mean for each other."""
+"""Describe one traced operation: its arguments with their labels, and how they combine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tithe.coupling.labels import Classes, Label, Labels, aligned, always, moved
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor in an operation: its shape, its labels, and the dimensions that have one size whatever is cut.
+    """A tensor in an operation: its shape, its labels, and the dimensions whose size never changes.
 
     Args:
         shape: its sizes.
@@ -35,11 +35,11 @@ class Operand:
 
     @property
     def num_dims(self) -> int:
-        """How many dimensions it has."""
+        """Return the number of dimensions of the tensor."""
         return len(self.shape)
 
     def fixed(self) -> Iterator[int]:
-        """The dimensions on which no label depends and that have one size whatever is cut."""
+        """Return the dimensions on which no label depends and whose size never changes."""
         free = frozenset[int]().union(*map(varying, self.labels))
         bends = free if self.depends else free | self.stretched
         for dim, size in enumerate(self.shape):
@@ -47,7 +47,7 @@ class Operand:
                 yield dim
 
     def with_labels(self, labels: Iterable[Label]) -> Operand:
-        """The same tensor under other labels."""
+        """Return the same tensor under other labels."""
         return replace(self, labels=tuple(labels))
 
 
@@ -61,7 +61,7 @@ class Work:
 
 @dataclass(eq=False)
 class Call:
-    """An operation, its arguments by name with each tensor as an `Operand`, and the shapes of what it returned.
+    """An operation, its arguments by name with each tensor as an `Operand`, and the shapes of its results.
 
     Args:
         name: of the operation, without overload and without the mark of writing in place.
@@ -87,21 +87,21 @@ class Call:
         return self.arguments[name]
 
     def first(self) -> Operand:
-        """The first tensor among the arguments."""
+        """Return the first tensor among the arguments."""
         return next(operands(self.arguments))
 
     def why(self, what: str) -> str:
-        """A reason with the place where it arose."""
+        """Return a reason together with the place where it arose."""
         return f"{what} in {self.place}" if self.place else f"{what} outside of any module"
 
     def without(self, operand: Operand, dims: Iterable[int], what: str) -> Labels:
-        """The labels when these dimensions have to stay whole: tied along them, and of size 1 there."""
+        """Return the labels when these dimensions stay whole: tied along them, and of size 1 there."""
         dims = [dim % operand.num_dims for dim in dims] if operand.num_dims else []
         tied = (self.classes.tie(label, dims, self.why(what)) for label in operand.labels)
         return tuple(label for label in tied if label is not None)
 
     def meet(self, shape: Sequence[int], *met: Operand) -> Labels:
-        """The labels of an entrywise combination of `met`, broadcast to `shape`."""
+        """Return the labels of an entrywise combination of `met`, broadcast to `shape`."""
         num_dims = len(shape)
         lifted = [[aligned(label, num_dims) for label in one.labels] for one in met]
         free = frozenset[int]().union(*(varying(label) for labels in lifted for label in labels))
@@ -112,7 +112,7 @@ class Call:
         return self.classes.merge(labels, self.why("meets a tensor of fixed size"))
 
     def product(self, left: Operand, right: Operand, dims: str, total: float | None = None) -> Labels:
-        """The labels of a product summed over what its two factors share and the result has not, as in einsum.
+        """Return the labels of a product summed over the axes that only its two factors share, as in einsum.
 
         Args:
             left: first factor.
@@ -149,7 +149,7 @@ class Call:
 
 
 def operands(tree: Any) -> Iterator[Operand]:
-    """Every tensor among the arguments."""
+    """Return every tensor among the arguments."""
     if isinstance(tree, Operand):
         yield tree
     elif isinstance(tree, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Which positions of which tensors exist or are absent together, and what they cost.
+"""Say which positions of which tensors exist or are absent together, and what they cost.
 
     width_a(s) = Σ_p s_unit(p)          cost(s) = Σ_t c_t Π_{a ∈ t} width_a(s)
 
@@ -35,7 +35,7 @@ class Group:
 
     @property
     def num_units(self) -> int:
-        """How many units it has."""
+        """Return the number of units in the group."""
         return self.stop - self.start
 
 
@@ -86,11 +86,11 @@ class Coupling:
 
     @property
     def num_units(self) -> int:
-        """n: how many units there are."""
+        """Return n, the number of units."""
         return self.groups[-1].stop if self.groups else 0
 
     def kept(self, mask: Tensor) -> list[Tensor]:
-        """The positions that exist when the units of `mask` do.
+        """Return the positions that exist when the units of `mask` do.
 
         Args:
             mask: bool (n,).
@@ -101,7 +101,7 @@ class Coupling:
         return [live.nonzero().flatten() for live in self._spread(mask)]
 
     def widths(self, s: Tensor) -> Tensor:
-        """The expected number of live positions of each axis, (num_axes,) in the dtype of `s`.
+        """Return the expected number of live positions of each axis, (num_axes,) in the dtype of `s`.
 
         Args:
             s: probability of each unit to exist, float (n,).
@@ -109,7 +109,7 @@ class Coupling:
         return torch.stack([part.sum() for part in self._spread(s)]) if self.axes else s.new_empty(0)
 
     def cost(self, terms: tuple[Term, ...], s: Tensor) -> Tensor:
-        """Σ_t c_t Π_a width_a(s), a scalar: what is paid when every axis has its expected width.
+        """Return Σ_t c_t Π_a width_a(s), a scalar: the cost when every axis has its expected width.
 
         Args:
             terms: `flops`, `params`, or others over the same axes.
@@ -119,7 +119,7 @@ class Coupling:
         return (coefficients * factors.prod(1)).sum()
 
     def shares(self, terms: tuple[Term, ...], s: Tensor) -> Tensor:
-        """The cost of each unit at `s`, (n,): Σ_i shares_i s_i is the part of `cost(terms, s)` that units pay.
+        """Return the cost of each unit at `s`, (n,): Σ_i shares_i s_i is the units' part of `cost(terms, s)`.
 
         A term is split evenly between those of its axes that have units, and there between the positions; what falls
         to positions that always exist is no unit's.
@@ -143,7 +143,7 @@ class Coupling:
         return s.new_zeros(len(s) + 1).index_add_(0, flat % (len(s) + 1), of_position)[:-1]
 
     def shrink(self, alive: Tensor) -> Coupling:
-        """What is left when the other units are gone for good: groups keep their names, units are numbered anew.
+        """Return the coupling without the dead units: groups keep their names, units get new numbers.
 
         Args:
             alive: bool (n,).

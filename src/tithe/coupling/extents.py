@@ -1,4 +1,4 @@
-"""Operations that need some dimensions whole: norms, reductions, softmax, windows, tables; and entrywise ones."""
+"""Handle operations that need some dimensions whole (norms, reductions, softmax, windows), and entrywise ones."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from tithe.coupling.labels import Label, Labels, moved
 
 
 def entrywise(call: Call) -> list[Labels]:
-    """Entry by entry, after broadcasting: what exists in one exists in all."""
+    """Unite the labels of all arguments after broadcasting: an entry that exists in one exists in all."""
     met = list(operands(call.arguments))
     return [call.meet(shape, *met) for shape in call.shapes]
 
 
 def same(call: Call) -> list[Labels]:
-    """A tensor in the shape of the first argument: a copy, a cast, zeros or noise like it."""
+    """Label a tensor in the shape of the first argument: a copy, a cast, zeros or noise like it."""
     one = call.first()
     return [one.labels if shape == one.shape else () for shape in call.shapes]
 
 
 def created(call: Call) -> list[Labels]:
-    """A new tensor of a size of its own."""
+    """Label a new tensor whose size depends on no argument."""
     return [() for _ in call.shapes]
 
 
 def whole(call: Call) -> list[Labels]:
-    """Operations of which nothing may be absent."""
+    """Keep everything whole in an operation of which nothing may be absent."""
     for one in operands(call.arguments):
         for label in one.labels:
             call.classes.pin(label, call.why(f"taken whole by {call.name}"))
@@ -32,14 +32,14 @@ def whole(call: Call) -> list[Labels]:
 
 
 def along(call: Call) -> list[Labels]:
-    """Softmax, cumulative sums, sorting: one dimension stays whole, the others do not mind."""
+    """Keep one dimension whole, for softmax, cumulative sums and sorting; the others may shrink."""
     one = call.first()
     labels = call.without(one, _dims(call, one), f"taken whole by {call.name}")
     return [labels for _ in call.shapes]
 
 
 def reduction(call: Call) -> list[Labels]:
-    """Sums, means, extremes: the dimensions that vanish were whole."""
+    """Keep the dimensions whole that a sum, mean or extreme removes."""
     one = call.first()
     dims = [dim % one.num_dims for dim in _dims(call, one)] if one.num_dims else []
     labels = call.without(one, dims, f"taken whole by {call.name}")
@@ -57,14 +57,14 @@ def _dims(call: Call, one: Operand) -> list[int]:
 
 
 def windows(num_spatial: int, call: Call) -> list[Labels]:
-    """Pooling, resizing, padding by reflection: over the last `num_spatial` dimensions, each channel by itself."""
+    """Pool, resize or reflect over the last `num_spatial` dimensions, each channel separately."""
     one = call.first()
     labels = call.without(one, range(one.num_dims - num_spatial, one.num_dims), "in a window")
     return [labels for _ in call.shapes]
 
 
 def batch_norm(call: Call) -> list[Labels]:
-    """Of x (N, C, ...): scale, shift and statistics belong to the channel."""
+    """Tie scale, shift and statistics to the channel of x (N, C, ...)."""
     x = call["input"]
     shape = (x.shape[1], *[1] * (x.num_dims - 2))
     parts = [
@@ -82,7 +82,7 @@ def _channels(labels: Labels, shape: tuple[int, ...], count: int) -> Labels:
 
 
 def group_norm(call: Call) -> list[Labels]:
-    """Of x (N, C, ...) in G groups: each is normalised as a whole."""
+    """Keep each of the G groups of x (N, C, ...) whole, since each is normalised as a whole."""
     x, groups = call["input"], call["group"]
     why = "normalised in one group"
     labels = call.without(x, range(2, x.num_dims), why)
@@ -107,7 +107,7 @@ def _by_group(call: Call, label: Label, dim: int, groups: int, each: int, why: s
 
 
 def layer_norm(call: Call) -> list[Labels]:
-    """Normalised over the last dimensions, as many as the scale has: they stay whole, in x and in scale and shift."""
+    """Keep the normalised last dimensions whole, in x and in scale and shift."""
     x = call["input"]
     count, why = len(call["normalized_shape"]), f"normalised by {call.name.strip('_')}"
     labels = call.without(x, range(x.num_dims - count, x.num_dims), why)
@@ -118,7 +118,7 @@ def layer_norm(call: Call) -> list[Labels]:
 
 
 def table(call: Call) -> list[Labels]:
-    """Rows of an embedding, (V, D): taken by index, so that all stay; columns need not."""
+    """Keep the rows of an embedding, (V, D), whole, since they are read by index; columns may be absent."""
     weight, shape = call["weight"], call.shapes[0]
     columns = call.without(weight, [0], "rows taken by index")
     call.made += columns
@@ -126,7 +126,7 @@ def table(call: Call) -> list[Labels]:
 
 
 def halves(call: Call) -> list[Labels]:
-    """`glu`: one half of a dimension times the other, squashed."""
+    """Label the product of one half of a dimension with the squashed other half, as in `glu`."""
     one, dim = call["self"], call["dim"]
     size = call.shapes[0][dim]
     parts = [

@@ -1,4 +1,4 @@
-"""Labels: which positions of a tensor live and die together, followed through a network.
+"""Follow labels through a network: they say which positions of a tensor are absent together.
 
 Every position of every axis of a weight is an *atom*. Classes of atoms live and die together. A *label* of a tensor is
 an int64 array of atoms that is broadcastable to it: size 1 along the dimensions on which it does not depend. An entry
@@ -22,7 +22,7 @@ Labels = tuple[Tensor, ...]
 
 
 def varying(label: Label) -> frozenset[int]:
-    """The dimensions on which a label depends."""
+    """Return the dimensions on which a label depends."""
     return frozenset(dim for dim, size in enumerate(label.shape) if size > 1)
 
 
@@ -38,27 +38,27 @@ class Classes:
         self._cuts: list[tuple[Label, int, tuple[int, ...], str]] = []
 
     def add(self, count: int) -> Label:
-        """New atoms, (count,), each a class of its own."""
+        """Make new atoms, (count,), each in a class of its own."""
         start = len(self._parent)
         self._parent = np.concatenate([self._parent, np.arange(start, start + count)])
         self._pinned = np.concatenate([self._pinned, np.zeros(count, dtype=np.bool_)])
         return torch.arange(start, start + count)
 
     def roots(self, atoms: Label) -> NDArray[np.int64]:
-        """The class of each atom, named by its lowest atom; of the shape of `atoms`."""
+        """Return the class of each atom, named by its lowest atom; in the shape of `atoms`."""
         return self._find(atoms.numpy())
 
     def canonical(self, atoms: Label) -> Label:
-        """The class of each atom, `ALWAYS` for every class that never dies."""
+        """Return the class of each atom, `ALWAYS` for every class that never dies."""
         roots = self.roots(atoms)
         return torch.from_numpy(np.where(self._pinned[roots], ALWAYS, roots))
 
     def dies(self, label: Label) -> bool:
-        """Whether an atom of this label can be absent."""
+        """Return whether an atom of this label can be absent."""
         return not bool(self._pinned[self._find(np.unique(label.numpy()))].all())
 
     def join(self, one: Label, other: Label, why: str) -> None:
-        """The atoms at the same place, after broadcasting, live and die together."""
+        """Unite the atoms at the same place, after broadcasting: they live and die together."""
         left, right = np.broadcast_arrays(self.roots(one), self.roots(other))
         apart = left != right
         left, right = left[apart], right[apart]
@@ -67,7 +67,7 @@ class Classes:
         self._unite(left[inside], right[inside])
 
     def tie(self, label: Label, dims: Iterable[int], why: str) -> Label | None:
-        """Along `dims` all atoms live and die together; a label that depends on nothing else never dies.
+        """Unite all atoms along `dims`; a label that depends on nothing else never dies.
 
         Returns:
             The label without these dimensions, or None when nothing of it is left.
@@ -86,11 +86,11 @@ class Classes:
         return first
 
     def pin(self, label: Label, why: str) -> None:
-        """No atom of this label ever dies."""
+        """Keep every atom of this label from ever being absent."""
         self._pin(self.roots(label), why)
 
     def compress(self, label: Label) -> Label:
-        """The same label, of size 1 along every dimension on which it does not depend."""
+        """Return the same label, of size 1 along every dimension on which it does not depend."""
         for dim in varying(label):
             if label.stride(dim) == 0:  # an expanded label: no need to look at it
                 label = label.narrow(dim, 0, 1)
@@ -101,7 +101,7 @@ class Classes:
         return label
 
     def merge(self, labels: Iterable[Label], why: str) -> Labels:
-        """Labels of one tensor, made to depend on different dimensions.
+        """Make the labels of one tensor depend on different dimensions.
 
         Two that depend on the same dimensions live and die together, entry for entry. Of two that share some dimensions
         only, what is left has to be a rectangle: they become one that depends on what they share, or, where one of them
@@ -144,7 +144,7 @@ class Classes:
         self._cuts.append((label, dim, tuple(cuts), why))
 
     def settle(self) -> None:
-        """When all is known: pin what would leave no rectangle, and what would move the place of a cut."""
+        """Pin, once all is known, what would leave no rectangle and what would move the place of a cut."""
         before = -1
         while before != (before := int(self._pinned.sum())):
             for label, whole, why in self._grids:
@@ -157,7 +157,7 @@ class Classes:
                     self._pin(_uneven(self.canonical(line).flatten().numpy(), cuts), why)
 
     def reasons(self) -> dict[int, str]:
-        """Class → the first reason for which it never dies, or for which it is larger than one atom."""
+        """Return class → the first reason why it never dies, or why it is larger than one atom."""
         found: dict[int, str] = {}
         for roots, why in (*self._pins, *self._ties):
             for root in np.unique(self._find(roots)).tolist():
@@ -206,19 +206,19 @@ def _uneven(roots: NDArray[np.int64], cuts: Sequence[int]) -> NDArray[np.int64]:
 
 
 def aligned(label: Label, num_dims: int) -> Label:
-    """The label of a tensor that is broadcast to more dimensions: new ones come first."""
+    """Return the label of a tensor that is broadcast to more dimensions: new ones come first."""
     return label.reshape((1,) * (num_dims - label.dim()) + tuple(label.shape))
 
 
 def always(dim: int, size: int, num_dims: int) -> Label:
-    """A label that says: along this dimension every position always exists."""
+    """Return a label by which every position along this dimension always exists."""
     shape = [1] * num_dims
     shape[dim] = size
     return torch.full((1,) * num_dims, ALWAYS, dtype=torch.int64).expand(shape)
 
 
 def moved(label: Label, order: Sequence[int | None]) -> Label:
-    """The label with its dimensions in another order; None is a new dimension, of size 1; size 1 may be dropped."""
+    """Return the label with its dimensions in another order; None is a new one of size 1; size 1 may be dropped."""
     kept = [dim for dim in order if dim is not None]
     dropped = [dim for dim in range(label.dim()) if dim not in kept]
     label = label.permute(*kept, *dropped)

@@ -1,4 +1,4 @@
-"""Operations that move entries about and compute nothing: the labels go through them as the tensors did."""
+"""Handle operations that move entries and compute nothing: they act on the labels as on the tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tithe.coupling.labels import ALWAYS, Label, Labels, always, varying
 
 
 def view(call: Call) -> list[Labels]:
-    """Another shape of the same entries."""
+    """Label another shape of the same entries."""
     return _through(call, call.first(), lambda label: [label.reshape(call.shapes[0])], taken_apart=True)
 
 
 def rearranged(call: Call) -> list[Labels]:
-    """Permuted, repeated, transposed: the operation itself, on the labels."""
+    """Permute, repeat or transpose the labels by the operation itself."""
     return _through(call, call.first(), lambda label: _listed(call.run(label)))
 
 
 def parted(call: Call) -> list[Labels]:
-    """Split or cut out along one dimension, at places that are written in the program."""
+    """Label the parts of a tensor that is cut along one dimension at places written in the program."""
     one = call.first()
     dim = call["dim"] % one.num_dims
     size = one.shape[dim]
@@ -45,7 +45,7 @@ def parted(call: Call) -> list[Labels]:
 
 
 def shifted(call: Call) -> list[Labels]:
-    """Rolled, flipped, seen through a sliding window: what is left of such a dimension would be in another place."""
+    """Keep dimensions whole that are rolled, flipped or seen through a window: the rest would change its place."""
     one = call.first()
     dims = call.arguments.get("dims", call.arguments.get("dimension"))
     dims = range(one.num_dims) if dims == [] else [dims] if isinstance(dims, int) else dims
@@ -54,7 +54,7 @@ def shifted(call: Call) -> list[Labels]:
 
 
 def padded(call: Call) -> list[Labels]:
-    """Padded by a constant: new channels always exist; the padding around an absent channel does not."""
+    """Label padding by a constant: new channels always exist; the padding around an absent channel does not."""
     one = call.first()
     pad = list(call["pad"])
     labels: list[Label] = []
@@ -66,7 +66,7 @@ def padded(call: Call) -> list[Labels]:
 
 
 def indexed(call: Call) -> list[Labels]:
-    """Taken by index from some dimensions, which stay whole."""
+    """Keep the dimensions whole from which entries are taken by index."""
     one, indices = call["self"], call["indices"]
     dims: list[int] = []
     at = 0
@@ -80,7 +80,7 @@ def indexed(call: Call) -> list[Labels]:
 
 
 def gathered(call: Call) -> list[Labels]:
-    """Taken by index along one dimension, which stays whole; `gather` has an index for every entry."""
+    """Keep the dimension whole along which entries are taken by index; `gather` has an index for every entry."""
     one, dim, index = call["self"], call["dim"], call["index"]
     labels = call.without(one, [dim], "taken by index")
     take, values = (torch.gather if call.name == "gather" else torch.index_select), index.tensor.cpu()
@@ -89,7 +89,7 @@ def gathered(call: Call) -> list[Labels]:
 
 
 def joined(call: Call) -> list[Labels]:
-    """`cat` and `stack`: along the dimension one after the other, along every other one all alike."""
+    """Label the result of `cat` or `stack`: joined along the dimension, united along every other."""
     shape = call.shapes[0]
     dim = call["dim"] % len(shape)
     # `cat` leaves an empty vector out, whatever the rest is; a part of length 0 adds nothing.
@@ -161,5 +161,5 @@ def _is_mask(index: Operand) -> bool:
 
 
 def masks(arguments: Mapping[str, Any]) -> bool:
-    """Whether an index is a mask that depends on the parameters, so that a shape does."""
+    """Return whether an index is a mask that depends on the parameters, so that a shape does."""
     return any(_is_mask(index) and index.depends for index in operands(arguments["indices"]))

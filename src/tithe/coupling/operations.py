@@ -1,4 +1,4 @@
-"""What each operation means for the labels of its arguments; of entrywise ones torch knows by itself which they are."""
+"""Map each operation to its effect on the labels of its arguments; torch itself says which ones are entrywise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products: what is summed over lives and dies together in both factors; the rest comes out again."""
+"""Handle products: positions of the summed axis are absent together in both factors; the other axes remain."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ MATRICES = tuple(_MATRICES)
 
 
 def matrices(call: Call) -> list[Labels]:
-    """Products of matrices and vectors, and these with something added."""
+    """Label products of matrices and vectors, with an optional addend."""
     left, right, added, dims = _MATRICES[call.name]
     labels = call.product(call[left], call[right], dims)
     return [labels if added is None else _plus(call, labels, call[added])]
 
 
 def linear(call: Call) -> list[Labels]:
-    """Of x (..., I), weight (O, I), bias (O,)."""
+    """Label the linear map of x (..., I), weight (O, I), bias (O,)."""
     x = call["input"]
     batch = "abcdefgh"[: x.num_dims - 1]
     return [_plus(call, call.product(x, call["weight"], f"{batch}k,nk->{batch}n"), call["bias"])]
 
 
 def convolution(call: Call) -> list[Labels]:
-    """Of x (N, I, ...), weight (O, I / G, ...), transposed (I, O / G, ...); each of several groups is a unit."""
+    """Label x (N, I, ...), weight (O, I / G, ...), transposed (I, O / G, ...); each of several groups is a unit."""
     x, weight, groups, transposed = call["input"], call["weight"], call["groups"], call["transposed"]
     shape = call.shapes[0]
     places = math.prod(x.shape[2:] if transposed else shape[2:])
@@ -59,7 +59,7 @@ def convolution(call: Call) -> list[Labels]:
 
 
 def attention(call: Call) -> list[Labels]:
-    """Of q (B, H, T, d), k (B, K, S, d), v (B, K, S, e): what is inside of a head stays whole, heads need not."""
+    """Label q (B, H, T, d), k (B, K, S, d), v (B, K, S, e): each head stays whole inside, heads may be absent."""
     q, k, v = call["query"], call["key"], call["value"]
     if k.shape[1] != q.shape[1]:
         k, v = (_repeated(one, q.shape[1]) for one in (k, v))

@@ -1,4 +1,4 @@
-"""One forward pass, watched: which positions of the model's weights meet each other."""
+"""Watch one forward pass to see which positions of the model's weights meet each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deltas: what a fine-tuned model differs by from its base, in one safetensors file that holds data and nothing else.
+"""Deltas hold the difference between a fine-tuned model and its base, in one safetensors file with data alone.
 
 write   a plan, or a pair of checkpoints, to a delta      apply   a delta to a model, all of it or none
 merge   deltas into a plain checkpoint on disk            info    what is in a delta, without reading its values

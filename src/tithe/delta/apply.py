@@ -25,7 +25,7 @@ _SAME_NETWORK: Final = (
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """A tensor of the base that an entry of the delta speaks of."""
+    """A tensor of the base that belongs to an entry of the delta."""
 
     name: str
     entry: Entry
@@ -88,7 +88,7 @@ def _apply_network(model: Model, file: TensorFile, header: Header, widths: Mappi
 
 
 def check_base(place: str, matches: Iterable[Match], indices: Callable[[str], Tensor | None]) -> None:
-    """Compare the part of each tensor that the delta leaves alone with the fingerprint.
+    """Compare the part of each tensor that the delta does not change with the fingerprint.
 
     Args:
         place: the delta, for the message.

@@ -1,4 +1,4 @@
-"""safetensors on disk: opened with clear errors, written whole or not at all."""
+"""Read and write safetensors on disk: opened with clear errors, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {code: dtype for dtype, code in CODES
 
 
 class TensorFile:
-    """One open safetensors file whose tensors are read one at a time.
+    """An open safetensors file whose tensors are read one at a time.
 
     Args:
         path: the file.
@@ -70,20 +70,20 @@ class TensorFile:
         self.path = path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
+        """Return the shape of a tensor, from the header alone."""
         return tuple(self._file.get_slice(name).get_shape())
 
     def code(self, name: str) -> str:
-        """What safetensors calls the dtype of a tensor, from the header alone."""
+        """Return safetensors' name for the dtype of a tensor, from the header alone."""
         return str(self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, on the CPU; its memory may be a private map of the file."""
+        """Return the tensor on the CPU; its memory may be a private map of the file."""
         return cast(Tensor, self._file.get_tensor(name))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file at `path`, on the CPU and compact whatever the tensors are views of."""
+    """Write a safetensors file at `path`, on the CPU, with compact tensors even if they are views."""
     compact: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
@@ -102,7 +102,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """A temporary neighbour of `path` to write a file or a folder at, which becomes `path` when the block ends well.
+    """Yield a temporary path next to `path` for a file or folder, which becomes `path` if the block succeeds.
 
     Args:
         path: the final place; an existing file there is replaced in one step, a folder there must be empty.

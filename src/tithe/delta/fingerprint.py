@@ -1,4 +1,4 @@
-"""The digest of what a delta leaves alone, and which names share one storage.
+"""Digest the part of a base that a delta does not change, and find which names share one storage.
 
 What applying a delta gives depends on the base's *unselected* entries only. Their digest is the same for the base
 and for the tuned model, so a delta recognises both, and applying it twice changes nothing.
@@ -19,7 +19,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def words(name: str, tensor: Tensor) -> Tensor:
-    """The bits of a tensor, row-major: 1-D integers of its item size, on the CPU, a view where possible.
+    """Return the bits of a tensor, row-major: 1-D integers of its item size, on the CPU, a view where possible.
 
     Raises:
         TitheError: when the tensor has no dense bits (sparse, quantised, on the meta device) or a dtype that
@@ -42,7 +42,7 @@ def _bytes(bits: Tensor) -> memoryview:
 
 
 def digest(name: str, tensor: Tensor, without: Tensor | None = None) -> str:
-    """blake2b (8 bytes, hex) of name, dtype, shape and bits, with the entries `without` taken as zero.
+    """Return blake2b (8 bytes, hex) of name, dtype, shape and bits, with the entries `without` set to zero.
 
     Args:
         name: what the tensor is called.
@@ -59,7 +59,7 @@ def digest(name: str, tensor: Tensor, without: Tensor | None = None) -> str:
 
 
 def checksum(*tensors: Tensor) -> str:
-    """blake2b (8 bytes, hex) of the bits of stored tensors, one after the other."""
+    """Return blake2b (8 bytes, hex) of the bits of stored tensors, one after the other."""
     hashed = blake2b(digest_size=8)
     for tensor in tensors:
         hashed.update(_bytes(words("stored", tensor)))
@@ -67,14 +67,14 @@ def checksum(*tensors: Tensor) -> str:
 
 
 def storage_key(name: str, tensor: Tensor) -> tuple[object, ...]:
-    """Equal for two names exactly when they are the same entries of the same memory."""
+    """Return a key that two names share exactly when they are the same entries of the same memory."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return (name,)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def ties(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
-    """Every storage once: its leading name and all its names.
+    """Return every storage once: its leading name and all its names.
 
     Args:
         tensors: name → tensor.
@@ -89,6 +89,6 @@ def ties(tensors: Mapping[str, Tensor], first: Iterable[str] = ()) -> dict[str, 
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `model.state_dict()`; what else a module keeps there (extra state) is not part of a delta."""
+    """Return the tensors of `model.state_dict()`; other entries (extra state) are not part of a delta."""
     state: dict[str, object] = dict(model.state_dict())
     return {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}

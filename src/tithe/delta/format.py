@@ -1,4 +1,4 @@
-"""The versioned header of a delta, and its records.
+"""Define the versioned header of a delta, and its records.
 
 A tensor `NAME` that changed is stored as `NAME#indices` (flat row-major, strictly increasing, int32 below 2³¹ entries,
 else int64) with `NAME#values` (1-D, the tensor's dtype), or whole as `NAME#dense`. The metadata key `tithe` holds the
@@ -41,7 +41,7 @@ Kind = Literal["kept", "indices", "dense"]
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor.
+    """The header's description of one tensor.
 
     Args:
         dtype: its dtype.
@@ -61,13 +61,13 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a delta says about itself: tensors by name, free metadata, who wrote it, and a narrow network's widths."""
+    """The description of a delta: tensors by name, free metadata, the writer, and a narrow network's widths."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -76,7 +76,7 @@ class Header:
     widths: Mapping[str, Mapping[str, int]] | None = None
 
     def stored(self) -> dict[str, Entry]:
-        """The entries that a record changes."""
+        """Return the entries that a record changes."""
         return {name: entry for name, entry in self.entries.items() if entry.kind != "kept"}
 
 
@@ -89,12 +89,12 @@ class Record:
 
 
 def index_dtype(numel: int) -> torch.dtype:
-    """The dtype that indices into a tensor of `numel` entries are stored in."""
+    """Return the dtype of stored indices into a tensor of `numel` entries."""
     return torch.int32 if numel < 2**31 else torch.int64
 
 
 def encode(header: Header) -> dict[str, str]:
-    """The safetensors metadata of a delta."""
+    """Return the safetensors metadata of a delta."""
     try:
         library = installed_version("tithe")
     except PackageNotFoundError:
@@ -117,7 +117,7 @@ def encode(header: Header) -> dict[str, str]:
 
 
 def seal(text: str) -> str:
-    """A JSON object with its own checksum as one more, last key."""
+    """Return a JSON object whose last key is its own checksum."""
     return f'{text[:-1]},"checksum":"{blake2b(text.encode(), digest_size=8).hexdigest()}"}}'
 
 
@@ -143,7 +143,7 @@ def _numbers(told: Any) -> dict[str, int]:
 
 
 def decode(file: TensorFile) -> Header:
-    """The header of an open file.
+    """Return the header of an open file.
 
     Raises:
         TitheError: when the file is no delta, is of a later format, or its header is damaged.
@@ -222,7 +222,7 @@ def _check_part(file: TensorFile, part: str, code: str, shape: tuple[int, ...]) 
 
 
 def read_record(file: TensorFile, name: str, entry: Entry) -> Record:
-    """One record, copied out of the file and checked.
+    """Read one record, copied out of the file and checked.
 
     Raises:
         TitheError: when indices are out of range, unsorted or repeated, or the bytes do not match their checksum.

@@ -1,4 +1,4 @@
-"""What is in a delta, from its header and the sizes of its parts; no value is read."""
+"""Describe a delta from its header and the sizes of its parts, without reading a value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = 36
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor that a delta changes.
+    """The description of one tensor that a delta changes.
 
     Args:
         name: its name in the model.
@@ -39,7 +39,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """What a delta is: `str()` is a table under 80 columns, `as_dict()` plain data.
+    """The description of a delta: `str()` is a table under 80 columns, `as_dict()` plain data.
 
     Args:
         path: the file.
@@ -65,11 +65,11 @@ class DeltaInfo:
 
     @property
     def fraction(self) -> float:
-        """Values stored, divided by the entries of the whole model."""
+        """Return the number of values stored, divided by the entries of the whole model."""
         return self.num_values / max(self.num_weights, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return the fields as plain data, ready for JSON."""
         return {**asdict(self), "metadata": dict(self.metadata), "fraction": self.fraction}
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class DeltaInfo:
 
 
 def inspect(path: str | Path) -> DeltaInfo:
-    """Say what a delta changes, reading its header only.
+    """Describe the changes in a delta from its header only.
 
     Args:
         path: a delta of `plan.save` or `tithe.diff`.

@@ -1,4 +1,4 @@
-"""Merge deltas into a checkpoint on disk, shard by shard: a plain checkpoint comes out, of the form that went in."""
+"""Merge deltas into a checkpoint on disk, shard by shard; the result is a plain checkpoint in the same form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A narrow network in a file: its tensors at their own shapes, and the numbers that its modules say of their widths.
+"""Store a narrow network in a file: its tensors in their own shapes, and the widths that its modules state.
 
 It goes onto a freshly built network of full width, whose class and constructor stay the only place for its structure.
 """

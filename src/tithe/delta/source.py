@@ -1,4 +1,4 @@
-"""Where weights come from: a module, a state dict, or a checkpoint on disk (a file, or a Hugging Face folder)."""
+"""Read weights from a module, a state dict, or a checkpoint on disk (a file, or a Hugging Face folder)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Source:
-    """Named tensors, read one at a time.
+    """A source of named tensors, which are read one at a time.
 
     Args:
         place: what to call it in a message.
@@ -33,20 +33,20 @@ class Source:
     groups: Mapping[str, tuple[str, ...]]
 
     def names_with(self, name: str) -> tuple[str, ...]:
-        """All names that share their storage with `name`, itself included."""
+        """Return all names that share their storage with `name`, itself included."""
         return next((names for names in self.groups.values() if name in names), (name,))
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The safetensors files of one checkpoint, and the index that lists them when there are several."""
+    """The safetensors files of one checkpoint, and the index that lists them if there are several."""
 
     files: tuple[Path, ...]
     index: Path | None = None
 
 
 def open_source(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Source:
-    """A module, a state dict, a safetensors file or a folder of them as a `Source`."""
+    """Open a module, a state dict, a safetensors file or a folder of them as a `Source`."""
     if isinstance(source, (str, Path)):
         files = [TensorFile(path) for path in find_shards(Path(source)).files]
         readers = {name: partial(file.tensor, name) for file in files for name in file.names}
@@ -65,7 +65,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def find_shards(path: Path) -> Shards:
-    """The safetensors files of a checkpoint.
+    """Find the safetensors files of a checkpoint.
 
     Args:
         path: a safetensors file, or a folder with an index, with `model.safetensors`, or with one safetensors file.
@@ -127,7 +127,7 @@ def _indexed(index: Path) -> Shards:
 
 
 def prefix_hint(missing: Iterable[str], present: Iterable[str]) -> str:
-    """A sentence when names differ by a prefix only ("module.", "bert."), else nothing."""
+    """Return a sentence if names differ by a prefix only ("module.", "bert."), else nothing."""
     theirs = list(present)
     for name in missing:
         for other in theirs:

@@ -1,7 +1,7 @@
-"""What a forward pass draws and changes beside its output, so that another one leaves the model as it was.
+"""Restore what a forward pass draws and changes besides its output, so that it leaves the model unchanged.
 
 rng    random states to go back to              modes  training or evaluation for the time of a pass
-norm_statistics  running statistics, estimated anew over data
+norm_statistics  running statistics, estimated again over data
 """
 
 from tithe.forward.modes import evaluating, training

@@ -1,4 +1,4 @@
-"""Training or evaluation mode for the time of a forward pass; afterwards each module has its own mode again."""
+"""Switch to training or evaluation mode during a forward pass; afterwards each module has its own mode again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def training(model: nn.Module) -> Generator[None]:
-    """Inside, the model is in training mode; one that is already stays as it is, frozen norms included."""
+    """Put the model into training mode inside the block; a model in training mode stays as it is."""
     with _modes_kept(model):
         if not model.training:
             model.train()
@@ -19,7 +19,7 @@ def training(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Inside, the model is in evaluation mode: nothing is drawn at random and no running statistic moves."""
+    """Put the model into evaluation mode inside the block: no random draws, no change of running statistics."""
     with _modes_kept(model):
         model.eval()
         yield

@@ -1,4 +1,4 @@
-"""The running statistics of norms, estimated anew: means over data, whatever the momentum of training."""
+"""Estimate the running statistics of norms again, as means over data, whatever the momentum of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tithe.forward.rng import RandomStates
 
 
 def tracked(model: nn.Module) -> list[_NormBase]:
-    """The norms whose running statistics follow training: those in training mode."""
+    """Return the norms whose running statistics follow training: those in training mode."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
 
 

@@ -1,4 +1,4 @@
-"""The random states that a forward pass draws from, so that two of them see the same dropout and augmentation."""
+"""Restore the random states of a forward pass, so that two passes see the same dropout and augmentation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RandomStates:
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def restore(self) -> None:
-        """Draw from here on what was drawn before."""
+        """Set the random states back, so that the same numbers are drawn again."""
         torch.set_rng_state(self._torch)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)

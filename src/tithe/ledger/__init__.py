@@ -1,4 +1,4 @@
-"""What a piece of work spends: `measure` it while it runs, or `predict` it on tensors that have a shape and no data."""
+"""Count the memory of a piece of work: `measure` it while it runs, or `predict` it on tensors without data."""
 
 from tithe.ledger.blank import Blank
 from tithe.ledger.prediction import predict

@@ -1,4 +1,4 @@
-"""Networks that have shapes and no data: a model of any size is built in the memory of its small tensors."""
+"""Build networks without data: a model of any size fits into the memory of its small tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Mode(FakeTensorMode):
 
 
 class Blank(TorchDispatchMode):
-    """While it is active, tensors are made without data, as if they lay on the CPU: a model is built for its price.
+    """A mode in which tensors are made without data, as if they were on the CPU, so that a model can be priced.
 
     Whole numbers, and floating-point tensors of at most 4,096 values that are no parameters, are made for real, so that
     a constructor may read what it just computed. `predict` takes such a model; nothing can be computed with it

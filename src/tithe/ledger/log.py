@@ -1,4 +1,4 @@
-"""What the recorder writes down, and the arithmetic over it: a log of events, replayed once the work is done.
+"""Store the recorder's events, and replay them once the work is done.
 
 Storages die at any time, also in the middle of a Python statement when the garbage collector runs, so nothing is summed
 while recording: events are appended (which cannot be interrupted) and added up afterwards.
@@ -16,7 +16,7 @@ __all__ = ["Block", "Event", "replay"]
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """One storage created during the work; it refers to nothing, so it keeps nothing alive.
+    """A storage created during the work; it holds no reference, so it keeps nothing alive.
 
     Attributes:
         num_bytes: its size at the last look.
@@ -30,7 +30,7 @@ class Block:
 
 
 class Event(NamedTuple):
-    """`block` grew by `change` bytes (born, resized, died) or, with a `module`, was saved for backward in there."""
+    """A change of `block` by `change` bytes (born, resized, died), or its first keeping for backward in a `module`."""
 
     block: Block
     change: int
@@ -38,7 +38,7 @@ class Event(NamedTuple):
 
 
 def replay(events: Sequence[Event]) -> Ledger:
-    """Return the highest sums over the life of the log, and what they were made of.
+    """Return the highest sums over the life of the log, and their parts.
 
     `peak` is the maximum over time of Σ size; `saved` the same over the blocks that have been saved by then.
     The first module to save a block owns it.

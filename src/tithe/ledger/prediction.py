@@ -1,4 +1,4 @@
-"""The same measurement on tensors that have a shape and no data: the price before paying."""
+"""Predict a measurement on tensors that have a shape and no data: the price before paying."""
 
 import random
 import sys

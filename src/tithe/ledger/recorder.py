@@ -1,4 +1,4 @@
-"""Watching a piece of work: every operator, every tensor saved for backward, every module entered."""
+"""Watch a piece of work: every operator, every tensor kept for backward, every module entered."""
 
 import dataclasses
 import warnings
@@ -67,7 +67,7 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down the birth, growth and death of every storage that an operator creates; holds weak references only.
+    """A log of the birth, growth and death of every storage that an operator creates, by weak references only.
 
     Args:
         fake: whether fake tensors count as memory. They do in a prediction, where they stand for real ones.
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
-        """Run the operator; return the tensors it was given and its result."""
+        """Run the operator, and return the tensors it was given and its result."""
         return tensors((args, kwargs)), func(*args, **kwargs)
 
     def note(self, tensor: Tensor, older: set[int]) -> None:
@@ -152,13 +152,13 @@ class Recorder(TorchDispatchMode):
                 self.events.append(Event(block, 0, path))
 
     def place(self) -> str:
-        """Return the path of the module now running, "" where none is."""
+        """Return the path of the module now running, or "" outside every module."""
         if not self._stack:
             return ""
         return self._paths.get(self._stack[-1], type(self._stack[-1]).__name__)
 
     def watch(self, tensor: Tensor) -> bool:
-        """Mark what becomes the gradient of this leaf; return False where it is no leaf or was watched already."""
+        """Mark the coming gradient of this leaf; return False if it is no leaf or was watched already."""
         if not (tensor.requires_grad and tensor.grad_fn is None):
             return False
         known = self._leaves.get(id(tensor))
@@ -177,13 +177,13 @@ class Recorder(TorchDispatchMode):
                     block.gradient = True
 
     def name(self, root: nn.Module) -> None:
-        """Let this module's tree give the paths."""
+        """Use the names in this module's tree as paths."""
         self._rooted = True
         for path, module in root.named_modules():
             self._paths.setdefault(module, path)
 
     def enter(self, module: nn.Module, args: object) -> None:
-        """Forward pre-hook of every module."""
+        """Note that a module begins: the forward pre-hook of every module."""
         if not self._stack and module not in self._paths:
             if self._rooted:
                 kind = type(module).__name__
@@ -197,7 +197,7 @@ class Recorder(TorchDispatchMode):
                 self.watch(parameter)
 
     def leave(self, module: nn.Module, args: object, output: object) -> None:
-        """Forward hook of every module, called after exceptions too."""
+        """Note that a module ends: the forward hook of every module, called after exceptions too."""
         while self._stack and self._stack.pop() is not module:
             pass
 
@@ -245,7 +245,7 @@ def _watching_resize(recorder: Recorder) -> Generator[None]:
 
 @contextmanager
 def recording(recorder: Recorder, *inner: AbstractContextManager[Any]) -> Generator[Recorder]:
-    """Record what runs inside; every hook is gone afterwards, whatever happened."""
+    """Record the operators that run inside the block; every hook is removed afterwards, whatever happened."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings(
@@ -268,19 +268,19 @@ def recording(recorder: Recorder, *inner: AbstractContextManager[Any]) -> Genera
 
 
 def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledger:
-    """Run `fn()` and return what it spent: the peak of live storages it created, and what it kept for backward.
+    """Run `fn()` and return its ledger: the peak of live storages it created, and the most it kept for backward.
 
-    Counts every storage that an operator creates while `fn` runs, on any device, from its birth until nothing refers
-    to it: views and aliases cost nothing, a resized storage counts at its new size, what existed before is not counted.
-    Holds no tensor, so it prolongs no life.
+    It counts every storage that an operator creates while `fn` runs, on any device, from its creation until nothing
+    refers to it: views and aliases cost nothing, a resized storage counts at its new size, and storages that existed
+    before do not count. It holds no tensor, so it keeps none alive.
 
-    What it cannot see: scratch memory inside one kernel; what a compiled graph (`torch.compile`) keeps to itself;
-    tensors hidden on an autograd context instead of `save_for_backward`, or taken by saved-tensor hooks inside `fn`
-    (activation checkpointing, offloading): these are in `peak`, not in `saved`.
+    It cannot see scratch memory inside one kernel, tensors that a compiled graph (`torch.compile`) keeps internally,
+    tensors on an autograd context outside `save_for_backward`, or tensors that saved-tensor hooks inside `fn` take
+    over (activation checkpointing, offloading): the last two are in `peak`, not in `saved`.
 
-    What watching changes: autograd adds gradients out of place where it would otherwise reuse one of the two, so where
-    branches join the peak may be higher by one tensor than unwatched; the check that no saved tensor was modified in
-    place is off; function transforms (`torch.func.grad`) refuse to run; a GPU allocator's peak statistics are reset.
+    Watching has side effects: autograd adds gradients out of place where it would otherwise reuse one of the two, so
+    where branches join the peak may be higher by one tensor than unwatched; the check that no kept tensor was modified
+    in place is off; function transforms (`torch.func.grad`) refuse to run; a GPU allocator's peak statistics are reset.
 
     Args:
         fn: the work, for example one training step. Its result is dropped.

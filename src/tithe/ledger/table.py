@@ -1,4 +1,4 @@
-"""The ledger's page: what a piece of work spent or will spend, in bytes."""
+"""Show the bytes that a piece of work needed or will need."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ def _empty() -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """What a piece of work spent (`tithe.measure`) or will spend (`plan.predict`); all figures are bytes.
+    """The bytes that a piece of work needed (`tithe.measure`) or will need (`plan.predict`).
 
     Attributes:
-        peak: the highest sum of live storages created by the work, beyond what was alive when it began.
-        saved: the highest sum of live storages kept for backward: created by the work, saved while no backward ran.
+        peak: the highest sum of live storages that the work created; storages that existed before do not count.
+        saved: the most memory that autograd held for backward at any time of the forward pass.
         saved_by_module: the parts of `saved` by path of the module that kept them first; "" is the outermost module
             itself, or no module.
-        by_kind: `peak` split into "saved", "gradients" (what becomes some parameter's `.grad`) and "other".
+        by_kind: `peak` split into "saved" (kept for backward), "gradients" (that become some `.grad`) and "other".
         allocator_peak: the CUDA allocator's own figure, in the same terms as `peak`; None when no GPU was used.
         weights: the model's parameters and buffers. Known to predictions, else 0, like all that follow.
         theta: the values that are trained, head included.
@@ -73,9 +73,11 @@ class Ledger:
 
     def __str__(self) -> str:
         """Return a table of at most 78 columns: the figures, then the modules that keep most for backward."""
-        rows = [("peak beyond the start", self.peak)]
-        rows += [(f"  of it {kind}", size) for kind, size in self.by_kind.items()]
-        rows += [("saved for backward", self.saved)]
+        rows = [("peak", self.peak)]
+        rows += [
+            (f"  of it {'kept for backward' if kind == 'saved' else kind}", size) for kind, size in self.by_kind.items()
+        ]
+        rows += [("kept for backward, at most", self.saved)]
         if self.allocator_peak is not None:
             rows += [("peak of the CUDA allocator", self.allocator_peak)]
         standing = ("weights", "theta", "gradients", "optimizer", "index")
@@ -86,7 +88,7 @@ class Ledger:
             modules += [(f"({len(largest) - _ROWS} more modules)", sum(size for _, size in largest[_ROWS:]))]
         lines = [_row(name, size) for name, size in rows]
         if modules:
-            lines += ["", "saved for backward, by module"] + [_row("  " + path, size) for path, size in modules]
+            lines += ["", "kept for backward, by module"] + [_row("  " + path, size) for path, size in modules]
         return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
-"""From a model to a stage: what belongs together is found, and that the model works without some of it.
+"""Make a stage from a model: find which channels belong together, and check that the model works without some.
 
-The second is tried once, before anything is trained, beside the same network with zeros for what is absent:
+The check runs once, before training, and compares with the same network with zeros for the absent channels:
 
     a channel whose weights, scale and shift are all zero, into it and out of it, emits nothing that is read
 """
@@ -27,7 +27,7 @@ _REMEDY = 'keep that module whole with where="!{}.*", or let its forward take si
 
 
 def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, names: Sequence[str]) -> Stage:
-    """Run the model on two samples to see which channels belong together, and that it works without some of them.
+    """Run the model on two samples to find which channels belong together, and check that it works without some.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""The model between the steps of a plan: whoever runs it runs the network that would be exported now."""
+"""Run a plan's model between its steps as the network that `export` would return now."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tithe.narrow.stage import Stage
 
 
 class InferenceNetwork:
-    """Hooks around the root's forward pass; where no step is running they make it the likeliest narrow network.
+    """Hooks around the root's forward pass: if no step is running, the model is the likeliest narrow network.
 
     Its weights are read, not trained: a forward pass that is to be differentiated belongs into `plan.backward`. An
-    object rather than closures, so that a deep copy of the model has hooks of its own.
+    object rather than closures, so that a deep copy of the model has its own hooks.
 
     Args:
         stage: of the model.
@@ -31,7 +31,7 @@ class InferenceNetwork:
         self._inside: list[ExitStack] = []
 
     def follow(self, stage: Stage, step: int | None) -> None:
-        """From now on probabilities are those after `step` finished steps; None: the whole model is the network."""
+        """Use the probabilities after `step` finished steps from now on; None makes the model run whole."""
         self.stage, self._step, self._mask = stage, step, None
 
     def hook(self) -> None:
@@ -43,12 +43,12 @@ class InferenceNetwork:
         ]
 
     def unhook(self) -> None:
-        """Take them off."""
+        """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
 
     def enter(self, module: Any, args: Any) -> None:
-        """Before the forward pass."""
+        """Make the model narrow before the forward pass."""
         if self.stage.running or self._step is None:
             return
         if self._mask is None:
@@ -59,6 +59,6 @@ class InferenceNetwork:
         self._inside.append(stack)
 
     def leave(self, module: Any, args: Any, output: Any) -> None:
-        """After it, failed ones included."""
+        """Make the model whole after the forward pass, even after a failed one."""
         if self._inside:
             self._inside.pop().close()

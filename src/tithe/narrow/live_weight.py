@@ -1,4 +1,4 @@
-"""A weight of which a part exists for the time of one step: the whole tensor, and θ, which the optimizer holds.
+"""Let a part of a weight exist during one step: the whole tensor, and θ, which the optimizer holds.
 
         between steps                       from a forward pass to the optimizer's step
         θ.data ── the weight's memory       θ.data, θ.grad ── the live part
@@ -21,11 +21,11 @@ from tithe.selection import Grid
 
 
 class LiveWeight:
-    """One weight and its θ.
+    """A weight and its θ, which is the live part during a step and the whole otherwise.
 
     Args:
         name: the parameter's name in the model.
-        weight: the model's own parameter; it gets no gradient of its own while it is bound.
+        weight: the model's own parameter; it gets no gradient while it is bound.
     """
 
     def __init__(self, name: str, weight: nn.Parameter) -> None:
@@ -42,7 +42,7 @@ class LiveWeight:
         weight.grad = None
 
     def open(self, fit: Fit) -> Tensor:
-        """The live part as what modules read and autograd differentiates: the weight itself where all of it is live.
+        """Return the live part that modules read and autograd differentiates: the weight itself if all is live.
 
         A further micro-batch of the same step goes on with the same part, and with the gradient that θ has now.
         """
@@ -55,7 +55,7 @@ class LiveWeight:
         return self.leaf
 
     def receive(self) -> None:
-        """After a backward pass: θ is the live part, with its gradient."""
+        """Turn θ into the live part with its gradient, after a backward pass."""
         assert self.leaf is not None
         assert self._fit is not None
         grad = self.leaf.grad
@@ -67,11 +67,11 @@ class LiveWeight:
 
     @property
     def moved(self) -> bool:
-        """Whether the live part was changed since backward."""
+        """Return whether the live part was changed since backward."""
         return self._received and self.theta._version != self._version
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Show the optimizer the live part of what it remembers of this weight."""
+        """Show the optimizer the live part of its state for this weight."""
         if self._grid is None or self._grid.full or self.leaf is None:
             return
         state = optimizer.state.get(self.theta, {})
@@ -81,7 +81,7 @@ class LiveWeight:
                 state[key] = self._grid.gather(value)
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put what it remembers now back into the whole."""
+        """Put the optimizer's state of the live part back into the whole state."""
         if self._grid is None or self._grid.full or self.leaf is None:
             return
         state = optimizer.state.get(self.theta, {})
@@ -94,20 +94,20 @@ class LiveWeight:
                 state[key] = whole
 
     def close(self) -> None:
-        """Write the live part into the weight; θ is the whole again."""
+        """Write the live part into the weight, and make θ the whole again."""
         if self._grid is not None and self._received and not self._grid.full:
             self._grid.scatter_(self.weight.data, self.theta.detach())
         self.forget()
 
     def forget(self) -> None:
-        """θ is the whole again, whatever became of the live part."""
+        """Make θ the whole again and discard the live part."""
         self.leaf = self._grid = self._fit = None
         self._received = False
         self.theta.grad = None
         self.theta.data = self.weight.data
 
     def shrink(self, grid: Grid, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Follow the weight, which is its own part in `grid` from now on, with what optimizers remember."""
+        """Follow the weight, whose part in `grid` is all of it from now on, with the optimizers' state."""
         shape = grid.shape
         for optimizer in optimizers:
             state: dict[str, Any] = optimizer.state.get(self.theta, {})
@@ -117,13 +117,13 @@ class LiveWeight:
         self.theta.data = self.weight.data
 
     def release(self) -> None:
-        """Give the weight its flag back."""
+        """Give the weight its `requires_grad` flag back."""
         self.close()
         self.weight.requires_grad_(self.trained)
 
 
 class LiveWeights(dict[str, LiveWeight]):
-    """The weights of a model that may be narrow, by name; running statistics that may be are no parts of an optimizer.
+    """The weights of a model that may be narrow, by name, and its running statistics, which no optimizer holds.
 
     Args:
         weights: every parameter of the model that may be narrow.
@@ -133,7 +133,7 @@ class LiveWeights(dict[str, LiveWeight]):
         super().__init__({name: LiveWeight(name, weight) for name, weight in weights.items()})
 
     def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
-        """The live tensors of a step, θ among them; a further micro-batch of the same step goes on with the same θ."""
+        """Return the live tensors of a step, θ among them; micro-batches of one step share the same θ."""
         live: dict[str, Tensor] = {}
         for name, tensor in stage.tensors.items():
             if name in self:
@@ -143,7 +143,7 @@ class LiveWeights(dict[str, LiveWeight]):
         return live
 
     def receive(self, stage: Stage, fit: Fit, live: Mapping[str, Tensor]) -> None:
-        """After backward: every θ has its gradient, and statistics go back into the whole."""
+        """Give every θ its gradient after backward, and write statistics back into the whole."""
         for name, tensor in stage.tensors.items():
             if name in self:
                 self[name].receive()
@@ -152,21 +152,21 @@ class LiveWeights(dict[str, LiveWeight]):
 
     @property
     def moved(self) -> bool:
-        """Whether any live part was changed since backward and is not written back."""
+        """Return whether a live part was changed since backward and is not written back yet."""
         return any(part.moved for part in self.values())
 
     def close(self) -> None:
-        """End the step: live parts are written back."""
+        """End the step by writing the live parts back."""
         for part in self.values():
             part.close()
 
     def before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before an optimizer's step."""
+        """Prepare every weight for an optimizer's step."""
         for part in self.values():
             part.before_update(optimizer)
 
     def after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """After an optimizer's step: what it holds is written back."""
+        """Write back what an optimizer holds, after its step."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for part in self.values():
             if id(part.theta) in held:

@@ -1,4 +1,4 @@
-"""Which units exist: one probability each, drawn in every step, learned and projected.
+"""Decide which units exist: one probability each, drawn in every step, learned and projected.
 
     s ∈ [0, 1]ⁿ      Σ cost_i s_i ≤ keep · total      one s_i a unit
 
@@ -26,7 +26,7 @@ _SLACK = 1 + 1e-9
 
 
 class Probabilities:
-    """One probability a unit, learned by Adam and projected onto what may be spent.
+    """One probability per unit, learned by Adam and projected onto what may be spent.
 
     A unit whose probability has reached 0 stays there: no draw will have it, and no gradient brings it back.
 
@@ -48,27 +48,27 @@ class Probabilities:
 
     @property
     def group(self) -> Tensor:
-        """The group of each unit, int64 (n,)."""
+        """Return the group of each unit, int64 (n,)."""
         sizes = torch.tensor([group.num_units for group in self._coupling.groups], dtype=torch.int64)
         return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     def by_group(self) -> list[nn.Parameter]:
-        """The probabilities of each group, on the same memory."""
+        """Return the probabilities of each group, as views of the same memory."""
         s = self.s.detach()
         return [nn.Parameter(s[g.start : g.stop], requires_grad=False) for g in self._coupling.groups]
 
     def spent(self) -> float:
-        """The expected cost, as a share of the whole network's."""
+        """Return the expected cost, as a share of the whole network's."""
         return self._cost(self.s.detach()) / self.total
 
     def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Two independent sub-networks, bool (n,): a function of the probabilities, the seed and the step alone."""
+        """Draw two independent sub-networks, bool (n,), from the probabilities, the seed and the step alone."""
         generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
         s, group = self.s.detach(), self.group
         return bernoulli_masks.draw(s, group, generator), bernoulli_masks.draw(s, group, generator)
 
     def likely(self, step: int) -> Tensor:
-        """The sub-network of the largest probabilities that costs no more than is kept, bool (n,)."""
+        """Return the sub-network of the largest probabilities that fits into the share, bool (n,)."""
         limit = self.total * self.method.share(step) * _SLACK
         if self.method.cost == "channels":
             return self._first(limit)
@@ -86,7 +86,7 @@ class Probabilities:
         )
 
     def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:
-        """The likeliest sub-network and some drawn ones, each once; other draws than those of any step."""
+        """Return the likeliest sub-network and some drawn ones, each once; no step uses these draws."""
         found = [self.likely(step)]
         for number in range(draws):
             mask = self.draw(-seed - 2, step + number)[0]
@@ -95,7 +95,7 @@ class Probabilities:
         return found
 
     def learn(self, mask_0: Tensor, mask_1: Tensor, difference: float, *, step: int, pace: float) -> None:
-        """One step: Adam on the estimated gradient, then the projection.
+        """Take one step: Adam on the estimated gradient, then the projection.
 
         Args:
             mask_0: the draw that the weights were trained with.
@@ -123,7 +123,7 @@ class Probabilities:
                 break
 
     def tighten(self, step: int) -> None:
-        """Stay within a share that falls by schedule, in a step that taught nothing."""
+        """Project onto a share that falls by schedule, in a step without an estimate."""
         self._project(self.s.detach().clone(), self.total * self.method.share(step))
 
     def shrink(self, coupling: Coupling, alive: Tensor) -> None:
@@ -135,16 +135,16 @@ class Probabilities:
             self._adam.state[self.s].update(moments)
 
     def fix(self) -> None:
-        """From now on every unit that is left exists."""
+        """Make every remaining unit exist from now on."""
         self.s.detach().fill_(1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Probabilities, Adam's moments and its count, copies."""
+        """Return copies of the probabilities, Adam's moments and its count."""
         kept = self._adam.state.get(self.s, {})
         return {"s": self.s.detach().clone(), **{key: value.clone() for key, value in kept.items()}}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned, of as many units."""
+        """Take over the result of `state`, for as many units."""
         self.s.detach().copy_(state["s"])
         kept: dict[str, Any] = {key: value.clone() for key, value in state.items() if key != "s"}
         self._adam.state.clear()

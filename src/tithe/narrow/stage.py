@@ -1,4 +1,4 @@
-"""Where a narrow network runs: in the model's own forward, whose modules read smaller tensors while it lasts.
+"""Run a narrow network in the model's own forward, whose modules read smaller tensors meanwhile.
 
     module.__dict__["weight"] = the live part        found before module._parameters["weight"], which stays whole
     module.__dict__["groups"] = as many as there are
@@ -29,7 +29,7 @@ _WIDE = 16
 
 @dataclass(frozen=True)
 class Fit:
-    """How a narrow network lies in memory: what exists, and the tensors that modules read, zero where nothing exists.
+    """The layout of a narrow network in memory: existing parts, and the tensors that modules read, padded with zeros.
 
     The libraries of kernels compile a convolution for each new width, which takes longer than a narrow layer runs. So
     widths are rounded up, and what is added is zero: it changes no result, no gradient and no statistic.
@@ -45,18 +45,18 @@ class Fit:
     inner: Mapping[str, Grid]
 
     def fresh(self) -> Fit:
-        """A copy that finds out anew what this one has not yet found out, for whoever counts bytes."""
+        """Return a copy without cached results, for a count of bytes."""
         grids, read, inner = (
             {name: copy(grid) for name, grid in part.items()} for part in (self.grids, self.read, self.inner)
         )
         return Fit(grids, grids if self.read is self.grids else read, inner)
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """What exists of a tensor, a copy, zeros among it where they are read."""
+        """Return a copy of the existing part of a tensor, padded with zeros."""
         return self.pad(name, self.grids[name].gather(tensor))
 
     def pad(self, name: str, values: Tensor) -> Tensor:
-        """`values` of what exists as they are read."""
+        """Pad `values` of the existing part to the shape that modules read."""
         inner = self.inner.get(name)
         if inner is None:
             return values
@@ -65,13 +65,13 @@ class Fit:
         return padded
 
     def strip(self, name: str, values: Tensor) -> Tensor:
-        """The inverse of `pad`."""
+        """Undo `pad`: remove the zeros again."""
         inner = self.inner.get(name)
         return values if inner is None else inner.gather(values)
 
 
 class Stage:
-    """The tensors of a model that may be narrow, and where its modules read them.
+    """The tensors of a model that may be narrow, and the modules that read them.
 
     Args:
         model: the model; nothing is changed until `run`.
@@ -116,7 +116,7 @@ class Stage:
         return 16 if group.num_units >= 16 * _WIDE else 8 if last or group.num_units >= 8 * _WIDE else 4
 
     def grids(self, mask: Tensor) -> dict[str, Grid]:
-        """What is left of each tensor when the units of `mask`, bool (n,), are there."""
+        """Return the part of each tensor that exists when the units of `mask`, bool (n,), do."""
         kept = self.coupling.kept(mask.cpu())
         return {
             name: Grid.trusted(tuple(tensor.shape), {axis: kept[at] for axis, at in self._cut[name]})
@@ -124,7 +124,7 @@ class Stage:
         }
 
     def fit(self, mask: Tensor) -> Fit:
-        """The layout of the network of `mask`, bool (n,), its widths rounded up where kernels are compiled for each."""
+        """Return the layout of the network of `mask`, bool (n,); widths are rounded up if kernels need compiling."""
         mask = mask.cpu()
         grids, read = self.grids(mask), mask | self._filling(mask)
         if torch.equal(mask, read):
@@ -151,17 +151,17 @@ class Stage:
 
     @torch.no_grad()
     def live(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
-        """The smaller tensors, copies that no gradient is asked of."""
+        """Return the smaller tensors as copies without gradient."""
         return {name: grids[name].gather(tensor) for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
     def filled(self, fit: Fit) -> dict[str, Tensor]:
-        """The same as they are read in that layout."""
+        """Return the smaller tensors padded for that layout."""
         return {name: fit.take(name, tensor) for name, tensor in self.tensors.items()}
 
     @contextmanager
     def run(self, grids: Mapping[str, Grid], live: Mapping[str, Tensor], *, spare: bool = False) -> Generator[None]:
-        """Inside, the model is the narrow network of `grids`.
+        """Run the model as the narrow network of `grids` inside the block.
 
         Args:
             grids: of every tensor that may be narrow.
@@ -198,7 +198,7 @@ class Stage:
                     own[key] = value
 
     def settle(self, grids: Mapping[str, Grid]) -> None:
-        """Make the model itself that narrow network: tensors are replaced by their live part, for good."""
+        """Make the model itself that narrow network: replace its tensors by their live part, for good."""
         lengths = self._lengths(grids)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
@@ -207,7 +207,7 @@ class Stage:
             setattr(count.module, count.attribute, count.at(lengths[count.axis]))
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, int]]:
-        """What the modules of `model`, a copy of this one at any width, say of their widths: path → attribute → number.
+        """Return the widths that modules of `model`, a copy at any width, store: path → attribute → number.
 
         Args:
             model: of the same structure.

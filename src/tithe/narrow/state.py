@@ -1,4 +1,4 @@
-"""What a plan with absent channels was saved as, checked before anything is changed."""
+"""Check the saved state of a plan with absent channels before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = 1
 def check_state(
     state: Mapping[str, Any], method: NarrowMethod, alive: Tensor, stage: Stage, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Compare a saved state with the plan that is to go on from it.
+    """Compare a saved state with the plan that continues from it.
 
     Args:
         state: what `plan.state_dict()` returned.

@@ -1,4 +1,4 @@
-"""Narrow networks tried out on data: what they lose."""
+"""Try narrow networks on data and measure their loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any], *, twice: bool) -> float:
-    """The loss of a narrow network; random states and running statistics stay as they were.
+    """Return the loss of a narrow network; random states and running statistics stay as they were.
 
     Args:
         stage: of the model.
@@ -58,7 +58,7 @@ def _number(loss: Any) -> float:
 
 
 def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> tuple[float, Tensor]:
-    """The lowest mean training loss of several narrow networks, and whose it is.
+    """Return the lowest mean training loss of several narrow networks, and the mask of that network.
 
     Random states and running statistics stay as they were; each network sees the same random draws.
 
@@ -91,7 +91,7 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
     """Compare two networks on a batch, in evaluation mode.
 
     Raises:
-        TitheError: when their losses differ beyond rounding.
+        TitheError: when their losses differ by more than rounding.
     """
     found: list[float] = []
     for model in (one, other):

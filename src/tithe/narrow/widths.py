@@ -1,4 +1,4 @@
-"""What a module says of its own width: the numbers that its forward pass, or a reader, takes for the sizes of tensors.
+"""Find the numbers by which a module states its own width, for its forward pass or its readers.
 
 A tensor that gets narrower is not enough where a module counts channels, groups or heads itself. Each such number is
 proportional to the length of one axis of one tensor, so that it is right at every width:
@@ -34,7 +34,7 @@ _HEAD_SIZE = ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim
 
 @dataclass(frozen=True)
 class Count:
-    """A number that follows the width of an axis.
+    """A number of a module that follows the width of an axis.
 
     Args:
         module: whose attribute it is.
@@ -51,12 +51,12 @@ class Count:
     length: int
 
     def at(self, live: int) -> int:
-        """The number where `live` positions of the axis are there."""
+        """Return the number when `live` positions of the axis exist."""
         return self.full * live // self.length
 
 
 def counts(model: nn.Module, coupling: Coupling) -> list[Count]:
-    """Every number of a module of `model` that has to follow a width of the coupling."""
+    """Return every number of a module of `model` that has to follow a width of the coupling."""
     found: list[Count] = []
     names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Scores that need data: passes of the model over samples, with the rules' probes listening."""
+"""Score weights by passes of the model over samples, while the rules' probes observe."""
 
 from tithe.scoring.channels import channel_norms, price_channels
 from tithe.scoring.likelihood import Likelihood

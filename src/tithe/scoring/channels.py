@@ -1,4 +1,4 @@
-"""Passes over input channels: what each costs (on shapes alone), and how large its gradients are."""
+"""Measure input channels by passes: their cost (on shapes alone) and the size of their gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _P = TypeVar("_P", Meter, ChannelProbe)
 
 
 def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, batch: Any) -> dict[str, Layer]:
-    """The price of an input channel of every weight that has such, from one pass, on shapes alone where that can be.
+    """Price an input channel of each weight that has some, in one pass, on shapes alone if possible.
 
     Args:
         model: with carriers in place.
@@ -89,7 +89,7 @@ def channel_norms(
     batches: Iterable[Any],
     samples: int,
 ) -> dict[str, Tensor]:
-    """Σ over batches of ‖∂L/∂W_c‖₂ of every input channel c, streamed: one layer's gradient stands at a time.
+    """Sum ‖∂L/∂W_c‖₂ over batches for every input channel c; only one layer's gradient exists at a time.
 
     Args:
         model: with carriers in place.

@@ -1,4 +1,4 @@
-"""The model's own predictive distribution, read off its loss: what the true Fisher information needs."""
+"""Derive the model's own predictive distribution from its loss, for the true Fisher information."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOSSES = {
 
 
 class Likelihood(TorchFunctionMode):
-    """Records the predictions that reach a known loss function while a loss is computed."""
+    """A recorder of the predictions that reach a known loss function while a loss is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Likelihood(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def roots(self, num_samples: int) -> Iterator[Tensor]:
-        """Scalars whose per-sample squared gradients add up to E_{y ~ p(y|x)} (∂ log p(y|x))².
+        """Return scalars whose per-sample squared gradients add up to E_{y ~ p(y|x)} (∂ log p(y|x))².
 
         Cross-entropy: Σ_c p_c (∂ log p_c)². Squared error, as −log of a normal density of variance ½: Σ_o 2 (∂f_o)².
         Binary cross-entropy with independent labels: Σ_o σ_o (1 − σ_o) (∂f_o)².

@@ -1,6 +1,6 @@
-"""Passes over the data that score weights: a whole batch at once where a rule can, one sample at a time where not.
+"""Score weights by passes over data: a whole batch at once if a rule can, else one sample at a time.
 
-The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit beside
+The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit with
 a training step; each group is one pass over the samples.
 """
 
@@ -38,7 +38,7 @@ _NOISE = 1e-9
 
 
 def check_loss(value: Any, *, finite: bool = True) -> Tensor:
-    """`value` when it is a scalar that backward can start from; `finite`: NaN and infinity are refused too.
+    """Return `value` if it is a scalar that backward can start from; with `finite`, refuse NaN and infinity.
 
     Raises:
         TitheError: when it is not a tensor, not a scalar, detached, or not finite.
@@ -62,7 +62,7 @@ def check_loss(value: Any, *, finite: bool = True) -> Tensor:
 
 
 class Passes:
-    """Scores weights by passes over data.
+    """A scorer of weights by passes over data.
 
     Args:
         model: the model, with carriers in place.
@@ -103,7 +103,7 @@ class Passes:
             )
 
     def scores(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
-        """Name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
+        """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
 
         Raises:
             TitheError: when a weight gets no gradient from any sample.
@@ -118,7 +118,7 @@ class Passes:
                     yield binding.name, score.abs_() if statistic == "sum" else score
 
     def _groups(self) -> list[list[Binding]]:
-        """Groups whose sums fit beside a pass without passing a training step on the same batch.
+        """Return groups whose sums and a pass together need no more than a training step on the same batch.
 
         Two samples are run with probes that only listen: what they save for backward, scaled to the batch, tells what
         a training step keeps. The room is never less than an eighth of the weights, which bounds the number of passes.

@@ -1,4 +1,4 @@
-"""Selectors: a formula of importance, then a pick. Small pure functions of tensors.
+"""Selectors score and then pick, with small pure functions of tensors.
 
 importance     magnitude, random: scores that need no data      topk  exact top-k, shares, a shuffle under a budget
 channel_costs  the price list of input channels                 bernoulli_masks  draws, policy gradient, projection

@@ -1,4 +1,4 @@
-"""Structure as probabilities: draw a sub-network, estimate which units the loss wants, stay within what may be spent.
+"""Learn structure as probabilities: draw a sub-network, estimate which units lower the loss, stay within a budget.
 
     min over s ∈ [0, 1]ⁿ of  F(s) = E L(m),  m_i ~ Bernoulli(s_i) independent,  subject to  Σ cost_i s_i ≤ total
 
@@ -30,7 +30,7 @@ _SLACK = 2.0**-40
 
 @torch.no_grad()
 def draw(s: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
-    """m_i = [u_i < s_i], u uniform in [0, 1); a group of which nothing was drawn keeps its unit of largest s_i - u_i.
+    """Draw m_i = [u_i < s_i], u uniform in [0, 1); a group without a drawn unit keeps that of largest s_i - u_i.
 
     That unit is the one closest to being drawn, ties by index, and has s_i > 0 unless the whole group is at 0. u comes
     from the CPU in float32: one state of the generator draws the same on every device.
@@ -58,7 +58,7 @@ def draw(s: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
 def policy_gradient(
     s: Tensor, mask_0: Tensor, mask_1: Tensor, loss_0: Tensor | float, loss_1: Tensor | float, alpha: float = 0.5
 ) -> Tensor:
-    """An estimate of H^α ∇F(s), H = diag(s (1 - s)), from two independent draws and their losses on the same batch.
+    """Estimate H^α ∇F(s), H = diag(s (1 - s)), from two independent draws and their losses on one batch.
 
         g = (L_0 - L_1) / 2 · (z_0 - z_1)        z_j = (m_j - s) / (s (1 - s))^(1 - α)
 
@@ -92,7 +92,7 @@ def policy_gradient(
 
 @torch.no_grad()
 def project(z: Tensor, total: Tensor | float, cost: Tensor | None = None, *, weighted: bool = False) -> Tensor:
-    """The point of {0 ≤ s ≤ 1, Σ cost_i s_i ≤ total} nearest to z.
+    """Return the point of {0 ≤ s ≤ 1, Σ cost_i s_i ≤ total} that is nearest to z.
 
         s = clamp(z - v cost, 0, 1)        one v ≥ 0: zero, or so that Σ cost_i s_i = total
         s = clamp(z - v, 0, 1)             weighted: nearest in Σ cost_i (s_i - z_i)²
@@ -154,7 +154,7 @@ def _multiplier(z: Tensor, cost: Tensor, toward: Tensor, total: Tensor | float) 
 
 @torch.no_grad()
 def likely(s: Tensor, group: Tensor, cost: Tensor, total: Tensor | float) -> Tensor:
-    """The likeliest sub-network: the unit of largest s in each group, then the others by s while Σ cost ≤ total.
+    """Return the likeliest sub-network: the unit of largest s in each group, then others by s while Σ cost ≤ total.
 
     Ties go by index. The first unit that does not fit ends the list. The units that stand for their groups are taken
     even where they alone cost more than the total.
@@ -179,7 +179,7 @@ def likely(s: Tensor, group: Tensor, cost: Tensor, total: Tensor | float) -> Ten
 
 
 def ratio(step: int, keep: float, gradual: tuple[int, int] | None) -> float:
-    """The share that is kept at `step`: `keep`, or on the way to it from 1 in a cubic decay.
+    """Return the share that is kept at `step`: `keep`, or a value between 1 and `keep` on a cubic decay.
 
         keep + (1 - keep) (1 - (step - start) / (stop - start))³        start ≤ step < stop
 

@@ -1,4 +1,4 @@
-"""The price list that a selector of channels is handed: what each input channel of each layer costs."""
+"""List what each input channel of each layer costs, for a selector of channels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INDEX = 8
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight with input channels, and what selecting one of them costs.
+    """A weight with input channels, and the cost of selecting one of them.
 
     Args:
         name: of the parameter.
@@ -48,13 +48,13 @@ class Layer:
 
     @property
     def elements(self) -> float:
-        """The paper's cost of a channel, C'·D² + H·W."""
+        """Return the paper's cost of a channel, C'·D² + H·W."""
         return self.weights + self.per_sample
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of every channel of some layers, one after the other, in a budget's measure: `unit` · weights + `kept`.
+    """The cost of every channel of some layers, in order, in a budget's measure: `unit` · weights + `kept`.
 
     Args:
         layers: in order.
@@ -72,7 +72,7 @@ class Costs:
 
     @classmethod
     def of(cls, layers: Sequence[Layer], budget: Budget, *, num_states: int, head: int, total: float) -> Costs:
-        """Costs in the measure of `budget`.
+        """Return the costs in the measure of `budget`.
 
         Elements and fractions are the paper's count: C'·D² for the weight gradient (and as much for each optimizer
         state) and H·W for the input, batch 1, the head apart. Bytes are those of a step: θ, its gradient and each
@@ -101,11 +101,11 @@ class Costs:
 
     @property
     def each(self) -> Tensor:
-        """(channels,) float64: the cost of each channel."""
+        """Return the cost of each channel, float64 (channels,)."""
         return self.unit * self.weights + self.kept
 
     def split(self, chosen: Tensor) -> dict[str, Tensor]:
-        """Name → sorted channels, from positions in the list of all channels."""
+        """Return name → sorted channels, from positions in the list of all channels."""
         out: dict[str, Tensor] = {}
         start = 0
         for layer in self.layers:
@@ -116,7 +116,7 @@ class Costs:
 
 
 def cover(scores: Mapping[str, float], coverage: float) -> list[str]:
-    """The fewest names whose scores add up to `coverage` of the total, largest first; ties by order.
+    """Return the fewest names whose scores add up to `coverage` of the total, largest first; ties by order.
 
     Example:
         >>> cover({"a": 1.0, "b": 6.0, "c": 3.0}, 0.8)

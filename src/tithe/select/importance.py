@@ -1,4 +1,4 @@
-"""Formulas of importance that need nothing but the weight; those of gradients are accumulated by the rules' probes."""
+"""Compute importance from the weight alone; the rules' probes accumulate importance from gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """|w|, in float32.
+    """Return |w| of each entry in float32.
 
     Example:
         >>> magnitude(torch.tensor([-2.0, 1.0]))
@@ -17,12 +17,12 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1): the largest k of it are a uniform draw of k entries; the same on every device and rank."""
+    """Draw uniform scores in [0, 1), the same on every device and rank; their largest k are a uniform draw of k."""
     return torch.rand(weight.shape, generator=generator)
 
 
 def channel_magnitude(weight: Tensor, groups: int, *, transposed: bool) -> Tensor:
-    """Σ |w| over the columns of each input channel, (I,), in float32.
+    """Return Σ |w| over the columns of each input channel, (I,), in float32.
 
     Args:
         weight: (O, I / G, *kernel), or (I, O / G, *kernel) when transposed.

@@ -1,4 +1,4 @@
-"""Picks: from scores to indices, exactly, with ties by index."""
+"""Pick indices by score, exactly, with ties by index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tithe.errors import TitheError
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """Positions of the k largest of 1-D `scores`, ascending; of equal scores the lower position wins.
+    """Return the positions of the k largest of 1-D `scores`, ascending; the lower position wins a tie.
 
     Returns:
         int64, (min(k, n),).
@@ -34,7 +34,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 def top_k(scores: Iterable[tuple[str, Tensor]], k: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """One exact global cut: the k largest scores of all tensors together; ties by order in `sizes`, then by index.
+    """Make one exact global cut: the k largest scores of all tensors; ties by order in `sizes`, then by index.
 
     Tensors are consumed one at a time, in any order, and little more than k candidates are held.
 
@@ -78,7 +78,7 @@ def _cut(values: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """The `counts[name]` largest scores of each tensor; ties by index."""
+    """Return the `counts[name]` largest scores of each tensor; ties by index."""
     return {name: largest(_finite(name, score), counts[name]) for name, score in scores}
 
 

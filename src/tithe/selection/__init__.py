@@ -1,4 +1,4 @@
-"""What may move: injective linear maps from a small vector θ into a weight tensor.
+"""Select values that may move: injective linear maps from a small vector θ into a weight tensor.
 
     w = b + S θ            ∇θ = Sᵀ ∇w
 

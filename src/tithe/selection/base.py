@@ -1,4 +1,4 @@
-"""A selection, and its plainest kind: single entries.
+"""Define selections, and their simplest kind: single entries.
 
     w = b + S θ            ∇θ = Sᵀ ∇w
 
@@ -18,7 +18,7 @@ from tithe.errors import TitheError
 
 
 class Selection(ABC):
-    """An injective linear map S from θ into a weight of a fixed shape; `gather` is Sᵀ and `scatter_` is S.
+    """A selection is an injective linear map S from θ into a weight; `gather` is Sᵀ and `scatter_` is S.
 
     θ is a few `items`, each of `num_weights_each` values: single entries, or whole channels.
     """
@@ -30,16 +30,16 @@ class Selection(ABC):
     @property
     @abstractmethod
     def items(self) -> Tensor:
-        """What is selected: sorted int64 ids (K,) of entries, or of channels."""
+        """Return the sorted int64 ids (K,) of the selected entries, or of the selected channels."""
 
     @property
     @abstractmethod
     def theta_shape(self) -> tuple[int, ...]:
-        """The shape of θ."""
+        """Return the shape of θ."""
 
     @abstractmethod
     def gather(self, weight: Tensor) -> Tensor:
-        """Sᵀ w: the selected values of `weight`, a new tensor of `theta_shape` in the weight's dtype."""
+        """Return Sᵀ w, the selected values of `weight`: a new tensor of `theta_shape` in the weight's dtype."""
 
     @abstractmethod
     def scatter_(self, weight: Tensor, values: Tensor) -> None:
@@ -47,52 +47,52 @@ class Selection(ABC):
 
     @abstractmethod
     def by_item(self, values: Tensor) -> Tensor:
-        """`values` of `theta_shape` as one row for each item, (K, size / K): what belongs to an item moves with it."""
+        """Return `values` of `theta_shape` with one row for each item, (K, size / K): a row moves with its item."""
 
     @abstractmethod
     def of_items(self, rows: Tensor) -> Tensor:
-        """The inverse of `by_item`."""
+        """Undo `by_item`: return rows as values of `theta_shape`."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """The tensors that rebuild this selection for its shape, ready for a file; `restore` reads them."""
+        """Return the tensors that rebuild this selection for its shape, ready for a file; `restore` reads them."""
 
     @abstractmethod
     def take(self, items: Tensor) -> Selection:
-        """The selection of other items of the same kind, on their device."""
+        """Return the selection of other items of the same kind, on their device."""
 
     @property
     def size(self) -> int:
-        """Number of values in θ."""
+        """Return the number of values in θ."""
         return math.prod(self.theta_shape)
 
     @property
     def num_weights(self) -> int:
-        """Number of entries of the weight that the selection maps into."""
+        """Return the number of entries of the weight that the selection maps into."""
         return math.prod(self.shape)
 
     @property
     def full(self) -> bool:
-        """Whether every entry is selected."""
+        """Return whether every entry is selected."""
         return self.size == self.num_weights
 
     @property
     def whole(self) -> bool:
-        """Whether Sᵀ∇w needs every entry of ∇w, so that a rule has nothing to leave out."""
+        """Return whether Sᵀ∇w needs every entry of ∇w, so that a rule cannot skip any."""
         return self.full
 
     def to(self, device: torch.device) -> Selection:
-        """The same selection with its ids on `device`; a device without memory ("meta") leaves them where they are."""
+        """Return the same selection with its ids on `device`; ids do not move to a device without memory ("meta")."""
         return self if device.type == "meta" or self.items.device == device else self.take(self.items.to(device))
 
     def alike(self, other: Selection) -> bool:
-        """Whether the items of both mean the same places of the same weight."""
+        """Return whether the items of both selections mean the same places of the same weight."""
         mine, theirs = self.take(self.items[:0]).state(), other.take(other.items[:0]).state()
         same = type(self) is type(other) and self.shape == other.shape
         return same and all(torch.equal(mine[key].cpu(), theirs[key].cpu()) for key in mine)
 
     def union(self, other: Selection) -> Selection:
-        """What either selects."""
+        """Return the selection of every item that either one selects."""
         if not self.size or not other.size:
             return self if self.size else other
         device = self.items.device
@@ -135,13 +135,13 @@ def check_ids(place: str, ids: Tensor, count: int, shape: tuple[int, ...]) -> No
 
 
 def beside(ids: Tensor, weight: Tensor) -> Tensor:
-    """`ids` where the weight's data is; a weight that has a shape alone ("meta") has none."""
+    """Return `ids` on the device of the weight's data; a weight without data ("meta") has no such device."""
     return ids if weight.is_meta else ids.to(weight.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Coordinates(Selection):
-    """Single entries of a weight, named by flat row-major index; θ is a list of values.
+    """A list of single entries of a weight, named by flat row-major index; θ is a list of values.
 
     Args:
         shape: the weight's shape.
@@ -165,26 +165,26 @@ class Coordinates(Selection):
 
     @classmethod
     def nothing(cls, shape: tuple[int, ...]) -> Coordinates:
-        """The empty selection: the weight is frozen."""
+        """Return the empty selection, under which the weight is frozen."""
         return cls(shape, torch.empty(0, dtype=torch.int64))
 
     @classmethod
     def everything(cls, shape: tuple[int, ...]) -> Coordinates:
-        """Every entry: ordinary training."""
+        """Return the selection of every entry, which is ordinary training."""
         return cls(shape, torch.arange(math.prod(shape)))
 
     @property
     def items(self) -> Tensor:
-        """The indices."""
+        """Return the flat indices of the entries."""
         return self.indices
 
     @property
     def theta_shape(self) -> tuple[int, ...]:
-        """One value for each entry."""
+        """Return a shape with one value for each entry."""
         return (self.indices.numel(),)
 
     def gather(self, weight: Tensor) -> Tensor:
-        """Sᵀ w: `weight.flatten()[indices]`, a copy."""
+        """Return Sᵀ w, `weight.flatten()[indices]`, as a copy."""
         flat = weight.reshape(-1)
         return flat.clone() if self.full else flat.index_select(0, beside(self.indices, weight))
 
@@ -200,17 +200,17 @@ class Coordinates(Selection):
                 weight.index_put_(at, values.to(weight.dtype))
 
     def by_item(self, values: Tensor) -> Tensor:
-        """A column."""
+        """Return the values as a column."""
         return values.view(-1, 1)
 
     def of_items(self, rows: Tensor) -> Tensor:
-        """The column as a list."""
+        """Return the column as a list of values."""
         return rows.view(-1)
 
     def state(self) -> dict[str, Tensor]:
-        """`{"indices": int64 (K,)}`."""
+        """Return `{"indices": int64 (K,)}`, ready for a file."""
         return {"indices": self.indices}
 
     def take(self, items: Tensor) -> Coordinates:
-        """Other entries."""
+        """Return the selection of other entries."""
         return Coordinates(self.shape, items)

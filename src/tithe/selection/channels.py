@@ -1,4 +1,4 @@
-"""Whole input channels of a weight."""
+"""Select whole input channels of a weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tithe.selection.base import Selection, beside, check_ids
 
 @dataclass(frozen=True, eq=False)
 class Channels(Selection):
-    """Whole input channels of a matrix or a convolution: along them both the weight gradient and the kept input shrink.
+    """A set of whole input channels of a weight: both the weight gradient and the kept input shrink along them.
 
     A weight (O, I / G, *kernel) of G groups has I input channels; channel c belongs to group ⌊c G / I⌋ and meets that
     group's O / G output channels. θ has the shape of the selected columns:
@@ -63,17 +63,17 @@ class Channels(Selection):
 
     @property
     def num_channels(self) -> int:
-        """I, the number of input channels."""
+        """Return I, the number of input channels."""
         return self.shape[0] if self.transposed else self.shape[1] * self.groups
 
     @property
     def items(self) -> Tensor:
-        """The channels."""
+        """Return the numbers of the selected channels."""
         return self.channels
 
     @property
     def theta_shape(self) -> tuple[int, ...]:
-        """The shape of the selected columns."""
+        """Return the shape of the selected columns."""
         count = self.channels.numel()
         if self.transposed:
             return (count, *self.shape[1:])
@@ -83,7 +83,7 @@ class Channels(Selection):
 
     @property
     def indices(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Sorted flat int64 indices, computed when asked for: eight bytes for each selected entry."""
+        """Return the sorted flat int64 indices, computed when asked for: eight bytes for each selected entry."""
         if self.transposed:
             each = math.prod(self.shape[1:])
             return (self.channels[:, None] * each + _range(each, self.channels)).reshape(-1)
@@ -99,7 +99,7 @@ class Channels(Selection):
         return weight.reshape(self.groups, num_out, num_in, -1).transpose(1, 2)
 
     def gather(self, weight: Tensor) -> Tensor:
-        """Sᵀ w: the selected columns, a copy."""
+        """Return Sᵀ w, the selected columns, as a copy."""
         channels = beside(self.channels, weight)
         if self.groups == 1 or self.transposed:
             return weight.index_select(0 if self.transposed else 1, channels)
@@ -118,24 +118,24 @@ class Channels(Selection):
             parts[group, column] = values.view(self.theta_shape)
 
     def by_item(self, values: Tensor) -> Tensor:
-        """One row for each channel."""
+        """Return the values with one row for each channel."""
         first = self.transposed or self.groups > 1
         each = self.num_weights // max(self.num_channels, 1)
         return (values if first else values.transpose(0, 1)).reshape(self.channels.numel(), each)
 
     def of_items(self, rows: Tensor) -> Tensor:
-        """The rows as columns of the weight."""
+        """Return the rows as columns of the weight."""
         if self.transposed or self.groups > 1:
             return rows.reshape(self.theta_shape)
         count, num_out = self.channels.numel(), self.shape[0]
         return rows.reshape(count, num_out, *self.shape[2:]).transpose(0, 1).contiguous()
 
     def state(self) -> dict[str, Tensor]:
-        """`{"channels": int64 (K,), "layout": int64 (2,) of groups and transposed}`."""
+        """Return `{"channels": int64 (K,), "layout": int64 (2,) of groups and transposed}`."""
         return {"channels": self.channels, "layout": torch.tensor([self.groups, int(self.transposed)])}
 
     def take(self, items: Tensor) -> Channels:
-        """Other channels."""
+        """Return the selection of other channels."""
         return Channels(self.shape, items, groups=self.groups, transposed=self.transposed)
 
 

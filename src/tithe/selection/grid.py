@@ -1,4 +1,4 @@
-"""Some positions along some axes of a weight: what is left of it when channels are absent on both of its sides."""
+"""Select positions along several axes: the rest of a weight when channels are absent on both of its sides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tithe.selection.base import Coordinates, Selection, beside, check_ids
 
 @dataclass(frozen=True, eq=False)
 class Grid(Selection):
-    """The entries whose position along each named axis is one of those given; θ is the smaller tensor itself.
+    """A grid selects the entries at given positions along each named axis; θ is the smaller tensor itself.
 
         θ = w[rows][:, columns]          axes = {0: rows, 1: columns}
 
@@ -51,7 +51,7 @@ class Grid(Selection):
 
     @classmethod
     def trusted(cls, shape: tuple[int, ...], axes: Mapping[int, Tensor]) -> Grid:
-        """A grid of positions that are known to be right: reading them for a check costs more than a small layer."""
+        """Make a grid without checking its positions: reading them for a check costs more than a small layer."""
         grid = object.__new__(cls)
         object.__setattr__(grid, "shape", shape)
         object.__setattr__(grid, "axes", axes)
@@ -59,27 +59,27 @@ class Grid(Selection):
 
     @property
     def items(self) -> Tensor:
-        """The selected entries."""
+        """Return the flat indices of the selected entries."""
         return self.indices
 
     @cached_property
     def theta_shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The shape of the smaller tensor."""
+        """Return the shape of the smaller tensor."""
         return tuple(self.axes[axis].numel() if axis in self.axes else length for axis, length in enumerate(self.shape))
 
     @property
     def indices(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Sorted flat int64 indices, computed when asked for."""
+        """Return the sorted flat int64 indices, computed when asked for."""
         at = self._rows.reshape(-1, 1) * self._depth + torch.arange(self._depth, device=self._rows.device)
         return at.reshape(-1)
 
     @cached_property
     def full(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Whether every entry is selected."""
+        """Return whether every entry is selected."""
         return self.theta_shape == self.shape
 
     def gather(self, weight: Tensor) -> Tensor:
-        """Sᵀ w: the smaller tensor, a copy."""
+        """Return Sᵀ w, the smaller tensor, as a copy."""
         if self.full:
             return weight.clone()
         # One pass over stretches of memory is quicker than one an axis, which copies more, unless each is a number.
@@ -103,23 +103,23 @@ class Grid(Selection):
             _put_(weight, values.view(self.theta_shape), list(self.axes.items()))
 
     def by_item(self, values: Tensor) -> Tensor:
-        """A column."""
+        """Return the values as a column."""
         return values.reshape(-1, 1)
 
     def of_items(self, rows: Tensor) -> Tensor:
-        """The column as the smaller tensor."""
+        """Return the column as the smaller tensor."""
         return rows.view(self.theta_shape)
 
     def state(self) -> dict[str, Tensor]:
-        """`{"axis 0": int64 positions, …}`."""
+        """Return `{"axis 0": int64 positions, …}`, ready for a file."""
         return {f"axis {axis}": positions for axis, positions in self.axes.items()}
 
     def take(self, items: Tensor) -> Coordinates:
-        """Other entries, which need not form a grid."""
+        """Return the selection of other entries, which need not form a grid."""
         return Coordinates(self.shape, items)
 
     def to(self, device: torch.device) -> Grid:
-        """The same positions on `device`; a device without memory ("meta") leaves them where they are."""
+        """Return the same positions on `device`; they do not move to a device without memory ("meta")."""
         moved = {axis: ids if device.type == "meta" else ids.to(device) for axis, ids in self.axes.items()}
         return Grid(self.shape, moved)
 

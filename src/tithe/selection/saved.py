@@ -1,4 +1,4 @@
-"""Selections from their saved state."""
+"""Rebuild selections from their saved state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tithe.selection.grid import Grid
 
 
 def restore(shape: tuple[int, ...], state: Mapping[str, Tensor]) -> Selection:
-    """The selection whose `state()` this is.
+    """Return the selection whose `state()` this is.
 
     Raises:
         TitheError: when no known kind has such a state.

@@ -1,4 +1,4 @@
-"""The span of some vectors around a start: what may move is how much of each there is, in every entry at once."""
+"""Select the span of some vectors around a start: θ holds one coefficient per vector, the same in every entry."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Columns(ABC):
 
     @abstractmethod
     def project(self, gradient: Tensor) -> Tensor:
-        """d_i · g for every i: (n,) float64, from (c,)."""
+        """Return d_i · g for every i: (n,) float64, from (c,)."""
 
     @abstractmethod
     def compose(self, weights: Tensor) -> Tensor:
-        """w̄ + Σ weights_i d_i: (c,), from (n,) float64."""
+        """Return w̄ + Σ weights_i d_i: (c,), from (n,) float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,26 +54,26 @@ class Span(Selection):
 
     @property
     def items(self) -> Tensor:
-        """The coefficients."""
+        """Return the numbers of the coefficients."""
         return torch.arange(self.mix.shape[1])
 
     @property
     def theta_shape(self) -> tuple[int, ...]:
-        """One value for each coefficient."""
+        """Return a shape with one value for each coefficient."""
         return (self.mix.shape[1],)
 
     @property
     def indices(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Sorted flat int64 indices of the entries that move."""
+        """Return the sorted flat int64 indices of the entries that move."""
         return torch.arange(self.num_weights) if self.places is None else self.places
 
     @property
     def whole(self) -> bool:
-        """Always: every entry's gradient counts, so that no rule can leave one out."""
+        """Return True: every entry's gradient counts, so a rule cannot skip any."""
         return True
 
     def gather(self, weight: Tensor) -> Tensor:
-        """Sᵀ w, (m,), in the dtype of the weight but at least float32; zeros of a tensor that has a shape alone."""
+        """Return Sᵀ w, (m,), in the dtype of the weight but at least float32; zeros for a tensor without data."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if without_values(weight):
             return weight.new_zeros(self.theta_shape, dtype=dtype)
@@ -83,11 +83,11 @@ class Span(Selection):
         return (self.mix.to(products.device).T @ products).to(weight.device, dtype)
 
     def weights(self, values: Tensor) -> Tensor:
-        """M (θ − θ̄), (n,) float64: how much of each vector there is."""
+        """Return M (θ − θ̄), (n,) float64: the coefficient of each vector."""
         return self.mix @ (values.detach().to(self.mix) - self.origin)
 
     def scatter_(self, weight: Tensor, values: Tensor) -> None:
-        """Write w̄ + Dᵀ M (θ − θ̄) into `weight`, made anew from the start: no rounding adds up over steps."""
+        """Write w̄ + Dᵀ M (θ − θ̄) into `weight`, computed from the start: rounding errors do not accumulate."""
         self.write_(weight, self.columns.compose(self.weights(values)))
 
     def write_(self, weight: Tensor, entries: Tensor) -> None:
@@ -100,22 +100,22 @@ class Span(Selection):
                 weight.index_put_(at, entries.to(weight.device, weight.dtype))
 
     def by_item(self, values: Tensor) -> Tensor:
-        """A column."""
+        """Return the coefficients as a column."""
         return values.view(-1, 1)
 
     def of_items(self, rows: Tensor) -> Tensor:
-        """The column as a list."""
+        """Return the column as a list of coefficients."""
         return rows.view(-1)
 
     def state(self) -> dict[str, Tensor]:
-        """`{"mix": M, "origin": θ̄}`; the vectors are the history's."""
+        """Return `{"mix": M, "origin": θ̄}`; the history stores the vectors."""
         return {"mix": self.mix, "origin": self.origin}
 
     def take(self, items: Tensor) -> Span:
-        """Some of the coefficients."""
+        """Return the span of some of the coefficients."""
         return Span(self.shape, self.columns, self.mix[:, items], self.origin[items], self.places)
 
 
 def without_values(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape alone."""
+    """Return whether a tensor has only a shape and no data."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
