@@ -139,3 +139,8 @@ def test_the_pages_know_every_public_name() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
+
+
+def test_the_readme_begins_with_python_that_runs() -> None:
+    first = next(block for block in blocks(ROOT / "README.md") if block.language == "python")
+    assert first.line - 1 <= 20 and "tithe.lean(model)" in first.text
