@@ -143,4 +143,5 @@ def test_the_readme_is_short() -> None:
 
 def test_the_readme_begins_with_python_that_runs() -> None:
     first = next(block for block in blocks(ROOT / "README.md") if block.language == "python")
-    assert first.line - 1 <= 20 and "tithe.lean(model)" in first.text
+    assert first.line - 1 <= 20
+    assert "tithe.lean(model)" in first.text
