@@ -139,3 +139,18 @@ def test_the_pages_know_every_public_name() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
+
+
+def test_the_readme_begins_with_python_that_runs() -> None:
+    first = next(block for block in blocks(ROOT / "README.md") if block.language == "python")
+    assert first.line - 1 <= 20
+    assert "tithe.lean(model)" in first.text
+
+
+def test_the_architecture_page_names_every_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = page[page.index("## The rooms") : page.index("## Who imports whom")]
+    for folders, holds in re.findall(r"^\| (.*?) \| (.*) \|$", rooms, re.MULTILINE):
+        for folder in re.findall(r"`([a-z/_]+)/`", folders):
+            files = {path.stem for path in (ROOT / "src" / "tithe" / folder).glob("*.py")} - {"__init__"}
+            assert files - set(re.findall(r"`([a-z_]+)`", holds)) == set(), folder

@@ -1,4 +1,4 @@
-"""Train only part of a PyTorch network, and really save the memory, the compute and the communication."""
+"""Fine-tune a chosen part of a PyTorch network, and pay memory, compute and communication only for that part."""
 
 from tithe import rules, select
 from tithe.averages import History, average
