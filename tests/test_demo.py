@@ -208,7 +208,7 @@ def test_a_run_of_two_parts_records_every_second_step_of_the_first_and_trains_th
     assert trained_weights(trainee) == num_checkpoints(20) == 4
     weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.endswith("@theta"))
     assert 3 * weights < trainee.mapped_bytes() < 1.1 * 3 * weights  # a byte for each, and each step between two
-    kept = trainee._plan._spread.kept
+    kept = trainee._plan._sharing.kept
     assert kept is not None
     theta = next(iter(trainee._plan.parameters()))
     assert trainee.attached_bytes(batches[0]) == theta.nbytes + kept.waiting.nbytes

@@ -94,7 +94,7 @@ def test_a_step_takes_what_was_said(case: Case, tmp_path: Path) -> None:
     blocks = sum(-(-selection.num_weights // BLOCK) for selection in plan.selections.values())
     assert row.basis == plan.index_bytes + blocks * BLOCK * FLOAT
     assert row.sent == blocks * BLOCK * FLOAT
-    basis, kept = plan.basis, plan._spread.kept
+    basis, kept = plan.basis, plan._sharing.kept
     standing = [
         basis._paths,
         basis.gram,
