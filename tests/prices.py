@@ -13,6 +13,9 @@ from models import Batch, Case
 from oracles import gradients
 from tithe import Channels
 
+STRAIGHT = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class Price:
@@ -47,12 +50,12 @@ def prices(model: nn.Module, case: Case, batch: Batch) -> dict[str, Price]:
     size = len(next(iter(batch.values())))
 
     def see(path: str, module: nn.Module, x: Tensor) -> None:
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = type(module).__name__ == "Conv1D" or isinstance(module, TRANSPOSED)
         groups = getattr(module, "groups", 1)
         shape = tuple(module.weight.shape)
         count = shape[0] if transposed else shape[1] * groups
         every = Channels(shape, torch.arange(count), groups=groups, transposed=transposed)
-        axis = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else -1
+        axis = 1 if isinstance(module, (*STRAIGHT, *TRANSPOSED)) else -1
         name = names[id(module.weight)]
         before = found[name].positions if name in found else 0
         padding = getattr(module, "_reversed_padding_repeated_twice", None)
@@ -61,7 +64,7 @@ def prices(model: nn.Module, case: Case, batch: Batch) -> dict[str, Price]:
         found[name] = Price(every, path, before + x.numel() // x.shape[axis], size)
 
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or type(module).__name__ == "Conv1D":
+        if isinstance(module, (nn.Linear, *STRAIGHT, *TRANSPOSED)) or type(module).__name__ == "Conv1D":
             module.register_forward_pre_hook(lambda m, args, path=path: see(path, m, args[0]))
     with torch.no_grad():
         case.loss(model, batch)

@@ -37,10 +37,10 @@ def _x(*shape: int) -> Tensor:
 
 @st.composite
 def channels(draw: st.DrawFn) -> Channels:
-    groups, transposed = draw(st.sampled_from([(1, False), (1, True), (2, False), (3, False)]))
+    groups, transposed = draw(st.sampled_from([(1, False), (1, True), (2, False), (3, False), (2, True)]))
     num_out, num_in = groups * draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    kernel = [] if transposed else draw(st.lists(st.integers(1, 3), max_size=3))
-    shape = (num_in, num_out) if transposed else (num_out, num_in, *kernel)
+    kernel = draw(st.lists(st.integers(1, 3), max_size=3))
+    shape = (num_in * groups, num_out // groups, *kernel) if transposed else (num_out, num_in, *kernel)
     picked = draw(st.sets(st.integers(0, num_in * groups - 1)))
     ids = torch.tensor(sorted(picked), dtype=torch.int64)
     return Channels(shape, ids, groups=groups, transposed=transposed)
@@ -141,7 +141,8 @@ class Conv1D(nn.Module):
 
 def _every(layer: nn.Module) -> Channels:
     """All channels of a layer's weight."""
-    transposed, groups = isinstance(layer, Conv1D), getattr(layer, "groups", 1)
+    groups = getattr(layer, "groups", 1)
+    transposed = isinstance(layer, (Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     shape = tuple(layer.weight.shape)
     count = shape[0] if transposed else shape[1] * groups
     return Channels(shape, torch.arange(count), groups=groups, transposed=transposed)
@@ -247,6 +248,9 @@ BY_HAND = {
     "stretched": nn.Conv2d(8, 4, (1, 3), padding=(0, 1), stride=(2, 1), dtype=D),
     "even kernel": nn.Conv2d(8, 3, 2, padding="same", dtype=D),
     "pointwise": nn.Conv2d(8, 6, 1, dtype=D),
+    "transposed": nn.ConvTranspose2d(8, 6, 3, stride=2, padding=1, output_padding=1, dtype=D),
+    "transposed and grouped": nn.ConvTranspose2d(8, 12, 3, dilation=2, groups=4, dtype=D),
+    "transposed and depthwise": nn.ConvTranspose2d(8, 16, (1, 3), stride=(2, 1), groups=8, bias=False, dtype=D),
 }
 
 

@@ -135,7 +135,7 @@ def test_a_fisher_like_mask_beats_graft_and_full_training_at_the_peak() -> None:
     assert sum(theta.grad.numel() for theta in plan.parameters() if theta.grad is not None) == k
     assert ledger.by_kind["gradients"] <= k * FLOAT
     assert ledger.peak < 0.5 * whole.peak
-    # Each ReLU keeps its own output, from which the next Linear takes its columns; the first copies the batch's.
+    # Each ReLU keeps its own output, and the next Linear takes its columns from that; the first copies the batch's.
     assert ledger.saved == whole.saved + N * 2 * FLOAT
 
 

@@ -129,12 +129,44 @@ def test_convolutions(drawn: tuple[nn.Module, Tensor]) -> None:
         nn.Conv2d(4, 4, (1, 3), padding=(0, 1), stride=(2, 1), dtype=D),
         nn.Conv2d(4, 3, 2, padding="same", dtype=D),
         nn.Conv2d(4, 6, 1, dtype=D),
+        nn.ConvTranspose2d(4, 4, 3, groups=4, dtype=D),
+        nn.ConvTranspose2d(4, 6, (1, 3), stride=(2, 1), padding=(0, 1), output_padding=(1, 0), groups=2, dtype=D),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_convolutions_by_hand(layer: nn.Module, samples: int) -> None:
     check_rule(layer, _x(samples, 4, 5, 6))
+
+
+@st.composite
+def transposed_convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    axes, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    channels, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1](
+        channels,
+        out,
+        draw(st.integers(1, 3)),
+        stride=stride,
+        padding=draw(st.integers(0, 1)),
+        output_padding=draw(st.integers(0, max(stride, dilation) - 1)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        dilation=dilation,
+        dtype=D,
+    )
+    batched = draw(st.booleans())
+    x = _x(*([draw(st.integers(1, 3))] if batched else []), channels, *[draw(st.integers(3, 5))] * axes)
+    if axes == 2 and batched and draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    return layer, x
+
+
+@given(transposed_convolutions())
+@settings(max_examples=60, deadline=None)
+def test_transposed_convolutions(drawn: tuple[nn.Module, Tensor]) -> None:
+    check_rule(*drawn)
 
 
 @given(st.lists(st.integers(0, 4), max_size=3), st.sampled_from([None, 0, 2, -1]))
@@ -204,7 +236,6 @@ OTHERS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "scale first": (Scale(True), (_x(2, 3, 5),)),
     "scale last": (Scale(False), (_x(2, 3, 5),)),
     "bilinear": (nn.Bilinear(3, 4, 2, dtype=D), (_x(5, 3), _x(5, 4))),
-    "transposed convolution": (nn.ConvTranspose2d(3, 4, 3, stride=2, dtype=D), (_x(2, 3, 4, 4),)),
     "group norm": (nn.GroupNorm(2, 4, dtype=D), (_x(2, 4, 3),)),
     "instance norm": (nn.InstanceNorm2d(3, affine=True, dtype=D), (_x(2, 3, 4, 4),)),
     "prelu": (nn.PReLU(3, dtype=D), (_x(2, 3, 4),)),
@@ -246,6 +277,7 @@ LOW: dict[str, tuple[nn.Module, Tensor]] = {
     "conv1d": (Conv1D(7, 6), torch.randn(2, 5, 6)),
     "convolution": (nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)),
     "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), torch.randn(2, 4, 5, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), torch.randn(2, 4, 5, 5)),
     "embedding": (nn.Embedding(6, 3), torch.randint(6, (4, 5))),
     "layer norm": (nn.LayerNorm(6), torch.randn(2, 5, 6)),
     "rms norm": (nn.RMSNorm(6), torch.randn(2, 5, 6)),
