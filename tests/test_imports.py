@@ -54,9 +54,9 @@ ROOMS: dict[str, set[str]] = {
     "app.methods": {"tithe", "app.section", "app.price"},
     "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
     "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
-    "app.price": {"tithe", "errors", "select", "app.train", "app.terminal", "ledger", "delta", "method"}
-    | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "app.average": {"tithe", "errors", "select", "app.train", "app.terminal", "averages", "forward"},
+    "app.price": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"}
+    | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
+    "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
     "app.cli": {"tithe", "errors", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
     "integrations": {"tithe", "errors", "select"},
     "__main__": {"app.cli"},
