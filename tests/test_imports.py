@@ -68,7 +68,7 @@ CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
 KNOW_METHODS = {room for room in ROOMS if room.startswith("app")} | {"methods", "__init__"}
-METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
+METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|spiel|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
 
 
 def room(path: Path) -> str:

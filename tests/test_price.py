@@ -338,4 +338,4 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 
 def test_every_offer_says_its_row() -> None:
-    assert list(OFFERS) == ["full", "head", "lora", "fish", "fish+lean", "trady", "vrpge", "twa"]
+    assert list(OFFERS) == ["full", "head", "lora", "fish", "fish+lean", "trady", "vrpge", "twa", "spiel"]

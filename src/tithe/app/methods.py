@@ -282,7 +282,36 @@ TWA = Entry(
     ),
 )
 
-METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TWA)
+# ------------------------------------------------------------------------------------------------------------ SpIEL
+
+SPIEL = Entry(
+    name="spiel",
+    section=derive(
+        "spiel",
+        tithe.SpIEL,
+        SparseSection,
+        keys={"density": _FRACTION, "replaced": Annotated[float, Field(ge=0, le=1)], "samples": _COUNT},
+    ),
+    prices=(
+        PriceRow(
+            key="spiel",
+            name="SpIEL",
+            make=lambda site: site.mask(),
+            note="SpIEL is priced with a random mask of its size, as FISH is.",
+        ),
+    ),
+    demos=(
+        DemoRow(
+            slug="spiel",
+            name="SpIEL",
+            make=lambda images: tithe.SpIEL(density=DENSITY, samples=images),
+            note="SpIEL trains as many as FISH; each epoch it drops the fifth that moved least, and grows as many by "
+            "gradient.",
+        ),
+    ),
+)
+
+METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TWA, SPIEL)
 
 SECTIONS: Mapping[str, type[MethodSection]] = {
     **{entry.name: entry.section for entry in METHODS if entry.section is not None},
