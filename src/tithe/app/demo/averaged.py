@@ -99,7 +99,7 @@ class Averaged:
             self._forget()
 
     def end_epoch(self) -> None:
-        """Tell the plan."""
+        """Tell the plan that an epoch has ended."""
         self.part.end_epoch()
 
     @property
@@ -113,7 +113,7 @@ class Averaged:
         return self.part.mapped_bytes
 
     def save(self, path: Path) -> None:
-        """Write all weights."""
+        """Write all weights to a file."""
         self.part.save(path)
 
     def release(self) -> None:

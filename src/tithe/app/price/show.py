@@ -14,7 +14,7 @@ _PATH = 28
 
 
 def show(quotes: Quotes, console: Console) -> None:
-    """Print the quotes."""
+    """Print the quotes as tables, and notes."""
     console.print(_title(quotes), markup=False)
     for made in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
         console.print()

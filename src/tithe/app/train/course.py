@@ -100,12 +100,12 @@ class OwnCourse(Course):
 
     @property
     def split(self) -> str:
-        """The training rows."""
+        """The method trains on the training rows."""
         return "train"
 
     @property
     def optimizer(self) -> OptimizerSection:
-        """The recipe's."""
+        """The optimizer of the recipe."""
         return self.recipe.optimizer
 
     @property
@@ -115,7 +115,7 @@ class OwnCourse(Course):
 
     @property
     def total_steps(self) -> int:
-        """As `[run]` says."""
+        """As many steps as `[run]` says."""
         return self.recipe.run.steps or (self.recipe.run.epochs or 1) * self.steps_per_epoch
 
     @property
@@ -168,7 +168,7 @@ class AverageCourse(Course):
 
     @property
     def calmer(self) -> str:
-        """The learning rate."""
+        """Only the learning rate may be lowered."""
         return f"lower lr ({self.recipe.place('average', 'lr')})"
 
     @property
@@ -178,7 +178,7 @@ class AverageCourse(Course):
 
     @property
     def fixed_from(self) -> int:
-        """Widths are fixed."""
+        """All widths are fixed from the start."""
         return 0
 
     def rate(self, step: int) -> float:
