@@ -194,25 +194,25 @@ def test_a_run_of_two_parts_records_every_second_step_of_the_first_and_trains_th
     torch.manual_seed(0)
     model = Digits()
     trainee = Averaged(model, Course(task, 0, 20))
-    folder = trainee._history.folder
+    folder, opening = trainee._history.folder, trainee.part
     batches = [batch for epoch, _ in zip(task.epochs(64, 0), range(3), strict=False) for batch in epoch]
     for batch in batches[:9]:
-        assert trainee.attached_bytes(batch) == trainee.mapped_bytes() == 0
+        assert trainee.attached_bytes == trainee.mapped_bytes == 0
         trainee.step(batch)
     assert trainee._history.steps == [4, 6, 8]
     trainee.step(batches[9])
-    assert trainee._plan is not None
+    assert trainee._average is not None
     assert trainee._history.steps == [4, 6, 8, 10]
     assert not folder.exists()
-    assert trainee.optimizer is not trainee._opening.optimizer
-    assert trained_weights(trainee) == num_checkpoints(20) == 4
+    assert trainee.optimizer is not opening.optimizer
+    assert trained_weights(trainee.optimizer) == num_checkpoints(20) == 4
     weights = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.endswith("@theta"))
-    assert 3 * weights < trainee.mapped_bytes() < 1.1 * 3 * weights  # a byte for each, and each step between two
-    kept = trainee._plan._sharing.kept
+    assert 3 * weights < trainee.mapped_bytes < 1.1 * 3 * weights  # a byte for each, and each step between two
+    kept = trainee._average._sharing.kept
     assert kept is not None
-    theta = next(iter(trainee._plan.parameters()))
-    assert trainee.attached_bytes(batches[0]) == theta.nbytes + kept.waiting.nbytes
-    assert trainee._plan.coefficients()["span"].tolist() == pytest.approx([0.25] * 4, abs=1e-5)
+    theta = next(iter(trainee._average.parameters()))
+    assert trainee.attached_bytes == theta.nbytes + kept.waiting.nbytes
+    assert trainee._average.coefficients()["span"].tolist() == pytest.approx([0.25] * 4, abs=1e-5)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith("@theta")}
     trainee.step(batches[10])
     trainee.step(batches[11])
@@ -224,11 +224,11 @@ def test_a_run_of_two_parts_records_every_second_step_of_the_first_and_trains_th
 def test_a_measured_run_of_two_parts_is_in_the_second() -> None:
     _, task = digits.tasks()
     trainee = Averaged(Digits(), Course(task, 0, 8, measured=True))
-    assert trained_weights(trainee) == num_checkpoints(8)
+    assert trained_weights(trainee.optimizer) == num_checkpoints(8)
     batch = next(task.epochs(64, 0))[0]
     for _ in range(3):
         trainee.step(batch)
-    assert trained_weights(trainee) == num_checkpoints(8)
+    assert trained_weights(trainee.optimizer) == num_checkpoints(8)
     trainee.release()
 
 
@@ -265,13 +265,13 @@ def test_a_contestant_trains_saves_and_leaves_an_ordinary_model(contestant: Any,
     trainee.step(batch)
     state = [value for entry in trainee.optimizer.state.values() for value in entry.values()]
     assert optimizer_bytes(trainee.optimizer) == sum(value.nbytes for value in state)
-    adamw = 8 * trained_weights(trainee) + 4 * len(trainee.optimizer.state)
+    adamw = 8 * trained_weights(trainee.optimizer) + 4 * len(trainee.optimizer.state)
     assert optimizer_bytes(trainee.optimizer) == (0 if contestant.slug == "twa" else adamw)
     trainee.end_epoch()
     trainee.step(batch)
     trainee.save(tmp_path / "it.safetensors")
     trainee.release()
-    contestant.restore(base, tmp_path / "it.safetensors")
+    tithe.apply(base, tmp_path / "it.safetensors")
     assert list(trainee.model.state_dict()) == list(base.state_dict()) == keys
     for name, value in trainee.model.state_dict().items():
         assert torch.equal(value, base.state_dict()[name]), name

@@ -54,9 +54,9 @@ ROOMS: dict[str, set[str]] = {
     "app.methods": {"tithe", "app.section", "app.price"},
     "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
     "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
-    "app.price": {"tithe", "errors", "select", "app.train", "app.terminal", "ledger", "delta", "method"}
-    | {"averages", "plan", "rules"},  # what a plan holds, set up on shapes alone
-    "app.average": {"tithe", "errors", "select", "app.train", "app.terminal", "averages", "forward"},
+    "app.price": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"}
+    | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
+    "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
     "app.cli": {"tithe", "errors", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
     "integrations": {"tithe", "errors", "select"},
     "__main__": {"app.cli"},
@@ -68,7 +68,7 @@ CORE_PACKAGES = {"torch", "numpy", "safetensors"}
 
 # The only rooms in which a method may be called by its name.
 KNOW_METHODS = {room for room in ROOMS if room.startswith("app")} | {"methods", "__init__"}
-METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
+METHOD = re.compile(r"fish(?!er)|vr_?pge|trady|spiel|(?<![a-z])twa(?![a-z])", re.IGNORECASE)
 
 
 def room(path: Path) -> str:

@@ -14,10 +14,10 @@ import tithe
 from models import CASES, LARGE, Case
 from tithe.app.price import OFFERS, Quote, Subject, Terms, parse_budget, price
 from tithe.app.price.draw import Drawn
-from tithe.app.price.flops import FlopCounter
 from tithe.app.price.search import largest
 from tithe.errors import TitheError
 from tithe.ledger import Blank, measure, predict
+from tithe.ledger.flops import FlopCounter
 
 pytest.importorskip("transformers")
 
@@ -338,4 +338,4 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 
 def test_every_offer_says_its_row() -> None:
-    assert list(OFFERS) == ["full", "head", "lora", "fish", "fish+lean", "trady", "vrpge", "twa"]
+    assert list(OFFERS) == ["full", "head", "lora", "fish", "fish+lean", "trady", "vrpge", "twa", "spiel"]

@@ -13,10 +13,10 @@ import tithe
 from histories import checkpoints, recorded
 from models import CASES, LARGE, Batch, Case
 from tithe.app.price import Quote, Subject, Terms, price
-from tithe.app.price.spanned import working_bytes
 from tithe.averages import BLOCK
 from tithe.errors import TitheError
 from tithe.ledger import measure
+from tithe.plan.outlined import working_bytes
 
 pytest.importorskip("transformers")
 

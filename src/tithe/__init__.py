@@ -7,7 +7,7 @@ from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger, measure
 from tithe.method import NarrowMethod, SelectionContext, SparseMethod, Spending, SubspaceMethod
-from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, TraDy
+from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, SpIEL, TraDy
 from tithe.plan import NarrowPlan, Plan, SparsePlan, SubspacePlan, attach
 from tithe.ranking import Ranking
 from tithe.rules.lean.model import Lean, lean
@@ -33,6 +33,7 @@ __all__ = [
     "Schedule",
     "Selection",
     "SelectionContext",
+    "SpIEL",
     "Span",
     "SparseMethod",
     "SparsePlan",

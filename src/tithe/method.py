@@ -313,6 +313,10 @@ class SelectionContext:
         """Return the values of one tensor to choose from."""
         return next(b.weight.detach() for b in self._bindings if b.name == name)
 
+    def selected(self, name: str) -> Tensor:
+        """The flat indices of what is selected in one tensor now, sorted, int64; none before the first choice."""
+        return next(b.selection.indices for b in self._bindings if b.name == name)
+
     def limit_inputs(self) -> None:
         """Refuse, from now on, inputs larger than those that the price list was made for."""
         layers = self.layers()
@@ -324,6 +328,14 @@ class SelectionContext:
         if key not in self._memory.tensors:
             self._memory.tensors[key] = make()
         return self._memory.tensors[key]
+
+    def note(self, key: str, value: Tensor) -> None:
+        """Keep a tensor for the next choice, also in a run that goes on from here."""
+        self._memory.tensors[key] = value
+
+    def noted(self, key: str) -> Tensor | None:
+        """What an earlier choice kept under this key."""
+        return self._memory.tensors.get(key)
 
     def require_data(self, why: str, *, or_else: str = "") -> tuple[Loss, Iterable[Any]]:
         """Return the loss and the data of `attach`.

@@ -16,10 +16,9 @@ from torch import nn
 import tithe
 from tithe import TitheError, TitheWarning
 from tithe.app.train import read_recipe
-from tithe.app.train.averaging import TrainingBatches
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.course import AverageCourse
-from tithe.app.train.data import read_examples
+from tithe.app.train.data import Batches, even_chunks, read_examples
 from tithe.app.train.loop import Interrupted, NotFiniteError, Run
 from tithe.app.train.models import build
 from tithe.app.train.progress import read_log
@@ -139,7 +138,7 @@ def test_the_mean_is_that_of_the_history_with_statistics_of_its_own(write: Edit,
             torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
 
     made = Run(read_recipe(path, ["run.output=other"]), resume=False, console=quiet())
-    batches = TrainingBatches(made.samples["train"], 18, (0, 1), torch.device("cpu"))
+    batches = Batches(made.samples["train"], even_chunks(range(54), 18), torch.device("cpu"))
     outputs = torch.cat([model[0](batch["inputs"]).detach() for batch in batches]).transpose(0, 1).flatten(1)
     torch.testing.assert_close(model[1].running_mean, outputs.mean(1), rtol=1e-4, atol=1e-5)
     assert (model[1].running_mean - history[-1]["1.running_mean"]).abs().max() > 1e-2

@@ -89,7 +89,7 @@ class Dense(tithe.Plan):
         return {name: state[name] for name in self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Write them back."""
+        """Write the parameters and the buffers back."""
         own = self.model.state_dict()
         with torch.no_grad():
             for name in self._start:

@@ -80,11 +80,13 @@ class Entry:
     """One method of the command line.
 
     Args:
+        name: how a recipe calls it.
         section: of a recipe.
         prices: its rows of `tithe price`.
         demos: its rows of `tithe demo`.
     """
 
+    name: str
     section: type[MethodSection] | None = None
     prices: tuple[PriceRow, ...] = ()
     demos: tuple[DemoRow, ...] = ()
@@ -101,6 +103,7 @@ _MASK_NOTE = (
 )
 
 FISH = Entry(
+    name="fish",
     section=derive(
         "fish",
         tithe.FISH,
@@ -166,6 +169,7 @@ def _as_trady(told: Mapping[str, Any], run: Any) -> dict[str, Any]:
 
 
 TRADY = Entry(
+    name="trady",
     section=derive(
         "trady",
         tithe.TraDy,
@@ -225,6 +229,7 @@ def _as_vrpge(told: Mapping[str, Any], run: Any) -> dict[str, Any]:
 
 
 VRPGE = Entry(
+    name="vrpge",
     section=derive(
         "vrpge",
         tithe.VRPGE,
@@ -266,6 +271,7 @@ VRPGE = Entry(
 # Its section is [average], which ends the run of any other method; so does its row of the demonstration.
 
 TWA = Entry(
+    name="twa",
     prices=(
         PriceRow(
             key="twa",
@@ -276,10 +282,39 @@ TWA = Entry(
     ),
 )
 
-METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TWA)
+# ------------------------------------------------------------------------------------------------------------ SpIEL
+
+SPIEL = Entry(
+    name="spiel",
+    section=derive(
+        "spiel",
+        tithe.SpIEL,
+        SparseSection,
+        keys={"density": _FRACTION, "replaced": Annotated[float, Field(ge=0, le=1)], "samples": _COUNT},
+    ),
+    prices=(
+        PriceRow(
+            key="spiel",
+            name="SpIEL",
+            make=lambda site: site.mask(),
+            note="SpIEL is priced with a random mask of its size, as FISH is.",
+        ),
+    ),
+    demos=(
+        DemoRow(
+            slug="spiel",
+            name="SpIEL",
+            make=lambda images: tithe.SpIEL(density=DENSITY, samples=images),
+            note="SpIEL trains as many as FISH; each epoch it drops the fifth that moved least, and grows as many by "
+            "gradient.",
+        ),
+    ),
+)
+
+METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TWA, SPIEL)
 
 SECTIONS: Mapping[str, type[MethodSection]] = {
-    **{entry.section.model_fields["name"].annotation.__args__[0]: entry.section for entry in METHODS if entry.section},
+    **{entry.name: entry.section for entry in METHODS if entry.section is not None},
     "full": DenseSection,
     "head": DenseSection,
 }

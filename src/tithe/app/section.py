@@ -101,7 +101,6 @@ TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTab
 class MethodSection(Section):
     """`[method]`: what every method may have, and what a run asks of it; a method that has nothing to say is silent."""
 
-    name: str
     lean: bool = False
     lean_bits: Literal[8] | None = None
     lean_exact: bool | None = None
@@ -114,6 +113,9 @@ class MethodSection(Section):
     """Whether it prices a step by the first batch it is given, which is then to be the largest."""
     files: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
     """Keys that name a file, and how it is read."""
+
+    name: Any
+    """How a recipe calls the method."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> MethodSection:

@@ -4,6 +4,7 @@ write   a plan, or a pair of checkpoints, to a delta      apply   a delta to a m
 merge   deltas into a plain checkpoint on disk            info    what is in a delta, without reading its values
 network  a narrow network, whole, with its widths
 format  the versioned header                              fingerprint  the digest of what a delta leaves alone
+size    how large a file will be, from names and shapes
 """
 
 from tithe.delta.apply import apply

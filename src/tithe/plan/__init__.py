@@ -6,6 +6,7 @@ narrow    the unselected part does not exist          parameters  globs over par
 subspace  all weights move, in the span of checkpoints
 selected, optimizer_state, optimizers, state  what is chosen; the optimizer's part in it; what is saved
 align, shared_theta, gradient_buffer          a history and a model; the θ that weights share, and its gradient
+outlined                                      a span without a history, on shapes alone
 """
 
 from tithe.plan.attach import Method, attach

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from accelerate.utils import set_seed
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 import tithe
 from tithe import History, TitheError
-from tithe.app.train.data import Batch, Samples, chunks, epoch_order, even_chunks, read_examples, to_device
+from tithe.app.train.data import Batches, Samples, chunks, epoch_order, even_chunks, read_examples
 from tithe.app.train.metrics import chosen_metrics, score
-from tithe.app.train.models import build, classification_loss, find_model, logits, regression_loss
+from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.setup import make_accelerator
 from tithe.forward import estimate_statistics, tracked, training
@@ -28,33 +27,6 @@ _STATISTICS: Final = 64
 
 _FORWARD, _STEP = 1.0, 3.0
 """What an example costs, in forward passes."""
-
-
-@final
-@dataclass(frozen=True)
-class StatisticsBatches:
-    """Training batches in the order of one seeded shuffle, all rows or the first 64 batches.
-
-    Args:
-        samples: the training split.
-        batch_size: at most.
-        seed: of the shuffle.
-        device: where the batches go.
-    """
-
-    samples: Samples
-    batch_size: int
-    seed: int
-    device: torch.device
-
-    @property
-    def rows(self) -> list[int]:
-        """Of the training split."""
-        return epoch_order(len(self.samples), seed=self.seed, epoch=-1)[: _STATISTICS * self.batch_size]
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = self.samples.batches(even_chunks(self.rows, self.batch_size))
-        return (to_device(batch, self.device) for batch in batches)
 
 
 class Bench:
@@ -98,7 +70,8 @@ class Bench:
             )
         self.tuning, self.selection = sorted(order[:cut]), sorted(order[cut:])
         run = recipe.run
-        self.statistics = StatisticsBatches(self.samples["train"], run.batch_size, run.seed, self.device)
+        rows = epoch_order(len(self.samples["train"]), seed=run.seed, epoch=-1)[: _STATISTICS * run.batch_size]
+        self.statistics = Batches(self.samples["train"], even_chunks(rows, run.batch_size), self.device)
         self._fit_history()
         with training(self.model):
             self.has_statistics = bool(tracked(self.model))
@@ -149,7 +122,7 @@ class Bench:
         self.put(lambda name: self.rows.average_tensor(name, weights))
 
     def put_checkpoint(self, index: int) -> None:
-        """Write one checkpoint."""
+        """Write one checkpoint into the model."""
         self.put(lambda name: self.rows.rows.tensor(index, name))
 
     def restore(self) -> None:
@@ -181,15 +154,14 @@ class Bench:
         """
         samples, run = self.samples[split], self.recipe.run
         rows = range(len(samples)) if rows is None else rows
-        outputs: list[Tensor] = []
-        mode = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.autocast():
-            for batch in samples.batches(chunks(rows, run.eval_batch_size), run.workers):
-                outputs.append(logits(self.model, to_device(batch, self.device)).float().cpu())
-                self.advance(_FORWARD * len(batch["labels"]))
+        batches, mode = (
+            Batches(samples, chunks(rows, run.eval_batch_size), self.device, run.workers),
+            self.model.training,
+        )
+        with self.autocast():
+            answers = answer(self.model, batches, progress=lambda done: self.advance(_FORWARD * done))
         self.model.train(mode)
-        return score(chosen_metrics(self.recipe), torch.cat(outputs), self._examples.targets[split][list(rows)])
+        return score(chosen_metrics(self.recipe), answers, self._examples.targets[split][list(rows)])
 
     def select(self) -> dict[str, float]:
         """The metrics on the rows that everything is chosen by."""
@@ -200,28 +172,28 @@ class Bench:
         return self.evaluate("test") if "test" in self.samples else {}
 
     def autocast(self) -> Any:
-        """The recipe's precision."""
+        """Compute in the recipe's precision inside the block."""
         return self._accelerator.autocast()
 
     # ----------------------------------------------------------------------------------------------------- progress
 
     @property
     def estimate_cost(self) -> float:
-        """Of statistics."""
-        return _FORWARD * len(self.statistics.rows) * self.has_statistics
+        """What estimating statistics costs."""
+        return _FORWARD * sum(map(len, self.statistics.rows)) * self.has_statistics
 
     @property
     def select_cost(self) -> float:
-        """Of a look at the selection rows."""
+        """What a look at the selection rows costs."""
         return _FORWARD * len(self.selection)
 
     @property
     def test_cost(self) -> float:
-        """Of a look at the test split."""
+        """What a look at the test split costs."""
         return _FORWARD * len(self.samples["test"]) if "test" in self.samples else 0.0
 
     def step_cost(self, num_examples: int) -> float:
-        """Of training on so many examples."""
+        """Say what training on so many examples costs."""
         return _STEP * num_examples
 
     def plan(self, cost: float) -> None:

@@ -1,4 +1,4 @@
-"""Ordinary training that ends early and trains an average of what it recorded: the row of TWA."""
+"""Ordinary training that ends early and trains an average of what it recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import nn
 import tithe
 from tithe.app.demo.digits import Batch
 from tithe.app.demo.network import classification_loss
-from tithe.app.demo.trainee import BATCH_SIZE, Course, Plain
+from tithe.app.demo.trainee import BATCH_SIZE, Course, Trainee
+from tithe.app.dense import Dense
 
 AVERAGE_RATE = 0.1
 """Learning rate of SGD on the coefficients, which falls to zero; chosen on validation images, as the lengths were."""
@@ -27,17 +28,17 @@ BITS = 8
 
 
 def opening_steps(num_steps: int) -> int:
-    """Steps of ordinary training: the first half of a run."""
+    """Count the steps of ordinary training: the first half of a run."""
     return max(num_steps // 2, 1)
 
 
 def averaging_steps(num_steps: int) -> int:
-    """Steps that train the average: a tenth of a run."""
+    """Count the steps that train the average: a tenth of a run."""
     return max(num_steps // 10, 1)
 
 
 def num_checkpoints(num_steps: int) -> int:
-    """How many checkpoints are recorded: from the opening's last step backwards, but for a first tenth of a run."""
+    """Count what is recorded: from the opening's last step backwards, but for a first tenth of a run."""
     return -(-(opening_steps(num_steps) - num_steps // 10) // EVERY)
 
 
@@ -51,40 +52,35 @@ class Averaged:
     """
 
     def __init__(self, model: nn.Module, course: Course) -> None:
-        self.model, self.besides, self._course = model, 0.0, course
-        self._opening, self._plan = Plain(model), None
-        self._sgd: torch.optim.Optimizer | None = None
-        self._num_steps = 0
+        self.model, self._course = model, course
+        self.part = Trainee(model, lambda: Dense(model, [name for name, _ in model.named_parameters()]))
+        self._average: tithe.SubspacePlan | None = None
+        self._num_steps, self.besides = 0, self.part.besides
         folder = Path(tempfile.mkdtemp(prefix="tithe-demo-"))
         self._forget = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._history = tithe.History(folder, BITS)
         if course.measured:
             epochs = course.task.epochs(BATCH_SIZE, course.seed)
-            while self._plan is None:
+            while self._average is None:
                 for batch in next(epochs):
-                    if self._plan is None:
+                    if self._average is None:
                         self.step(batch)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW on the weights, then SGD on the coefficients."""
-        return self._opening.optimizer if self._sgd is None else self._sgd
+        return self.part.optimizer
 
     def step(self, batch: Batch) -> None:
-        """A step of either part; after the last of the first the average takes the place of the weights."""
-        if self._plan is None or self._sgd is None:
-            self._opening.step(batch)
-        else:
+        """Make a step of either part; after the last of the first the average takes the place of the weights."""
+        if self._average is not None:
             done = self._num_steps - opening_steps(self._course.num_steps)
             left = 1.0 - done / averaging_steps(self._course.num_steps)
-            for group in self._sgd.param_groups:  # the race's rate is meant for AdamW on weights
+            for group in self.optimizer.param_groups:  # the race's rate is meant for AdamW on weights
                 group["lr"] = AVERAGE_RATE * max(left, 0.0)
-            self._plan.backward(lambda: classification_loss(self.model, batch))
-            self._sgd.step()
-            self._sgd.zero_grad()
-            self._plan.step()
+        self.part.step(batch)
         self._num_steps += 1
-        if self._plan is None:
+        if self._average is None:
             start = time.perf_counter()
             self._record()
             self.besides += time.perf_counter() - start
@@ -96,38 +92,31 @@ class Averaged:
         if left % EVERY == 0 and left // EVERY < num_checkpoints(total):
             self._history.record(self.model, self._num_steps)
         if left == 0:
-            self._opening.release()
-            self._plan = tithe.attach(self.model, tithe.TWA(self._history), loss=classification_loss)
-            self._sgd = torch.optim.SGD(self._plan.parameters(), lr=AVERAGE_RATE)
-            self._plan.bind(self._sgd)
+            self.part.release()
+            plan = tithe.attach(self.model, tithe.TWA(self._history), loss=classification_loss)
+            self._average = plan
+            self.part = Trainee(self.model, lambda: plan, make_optimizer=lambda p: torch.optim.SGD(p, lr=AVERAGE_RATE))
             self._forget()
 
     def end_epoch(self) -> None:
-        """Tell the plan, if there is one yet."""
-        if self._plan is not None:
-            self._plan.end_epoch()
+        """Tell the plan that an epoch has ended."""
+        self.part.end_epoch()
 
-    def attached_bytes(self, batch: Batch) -> int:
+    @property
+    def attached_bytes(self) -> int:
         """Bytes of the coefficients, and of the gradients of small weights, which wait to be projected together."""
-        if self._plan is None:
-            return 0
-        theta = sum(parameter.nbytes for parameter in self._plan.parameters())
-        return theta + sum(-(-s.num_weights // 256) * 256 * 4 for s in self._plan.selections.values())
+        return self.part.attached_bytes
 
+    @property
     def mapped_bytes(self) -> int:
         """Bytes of the coded differences of the checkpoints."""
-        return 0 if self._plan is None else self._plan.index_bytes
+        return self.part.mapped_bytes
 
     def save(self, path: Path) -> None:
-        """Write all weights."""
-        if self._plan is None:
-            self._opening.save(path)
-        else:
-            self._plan.save(path)
+        """Write all weights to a file."""
+        self.part.save(path)
 
     def release(self) -> None:
         """Give the model back."""
-        if self._plan is not None:
-            self._plan.release()
-        self._opening.release()
+        self.part.release()
         self._forget()

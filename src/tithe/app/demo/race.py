@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import final
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tithe
+from tithe.app.demo.averaged import Averaged
 from tithe.app.demo.contestants import Contestant
 from tithe.app.demo.digits import NUM_CLASSES, Batch, Task, tasks
 from tithe.app.demo.network import WIDTH, Digits
-from tithe.app.demo.trainee import BATCH_SIZE, Course, Plain, Trainee, optimizer_bytes, trained_weights
+from tithe.app.demo.trainee import BATCH_SIZE, Course, Trainee, optimizer_bytes, trained_weights
+from tithe.app.dense import Dense
 from tithe.app.terminal import Bar
 from tithe.errors import TitheError
 
@@ -130,7 +133,7 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
     """
     first, second = tasks()
     base = _pretrain(first, length.pretraining, seed, bar)
-    Plain(base).save(folder / "base.safetensors")
+    save_file(dict(base.named_parameters()), folder / "base.safetensors")
     tuned = [_tune(contestant, base, second, folder, length, seed, bar) for contestant in contestants]
     bar.phase("measuring bytes and seconds of a step")
     batch = next(second.epochs(BATCH_SIZE, seed))[0]
@@ -145,14 +148,14 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
             rate=part.rate,
             validation=part.validation,
             correct=part.correct,
-            trained=trained_weights(trainee),
+            trained=trained_weights(trainee.optimizer),
             choosing=choosing,
-            peak=ledger.peak + trainee.attached_bytes(batch),
+            peak=ledger.peak + trainee.attached_bytes,
             saved=ledger.by_kind.get("saved", 0),
             gradients=ledger.by_kind.get("gradients", 0),
             optimizer=optimizer_bytes(trainee.optimizer),
             seconds=median,
-            mapped=trainee.mapped_bytes(),
+            mapped=trainee.mapped_bytes,
             opening=contestant.num_steps(length.tuning)[0],
             steps=contestant.num_steps(length.tuning)[1],
             besides=part.besides,
@@ -169,7 +172,9 @@ def _pretrain(task: Task, num_steps: int, seed: int, bar: Bar) -> nn.Module:
     bar.phase(f"pretraining on {task.name}")
     torch.manual_seed(seed)
     model = Digits()
-    _fit(Plain(model), Course(task, seed, num_steps), PRETRAINING_RATE, num_steps, bar)
+    trainee = Trainee(model, lambda: Dense(model, [name for name, _ in model.named_parameters()]))
+    _fit(trainee, Course(task, seed, num_steps), PRETRAINING_RATE, num_steps, bar)
+    trainee.release()
     bar.say(f"pretrained: {_logits(model, task.test).argmax(1).eq(task.test[1]).double().mean():.1%} of held-out")
     model.head = nn.Linear(WIDTH, NUM_CLASSES)
     return model
@@ -198,7 +203,7 @@ def _tune(
             trainee.release()
             outputs = _logits(trainee.model, task.test)
     fresh = copy.deepcopy(base)
-    contestant.restore(fresh, path)
+    tithe.apply(fresh, path)
     if not torch.equal(_logits(fresh, task.test), outputs):
         raise TitheError(
             str(path),
@@ -209,7 +214,7 @@ def _tune(
     return _Tuned(rate, tuple(accuracies), outputs.argmax(1).eq(task.test[1]), besides, path.stat().st_size)
 
 
-def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, bar: Bar) -> None:
+def _fit(trainee: Trainee | Averaged, course: Course, rate: float, num_steps: int, bar: Bar) -> None:
     """Train with a short warm-up and a linear decay to zero at the end of a whole run; stop after `num_steps`."""
     done = 0
     for epoch in course.task.epochs(BATCH_SIZE, course.seed):
@@ -225,14 +230,14 @@ def _fit(trainee: Trainee, course: Course, rate: float, num_steps: int, bar: Bar
         trainee.end_epoch()
 
 
-def _start(contestant: Contestant, model: nn.Module, course: Course) -> tuple[Trainee, int]:
+def _start(contestant: Contestant, model: nn.Module, course: Course) -> tuple[Trainee | Averaged, int]:
     """Start a contestant, and the bytes beyond the weights that its start had alive at the highest moment."""
-    trainees: list[Trainee] = []
+    trainees: list[Trainee | Averaged] = []
     ledger = tithe.measure(lambda: trainees.append(contestant.start(model, course)), model=model)
     return trainees[0], ledger.peak
 
 
-def _two_steps(trainee: Trainee, batch: Batch) -> tithe.Ledger:
+def _two_steps(trainee: Trainee | Averaged, batch: Batch) -> tithe.Ledger:
     """Measure two steps from a new optimizer: its state is born in the first and alive at the peak of the second."""
 
     def steps() -> None:
@@ -242,7 +247,7 @@ def _two_steps(trainee: Trainee, batch: Batch) -> tithe.Ledger:
     return tithe.measure(steps, model=trainee.model)
 
 
-def _interleave(trainees: Sequence[Trainee], batch: Batch, rounds: int, bar: Bar) -> list[float]:
+def _interleave(trainees: Sequence[Trainee | Averaged], batch: Batch, rounds: int, bar: Bar) -> list[float]:
     """Median seconds of a step of each; the turns alternate so that a busy moment of the machine hits all alike."""
     seconds: list[list[float]] = [[] for _ in trainees]
     for _ in range(rounds):

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tithe.app import terminal
 from tithe.app.demo.averaged import AVERAGE_RATE, BITS, num_checkpoints
-from tithe.app.demo.contestants import BUDGET, DENSITY, FIXED, KEEP
+from tithe.app.demo.contestants import BUDGET, DENSITY, KEEP
 from tithe.app.demo.race import Length, Result
 from tithe.app.demo.trainee import BATCH_SIZE
 from tithe.app.terminal import human
@@ -156,13 +156,8 @@ def _sentences(results: Sequence[Result], length: Length) -> list[str]:
     num_tests = results[0].correct.numel()
     return [
         f"Peak and optimizer state: measured bytes of a step of {BATCH_SIZE} images. Seconds: median of "
-        f"{length.rounds} steps, the rows taking turns, on one thread. FISH and random mask train {DENSITY:.0%} of the "
-        f"weights, the head among them. TraDy draws input channels anew each epoch, for at most {BUDGET} of a step, "
-        "AdamW's state included; its file holds all that any epoch drew. TraDy and FISH + lean let the other layers "
-        "keep for backward only what it needs.",
-        "VR-PGE trains another narrow network in each step, of all weights in turn, and learns which hidden units, "
-        f"heads and channels are worth {KEEP:.0%} of a forward pass's operations; after {FIXED:.0%} of the steps the "
-        "widths are fixed, by the loss on the training images. Its file is the narrow network, whole.",
+        f"{length.rounds} steps, the rows taking turns, on one thread.",
+        *(row.contestant.note for row in results if row.contestant.note),
         *(_opened(results, row, length) for row in results if row.opening),
         _rates(results, length),
         f"One of the {num_tests} test images is {1 / num_tests:.2%}, and this is one seed. {_duels(results)}",

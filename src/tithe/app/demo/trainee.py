@@ -1,16 +1,17 @@
-"""What the race needs from every method, and ordinary training, which all are compared with."""
+"""What a row of the demonstration trains: any plan, with its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, final
+from typing import final
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tithe
 from tithe.app.demo.digits import Batch, Task
 from tithe.app.demo.network import classification_loss
 
@@ -36,96 +37,80 @@ class Course:
     measured: bool = False
 
 
-class Trainee(Protocol):
-    """A network in training: what the race needs from every method, and no more."""
-
-    model: nn.Module
-    besides: float
-    """Seconds spent so far that belong to no step: to choose, or to write and read what was recorded."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What moves the weights now."""
-        ...
-
-    def step(self, batch: Batch) -> None:
-        """One training step, the optimizer's included."""
-        ...
-
-    def end_epoch(self) -> None:
-        """Called when every training image has been seen."""
-        ...
-
-    def attached_bytes(self, batch: Batch) -> int:
-        """Bytes that the method keeps beside the weights between two steps, the optimizer's state apart."""
-        ...
-
-    def mapped_bytes(self) -> int:
-        """Bytes of a mapped file that each step reads."""
-        ...
-
-    def save(self, path: Path) -> None:
-        """Write what a user would ship."""
-        ...
-
-    def release(self) -> None:
-        """End the training and leave `model` an ordinary module with the trained weights."""
-        ...
-
-
 @final
-class Plain:
-    """Ordinary PyTorch: AdamW on whole tensors, the other tensors frozen.
+class Trainee:
+    """A plan in training, through the calls that every user makes.
 
     Args:
         model: the network, trained in place.
-        prefix: parameters whose name starts with it are trained.
+        attach: makes its plan.
+        make_optimizer: over the plan's parameters; AdamW by itself, whose rate the race sets.
+        lean: whether all layers are made lean first; a method may ask for that itself.
+        fixed_from: the step after which a network that gets narrower is fixed; 0 for never.
     """
 
-    def __init__(self, model: nn.Module, prefix: str = "") -> None:
-        self.model, self.besides = model, 0.0
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefix))
-        self.optimizer = adamw([parameter for parameter in model.parameters() if parameter.requires_grad])
+    def __init__(
+        self,
+        model: nn.Module,
+        attach: Callable[[], tithe.Plan],
+        *,
+        make_optimizer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
+        lean: bool = False,
+        fixed_from: int = 0,
+    ) -> None:
+        self.model, self._fixed_from = model, fixed_from
+        self._lean = tithe.lean(model) if lean else None
+        started = time.perf_counter()
+        self.plan = attach()
+        self.besides = time.perf_counter() - started
+        """Seconds spent so far that belong to no step: to choose, or to write and read what was recorded."""
+        self.optimizer = (make_optimizer or _adamw)(list(self.plan.parameters()))
+        self.plan.bind(self.optimizer)
 
     def step(self, batch: Batch) -> None:
-        """Forward, backward and AdamW."""
-        classification_loss(self.model, batch).backward()
+        """Make one training step: the four calls of the library's training loop."""
+        self.plan.backward(lambda: classification_loss(self.model, batch))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.plan.step()
+        if self.plan.num_steps == self._fixed_from:
+            self.plan.settle()  # on all training images, as in the paper
 
     def end_epoch(self) -> None:
-        """Nothing to do."""
+        """Tell the plan, which may choose again."""
+        self.plan.end_epoch()
 
-    def attached_bytes(self, batch: Batch) -> int:
-        """Zero: the trained tensors are the model's own weights."""
-        return 0
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes that the method keeps beside the weights between two steps, the optimizer's state apart."""
+        return self.plan.attached_bytes
 
+    @property
     def mapped_bytes(self) -> int:
-        """Zero."""
-        return 0
+        """Bytes of a mapped file that each step reads."""
+        return self.plan.mapped_bytes
 
     def save(self, path: Path) -> None:
-        """Write the trained tensors: for full fine-tuning, a dense checkpoint."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, path)
+        """Write what a user would ship."""
+        self.plan.save(path)
 
     def release(self) -> None:
-        """Let every parameter require its gradient again."""
-        self.model.requires_grad_(True)
+        """Give the model back, free of the plan and of lean layers."""
+        self.plan.release()
+        if self._lean is not None:
+            self._lean.release()
 
 
-def adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The optimizer of every row; the race sets its rate."""
+def _adamw(parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state."""
+    """Count the bytes of all tensors in the optimizer's state."""
     state = (value for entry in optimizer.state.values() for value in entry.values())
     return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
 
 
-def trained_weights(trainee: Trainee) -> int:
-    """Numbers that the optimizer moves."""
-    return sum(parameter.numel() for group in trainee.optimizer.param_groups for parameter in group["params"])
+def trained_weights(optimizer: torch.optim.Optimizer) -> int:
+    """Count the numbers that an optimizer moves."""
+    return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])

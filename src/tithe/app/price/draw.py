@@ -21,7 +21,7 @@ class Drawn(tithe.FISH):
 
     @property
     def needs_data(self) -> bool:
-        """Nothing is scored."""
+        """Nothing is scored, so no data are read."""
         return False
 
     def choose(self, context: SelectionContext) -> dict[str, tithe.Coordinates]:

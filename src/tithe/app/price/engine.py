@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from tithe.app.price.flops import FlopCounter, Flops
 from tithe.app.price.offers import OFFERS, OPTIMIZERS, Offer, Setup, Site, Terms
 from tithe.app.price.quote import Fit, Quote, Quotes
 from tithe.app.price.search import largest
 from tithe.app.price.subject import Subject
 from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger, predict
+from tithe.ledger.flops import FlopCounter, Flops
 
 _FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 

@@ -1,24 +1,30 @@
-"""The table of what can be priced: a new method is one entry."""
+"""The table of what can be priced: the baselines, and the rows of `tithe.app.methods`.
+
+How a row is set up follows from the kind of plan that its method asks for.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 import tithe
+from tithe.app.dense import Dense
+from tithe.app.methods import METHODS, PriceRow
 from tithe.app.price.draw import Drawn
-from tithe.app.price.files import delta_bytes, file_bytes, network_bytes
-from tithe.app.price.spanned import span
 from tithe.app.price.subject import Subject
+from tithe.delta.size import delta_bytes, file_bytes, network_bytes
 from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger
+from tithe.plan.outlined import span
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,46 @@ class Site:
     model: nn.Module
     num_samples: int
 
+    def mask(self) -> Drawn:
+        """Make the mask that the budget allows.
+
+        Raises:
+            TitheError: the budget counts operations, or leaves nothing beside the head.
+        """
+        budget, states = self.terms.budget, OPTIMIZERS[self.terms.optimizer].states
+        if budget.fraction is not None:
+            return Drawn(density=budget.fraction)
+        if budget.flops is not None:
+            raise TitheError("budget", found="FLOPs", expected="a fraction, elements or bytes", remedy="--budget 1%")
+        if budget.bytes is None:
+            return Drawn(k=int(budget.of(0)))
+        head = sum(self.model.get_parameter(name).nbytes for name in _names(self.model, self.subject.head))
+        # A value, its gradient and states, and an index of 8 bytes.
+        k = (budget.bytes - head * (1 + states)) // ((2 + states) * self.subject.dtype.itemsize + 8)
+        if k < 1:
+            raise TitheError(
+                "budget",
+                found=f"{budget.bytes:,} bytes",
+                expected=f"more than the head's gradient and optimizer state, {head * (1 + states):,} bytes",
+                remedy="raise the budget",
+            )
+        return Drawn(k=k)
+
+    def share(self) -> float:
+        """Say the share of the operations that the budget keeps.
+
+        Raises:
+            TitheError: the budget is an amount.
+        """
+        if self.terms.budget.fraction is None:
+            raise TitheError(
+                "budget",
+                found="an amount",
+                expected="a fraction: what is kept of the operations of a forward pass",
+                remedy="--budget 40%",
+            )
+        return self.terms.budget.fraction
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -156,6 +202,7 @@ class Offer:
         budgeted: whether `Terms.budget` says how much it trains.
         per_batch: whether a budget in bytes makes its choice depend on the size of the batch.
         foreign: the package that changes the model's layers, when it is not this one.
+        note: what to know about the row.
     """
 
     name: str
@@ -163,30 +210,7 @@ class Offer:
     budgeted: bool = False
     per_batch: bool = False
     foreign: str | None = None
-
-
-def _dense(site: Site, names: Collection[str]) -> Setup:
-    """Ordinary training of these parameters; norms none of which is trained keep their statistics, as in a recipe."""
-    model, before = site.model, {name: p.requires_grad for name, p in site.model.named_parameters()}
-    whole = set(names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in whole)
-    still = [
-        m for m in model.modules() if isinstance(m, _NormBase) and not any(p.requires_grad for p in m.parameters())
-    ]
-    still = [module for module in still if next(module.parameters(), None) is not None]
-    for module in still:
-        module.eval()
-
-    def undo() -> None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
-        for module in still:
-            module.train()
-
-    state: dict[str, Tensor] = model.state_dict()
-    file = delta_bytes(state, {}, (whole | _moving(model, whole)) & set(state))
-    return Setup(model=model, trained=[p for p in model.parameters() if p.requires_grad], file=file, undo=undo)
+    note: str = ""
 
 
 def _moving(model: nn.Module, trained: Collection[str]) -> set[str]:
@@ -201,13 +225,14 @@ def _moving(model: nn.Module, trained: Collection[str]) -> set[str]:
 
 
 def _full(site: Site) -> Setup:
-    return _dense(site, [name for name, p in site.model.named_parameters() if torch.is_floating_point(p)])
+    names = [name for name, p in site.model.named_parameters() if torch.is_floating_point(p)]
+    return _attached(site, lambda: Dense(site.model, names))
 
 
 def _head(site: Site) -> Setup:
     if not site.subject.head:
         raise TitheError("head", found="none", expected="a head of its own", remedy="name one, or leave this row out")
-    return _dense(site, _names(site.model, site.subject.head))
+    return _attached(site, lambda: Dense(site.model, _names(site.model, site.subject.head)))
 
 
 def _names(model: nn.Module, head: Collection[str]) -> set[str]:
@@ -249,31 +274,23 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _plan(site: Site, method: Any, *, lean: bool) -> Setup:
-    subject, model = site.subject, site.model
-    batch = subject.draw(site.blank, site.num_samples)
+def _attached(site: Site, attach: Callable[[], tithe.Plan], *, lean: bool = False) -> Setup:
+    """Set up a plan under which everything exists."""
+    model, before = site.model, contextlib.ExitStack()
     state: dict[str, Tensor] = model.state_dict()
-    handle = tithe.lean(model) if lean else None
+    before.callback(model.train)
     try:
-        plan = tithe.attach(model, method, loss=subject.loss, data=[batch], head=subject.head)
-    except BaseException:
-        if handle is not None:
-            handle.release()
-        raise
-
-    def undo() -> None:
-        plan.release()
-        if handle is not None:
-            handle.release()
-
-    try:
-        optimizer = OPTIMIZERS[site.terms.optimizer].make(list(plan.parameters()))
-        plan.bind(optimizer, elementwise=True)
+        if lean:
+            before.callback(tithe.lean(model).release)
+        plan = attach()
+        before.callback(plan.release)
+        plan.train_mode()
+        plan.bind(OPTIMIZERS[site.terms.optimizer].make(list(plan.parameters())), elementwise=True)
         selected = {name: selection.size for name, selection in plan.selections.items()}
         moving = _moving(model, [*selected, *plan.head]) & set(state)
         file = delta_bytes(state, selected, {*plan.head, *moving})
     except BaseException:
-        undo()
+        before.close()
         raise
     return Setup(
         model=model,
@@ -281,82 +298,81 @@ def _plan(site: Site, method: Any, *, lean: bool) -> Setup:
         file=file,
         index=plan.index_bytes,
         link=plan.parameters,
-        undo=undo,
+        undo=before.close,
     )
 
 
-def _fish(site: Site, *, lean: bool) -> Setup:
-    budget, states = site.terms.budget, OPTIMIZERS[site.terms.optimizer].states
-    if budget.fraction is not None:
-        return _plan(site, Drawn(density=budget.fraction), lean=lean)
-    if budget.flops is not None:
-        raise TitheError("budget", found="FLOPs", expected="a fraction, elements or bytes", remedy="--budget 1%")
-    k = budget.of(0)
-    if budget.bytes is not None:
-        head = sum(site.model.get_parameter(name).nbytes for name in _names(site.model, site.subject.head))
-        # A value, its gradient and states, and an index of 8 bytes.
-        each = (2 + states) * site.subject.dtype.itemsize + 8
-        k = (budget.bytes - head * (1 + states)) // each
-        if k < 1:
-            raise TitheError(
-                "budget",
-                found=f"{budget.bytes:,} bytes",
-                expected=f"more than the head's gradient and optimizer state, {head * (1 + states):,} bytes",
-                remedy="raise the budget",
-            )
-    return _plan(site, Drawn(k=k), lean=lean)
+@final
+@dataclass(frozen=True)
+class _Maker:
+    """Sets up what a method asks for, as `tithe.attach` makes its plan.
 
+    Args:
+        site: where.
+        lean: whether all layers are made lean first.
+    """
 
-def _trady(site: Site) -> Setup:
-    return _plan(site, tithe.TraDy(site.terms.budget, layers="all", lean=True), lean=False)
+    site: Site
+    lean: bool
 
-
-def _vrpge(site: Site) -> Setup:
-    """The networks of a first step, drawn where every unit is as likely as any other."""
-    subject, model, keep = site.subject, site.model, site.terms.budget.fraction
-    if keep is None:
-        raise TitheError(
-            "budget",
-            found="an amount",
-            expected="a fraction: what is kept of the operations of a forward pass",
-            remedy="--budget 40%",
+    def sparse(self, method: tithe.SparseMethod) -> Setup:
+        """Set up a plan under which what is not selected stays frozen."""
+        subject, model = self.site.subject, self.site.model
+        batch = subject.draw(self.site.blank, self.site.num_samples)
+        return _attached(
+            self.site,
+            lambda: tithe.attach(model, method, loss=subject.loss, data=[batch], head=subject.head),
+            lean=self.lean,
         )
-    state: dict[str, Tensor] = model.state_dict()
 
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        found = subject.loss(model, batch)
-        # What has no gradient is compared: that two networks give one loss. Without data all losses are alike.
-        return found if torch.is_grad_enabled() else torch.zeros(())
+    def narrow(self, method: tithe.NarrowMethod) -> Setup:
+        """Set up the networks of a first step, drawn where every unit is as likely as any other."""
+        subject, model = self.site.subject, self.site.model
+        state: dict[str, Tensor] = model.state_dict()
 
-    batch = subject.draw(site.blank, site.num_samples)
-    plan = tithe.attach(model, tithe.VRPGE(keep, cost="flops"), loss=loss, data=[batch], head=subject.head)
-    drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
-    shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
-    return Setup(
-        model=model,
-        trained=list(plan.parameters()),
-        file=network_bytes(state, shapes, plan.stage.numbers(model)),
-        index=plan.index_bytes,
-        predict=plan.predict,
-        undo=plan.release,
-    )
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            found = subject.loss(model, batch)
+            # What has no gradient is compared: that two networks give one loss. Without data all losses are alike.
+            return found if torch.is_grad_enabled() else torch.zeros(())
+
+        batch = subject.draw(self.site.blank, self.site.num_samples)
+        plan = tithe.attach(model, method, loss=loss, data=[batch], head=subject.head)
+        drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
+        shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
+        return Setup(
+            model=model,
+            trained=list(plan.parameters()),
+            file=network_bytes(state, shapes, plan.widths()),
+            index=plan.index_bytes,
+            predict=plan.predict,
+            undo=plan.release,
+        )
+
+    def subspace(self, method: tithe.SubspaceMethod) -> Setup:
+        """Set up every weight in the span of checkpoints of the whole network, the head's among them."""
+        model, terms = self.site.model, self.site.terms
+        state: dict[str, Tensor] = model.state_dict()
+        found = span(model, self.site.blank, num_vectors=terms.checkpoints, bits=method.bits or terms.bits)
+        return Setup(
+            model=model,
+            trained=[found.theta],
+            file=delta_bytes(state, {}, set(state)),
+            index=found.index,
+            basis=found.basis,
+            write=found.write,
+            operations=found.operations,
+            sent=found.sent,
+            undo=found.release,
+        )
 
 
-def _twa(site: Site) -> Setup:
-    """Every weight in the span of checkpoints of the whole network, the head's among them."""
-    model, terms = site.model, site.terms
-    state: dict[str, Tensor] = model.state_dict()
-    found = span(model, site.blank, num_vectors=terms.checkpoints, bits=terms.bits)
-    return Setup(
-        model=model,
-        trained=[found.theta],
-        file=delta_bytes(state, {}, set(state)),
-        index=found.index,
-        basis=found.basis,
-        write=found.write,
-        operations=found.operations,
-        sent=found.sent,
-        undo=found.release,
+def _offer(row: PriceRow) -> Offer:
+    return Offer(
+        name=row.name,
+        prepare=lambda site: row.make(site).make_plan(_Maker(site, row.lean)),
+        budgeted=row.budgeted,
+        per_batch=row.per_batch,
+        note=row.note,
     )
 
 
@@ -364,9 +380,5 @@ OFFERS: Mapping[str, Offer] = {
     "full": Offer(name="full", prepare=_full),
     "head": Offer(name="head only", prepare=_head),
     "lora": Offer(name="LoRA", prepare=_lora, foreign="peft"),
-    "fish": Offer(name="FISH", prepare=lambda site: _fish(site, lean=False), budgeted=True),
-    "fish+lean": Offer(name="FISH + lean", prepare=lambda site: _fish(site, lean=True), budgeted=True),
-    "trady": Offer(name="TraDy + lean", prepare=_trady, budgeted=True, per_batch=True),
-    "vrpge": Offer(name="VR-PGE", prepare=_vrpge, budgeted=True),
-    "twa": Offer(name="TWA", prepare=_twa),
+    **{row.key: _offer(row) for entry in METHODS for row in entry.prices},
 }

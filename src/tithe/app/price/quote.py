@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tithe
-from tithe.app.price.flops import Flops
+from tithe.ledger.flops import Flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from tithe.app.price.offers import OFFERS
 from tithe.app.price.quote import Quote, Quotes
 from tithe.app.terminal import human, megabytes, table
 
@@ -13,7 +14,7 @@ _PATH = 28
 
 
 def show(quotes: Quotes, console: Console) -> None:
-    """Print the quotes."""
+    """Print the quotes as tables, and notes."""
     console.print(_title(quotes), markup=False)
     for made in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
         console.print()
@@ -129,16 +130,8 @@ def _notes(quotes: Quotes) -> list[str]:
         "grads, kept: as they stand at that moment. All gradients together are the bytes that ranks send in a step.",
         "Python and torch themselves come on top (some hundred MB), and kernels' scratch memory.",
     ]
-    if any("FISH" in row.method for row in quotes.rows):
-        notes.append(
-            "FISH is priced with a random mask of its size, which touches every column: the most it can keep. "
-            "Fisher masks gather in few columns and keep less."
-        )
-    if any(row.method == "VR-PGE" for row in quotes.rows):
-        notes.append(
-            "VR-PGE keeps the budget's share of a forward pass's operations. Priced is its first step, of two drawn "
-            "networks; its weights and optimizer state are whole then, and shrink as channels are dropped."
-        )
+    names = {row.method for row in quotes.rows}
+    notes += dict.fromkeys(offer.note for offer in OFFERS.values() if offer.note and offer.name in names)
     for row in quotes.rows:
         if row.basis:
             notes.append(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, final
-
-import torch
+from typing import Any
 
 import tithe
 from tithe.app.train.course import AverageCourse, Course, OwnCourse
-from tithe.app.train.data import Batch, Examples, Samples, even_chunks, to_device
+from tithe.app.train.data import Batches, Examples
 from tithe.app.train.models import Loss, Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import FOLDER
@@ -47,29 +44,6 @@ def courses(recipe: Recipe, examples: Examples, share: tuple[int, int]) -> list[
     return [own, AverageCourse(recipe, rows, share, recipe.average, own.total_steps)]
 
 
-@final
-@dataclass(frozen=True)
-class TrainingBatches:
-    """All training rows in batches of about one size, for the statistics of norms; on each process its share.
-
-    Args:
-        samples: the training split.
-        batch_size: at most.
-        share: this process's number, and how many there are.
-        device: where the batches go.
-    """
-
-    samples: Samples
-    batch_size: int
-    share: tuple[int, int]
-    device: torch.device
-
-    def __iter__(self) -> Iterator[Batch]:
-        rank, world = self.share
-        rows = even_chunks(range(rank, len(self.samples), world), self.batch_size)
-        return (to_device(batch, self.device) for batch in self.samples.batches(rows))
-
-
 def leave(trainee: tithe.Plan, folder: Path, *, is_main: bool) -> dict[str, dict[str, int]] | None:
     """Let the run's own method go.
 
@@ -95,7 +69,7 @@ def attach_average(
     recipe: Recipe,
     network: Network,
     loss: Loss,
-    data: TrainingBatches,
+    data: Batches,
     state: Mapping[str, Any] | None,
     *,
     narrow: bool,

@@ -63,7 +63,7 @@ def _leaf(value: object) -> object:
 
 
 def unflatten(tensors: Mapping[str, Tensor], data: object) -> Any:
-    """Undo `flatten`."""
+    """Put together what `flatten` parted."""
     if not isinstance(data, dict):
         return data
     ((kind, value),) = cast(dict[str, Any], data).items()
@@ -89,7 +89,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Undo `random_state`."""
+    """Set all generators to the states that `random_state` found."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -140,7 +140,7 @@ class Checkpoints:
         return path
 
     def load(self, step: int) -> dict[str, Any]:
-        """Read one checkpoint.
+        """Read the checkpoint of one step.
 
         Raises:
             TitheError: a file is missing or damaged, or comes from another version of the library.

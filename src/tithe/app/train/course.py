@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
+
+import torch
 
 from tithe.app.train.data import chunks, epoch_order
 from tithe.app.train.ending import AverageSection
@@ -98,12 +100,12 @@ class OwnCourse(Course):
 
     @property
     def split(self) -> str:
-        """The training rows."""
+        """The method trains on the training rows."""
         return "train"
 
     @property
     def optimizer(self) -> OptimizerSection:
-        """The recipe's."""
+        """The optimizer of the recipe."""
         return self.recipe.optimizer
 
     @property
@@ -113,7 +115,7 @@ class OwnCourse(Course):
 
     @property
     def total_steps(self) -> int:
-        """As `[run]` says."""
+        """As many steps as `[run]` says."""
         return self.recipe.run.steps or (self.recipe.run.epochs or 1) * self.steps_per_epoch
 
     @property
@@ -166,7 +168,7 @@ class AverageCourse(Course):
 
     @property
     def calmer(self) -> str:
-        """The learning rate."""
+        """Only the learning rate may be lowered."""
         return f"lower lr ({self.recipe.place('average', 'lr')})"
 
     @property
@@ -176,7 +178,7 @@ class AverageCourse(Course):
 
     @property
     def fixed_from(self) -> int:
-        """Widths are fixed."""
+        """All widths are fixed from the start."""
         return 0
 
     def rate(self, step: int) -> float:
@@ -218,9 +220,15 @@ def rate(section: OptimizerSection, lr: float, step: int, total: int, warmup: in
         >>> [rate(OptimizerSection(lr=1.0), 1.0, step, 6, 2) for step in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if section.schedule == "constant":
-        return lr
-    done = (step - warmup) / max(1, total - warmup)
-    return lr * (1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+    factor = _factor(section.schedule, warmup, total)
+    return lr * factor(step + (step < warmup))  # the first step is the first of the rise: none is lost at a rate of 0
+
+
+@functools.cache
+def _factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """A schedule of transformers as a function of the finished steps."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # nothing is trained by it
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total).lr_lambdas[0]

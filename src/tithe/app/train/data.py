@@ -336,37 +336,44 @@ def even_chunks(rows: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class ChoosingBatches:
-    """Training batches in the order of one seeded shuffle, to choose by: on each process its share.
+@dataclass(frozen=True)
+class Batches:
+    """Batches of one split on a device, the same ones each time.
+
+    Args:
+        samples: the split.
+        rows: of each batch.
+        device: where the batches go.
+        workers: processes that read them.
+    """
+
+    samples: Samples
+    rows: Sequence[Sequence[int]]
+    device: torch.device
+    workers: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (to_device(batch, self.device) for batch in self.samples.batches(self.rows, self.workers))
+
+
+def choosing_rows(
+    samples: Samples, batch_size: int, *, seed: int, share: tuple[int, int], priced: bool
+) -> list[Sequence[int]]:
+    """Put the training rows in the order of one seeded shuffle, to choose by: on each process its share, in batches.
 
     Args:
         samples: the training split.
         batch_size: of one process.
         seed: of the shuffle.
         share: this process's number, and how many there are.
-        device: where the batches go.
         priced: whether a budget is priced for the first batch: it is then the same on every process, and the largest
             that a step can have.
     """
-
-    samples: Samples
-    batch_size: int
-    seed: int
-    share: tuple[int, int]
-    device: torch.device
-    priced: bool
-
-    def __iter__(self) -> Iterator[Batch]:
-        rows = epoch_order(len(self.samples), seed=self.seed, epoch=-1)
-        first: list[Sequence[int]] = []
-        if self.priced:
-            largest = self.samples.largest
-            rows = [largest, *(row for row in rows if row != largest)]
-            first, rows = chunks(rows[: self.batch_size], self.batch_size), rows[self.batch_size :]
-        rank, world = self.share
-        batches = self.samples.batches([*first, *chunks(rows[rank::world], self.batch_size)])
-        return (to_device(batch, self.device) for batch in batches)
+    rows, (rank, world) = epoch_order(len(samples), seed=seed, epoch=-1), share
+    if not priced:
+        return chunks(rows[rank::world], batch_size)
+    rows = [samples.largest, *(row for row in rows if row != samples.largest)]
+    return [rows[:batch_size], *chunks(rows[batch_size:][rank::world], batch_size)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

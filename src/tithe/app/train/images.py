@@ -101,6 +101,8 @@ def read_npz(recipe: Recipe, path: Path) -> dict[str, Images]:
 def read_folder(recipe: Recipe, split: str, path: Path) -> Images:
     """List the images of a folder with one subfolder for each class.
 
+    Not by `datasets`: it takes a folder called "test" or "train" for a split, whatever is in it.
+
     Raises:
         TitheError: there is no class folder, or a class folder holds no image.
     """

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
-from tithe.app.train.averaging import TrainingBatches, attach_average, courses, leave
+from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.app.train.data import Batch, ChoosingBatches, Samples, chunks, even_chunks, read_examples, to_device
+from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
 from tithe.app.train.metrics import chosen_metrics, score
-from tithe.app.train.models import build, classification_loss, find_model, logits, regression_loss
+from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
 from tithe.app.train.optimizer import (
     load_optimizer_state,
     make_optimizer,
@@ -97,21 +97,19 @@ class Run:
         }
         self.course = self._courses[self.position.average is not None]
         self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
-        self._choosing = ChoosingBatches(
-            samples=self.samples["train"],
-            batch_size=recipe.run.batch_size,
-            seed=recipe.run.seed,
-            share=self._share,
-            device=accelerator.device,
-            priced=recipe.method.prices_inputs,
+        train, run, (rank, world) = self.samples["train"], recipe.run, self._share
+        rows = choosing_rows(
+            train, run.batch_size, seed=run.seed, share=self._share, priced=recipe.method.prices_inputs
         )
+        self._choosing = Batches(train, rows, accelerator.device)
         chosen, began = None if state is None else state["trainee"], self.position.average
         if began is None:
             self.trainee = attach(
                 recipe, self.network, self.loss, self._choosing, chosen, structure_steps=self.course.fixed_from
             )
         else:
-            data = TrainingBatches(self.samples["train"], recipe.run.batch_size, self._share, accelerator.device)
+            rows = even_chunks(range(rank, len(train), world), run.batch_size)  # for the statistics of norms
+            data = Batches(train, rows, accelerator.device)
             narrow = began["narrow"] is not None
             self.trainee = attach_average(recipe, self.network, self.loss, data, chosen, narrow=narrow)
         self.wrapped: nn.Module = self.model
@@ -336,9 +334,8 @@ class Run:
             return
         if at.step == last and not plan.settled:
             samples, size = self.samples["held_out"], self.recipe.run.batch_size
-            batches = samples.batches(even_chunks(range(len(samples)), size))
-            held_out = [to_device(batch, self.accelerator.device) for batch in batches]
-            plan.settle(held_out, draws=self.recipe.method.num_draws)
+            batches = Batches(samples, even_chunks(range(len(samples)), size), self.accelerator.device)
+            plan.settle(batches, draws=self.recipe.method.num_draws)
         found = plan.narrowing()
         if found is not None and (ended or at.step == last):
             at.widths.append({"step": at.step, **dataclasses.asdict(found)})
@@ -391,14 +388,10 @@ class Run:
     def evaluate(self, split: str) -> dict[str, float]:
         """The recipe's metrics on one split, in evaluation mode; every process takes its share."""
         samples, world, rank = self.samples[split], self.accelerator.num_processes, self.accelerator.process_index
-        rows = list(range(rank, len(samples), world))
-        outputs: list[Tensor] = []
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch in samples.batches(chunks(rows, self.recipe.run.eval_batch_size), self.recipe.run.workers):
-                outputs.append(logits(self.model, to_device(batch, self.accelerator.device)).float().cpu())
+        rows, run = chunks(range(rank, len(samples), world), self.recipe.run.eval_batch_size), self.recipe.run
+        with self.accelerator.autocast():
+            answers = answer(self.model, Batches(samples, rows, self.accelerator.device, run.workers))
         self.trainee.train_mode()
-        answers = torch.cat(outputs) if outputs else torch.empty(0)
         if world > 1:
             shares = cast(list[Tensor], gather_object([answers]))
             answers = torch.empty(len(samples), shares[0].shape[-1])

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -352,6 +352,28 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     inputs = batch["inputs"]
     output: Any = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     return output if isinstance(output, Tensor) else output["logits"]
+
+
+def answer(
+    model: nn.Module, batches: Iterable[Batch], *, progress: Callable[[int], None] = lambda done: None
+) -> Tensor:
+    """Run the model on batches in evaluation mode, in which it is left.
+
+    Args:
+        model: the network.
+        batches: on its device.
+        progress: called with the number of samples of each batch when it is done.
+
+    Returns:
+        (N, labels) on the CPU, float32; empty without a batch.
+    """
+    outputs: list[Tensor] = []
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            outputs.append(logits(model, batch).float().cpu())
+            progress(len(batch["labels"]))
+    return torch.cat(outputs) if outputs else torch.empty(0)
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:

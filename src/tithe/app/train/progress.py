@@ -51,7 +51,7 @@ class Reporter:
             self._board.close()
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line that stays."""
         self._bar.say(text)
 
     def step(self, step: int, values: dict[str, float]) -> None:
@@ -67,7 +67,7 @@ class Reporter:
                 self.say(f"step {step}/{self._total}  {status}  {self._bar.memory}  {self._bar.left}")
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Show an evaluation."""
+        """Show and log an evaluation."""
         if self._console is None:
             return
         name, value = next(iter(values.items()))

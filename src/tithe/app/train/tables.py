@@ -1,10 +1,15 @@
-"""Rows of text and a label, from TSV, CSV, JSONL, parquet or a Hugging Face dataset."""
+"""Rows of text and a label, from TSV, CSV, JSONL, parquet or a Hugging Face dataset.
+
+Parquet files and data sets by name are read by `datasets`. Lines of text are read here: its readers fill a short row up
+and forget on which line a row stood, which every message about a row names.
+"""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +73,7 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
         if suffix in {".tsv", ".csv"}:
             columns, lines = _read_delimited(recipe, path, "\t" if suffix == ".tsv" else ",")
         elif suffix == ".parquet":
-            columns, lines = _read_parquet(recipe, path), None
+            return _from_rows(recipe, split, path.name, _read_parquet(recipe, path))
         else:
             columns, lines = _read_jsonl(recipe, path)
     except UnicodeDecodeError as error:
@@ -84,18 +89,7 @@ def read_hub_table(recipe: Recipe, split: str, name: str) -> Table:
     Raises:
         TitheError: the data set or its split cannot be loaded, or a column is not there.
     """
-    rows = load_hub_split(recipe, split, name)
-    wanted = _columns(recipe)
-    columns: dict[str, list[Any]] = {
-        column: list(rows[column]) for column in rows.column_names if column in wanted.values()
-    }
-    feature = rows.features.get(recipe.data.label)
-    names = cast(Sequence[str] | None, getattr(feature, "names", None))
-    if names is not None:
-        columns[recipe.data.label] = [names[value] for value in columns[recipe.data.label]]
-    for column in rows.column_names:
-        columns.setdefault(column, [])
-    return _table(recipe, split, f"{recipe.data.dataset} ({name})", columns, None)
+    return _from_rows(recipe, split, f"{recipe.data.dataset} ({name})", load_hub_split(recipe, split, name))
 
 
 def load_hub_split(recipe: Recipe, split: str, name: str) -> Any:
@@ -111,6 +105,16 @@ def load_hub_split(recipe: Recipe, split: str, name: str) -> Any:
             expected="a data set of the hub, or a local folder, with this split",
             remedy="check the name, the config and the split",
         ) from error
+
+
+def _from_rows(recipe: Recipe, split: str, source: str, rows: Any) -> Table:
+    """Take the columns that `[data]` names from a `datasets.Dataset`, its classes by name."""
+    _check_columns(recipe, source, rows.column_names)
+    columns: dict[str, list[Any]] = {column: list(rows[column]) for column in set(_columns(recipe).values())}
+    names = cast("Sequence[str] | None", getattr(rows.features[recipe.data.label], "names", None))
+    if names is not None:
+        columns[recipe.data.label] = [names[value] for value in columns[recipe.data.label]]
+    return _table(recipe, split, source, columns, None)
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
@@ -224,17 +228,19 @@ def _read_jsonl(recipe: Recipe, path: Path) -> tuple[dict[str, list[Any]], list[
     return columns or {name: [] for name in _columns(recipe).values()}, lines
 
 
-def _read_parquet(recipe: Recipe, path: Path) -> dict[str, list[Any]]:
-    import pyarrow
-    import pyarrow.parquet
+def _read_parquet(recipe: Recipe, path: Path) -> Any:
+    """Read a parquet file as `datasets.Dataset`, in memory; nothing is left in a cache."""
+    import datasets
 
-    parquet = cast(Any, pyarrow.parquet)
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
-        names = cast(list[str], parquet.read_schema(path).names)
-        _check_columns(recipe, path.name, names)
-        wanted = list(_columns(recipe).values())
-        return cast(dict[str, list[Any]], parquet.read_table(path, columns=wanted).to_pydict())
-    except pyarrow.ArrowInvalid as error:
+        with tempfile.TemporaryDirectory(prefix="tithe-parquet-") as cache:
+            return cast(Any, datasets.Dataset).from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise TitheError(
             path.name, found=str(error), expected="a parquet file", remedy="write the file again"
         ) from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

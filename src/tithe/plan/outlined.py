@@ -14,15 +14,15 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-import tithe
-from tithe.app.price.flops import uncounted
 from tithe.averages import BLOCK, Basis, Strip, TensorColumns
 from tithe.averages.quantize import block_bytes, code_bytes, combine, encode, project
-from tithe.ledger import Blank
+from tithe.ledger import Blank, measure
+from tithe.ledger.flops import uncounted
 from tithe.plan.mount import Mount
 from tithe.plan.parameters import split_parameters
 from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.rules import SharedTheta
+from tithe.selection import Span
 
 _FEW = 1 << 10
 """Blocks after which more of them need no more working memory, and are not worth a measurement."""
@@ -91,14 +91,14 @@ def working_bytes(num_blocks: int, num_rows: int, bits: int) -> tuple[int, int]:
     """
     codes, scales = encode(torch.zeros(num_blocks, num_rows, BLOCK), bits)
     gradient, weights = torch.zeros(num_blocks, BLOCK), torch.zeros(num_rows, dtype=torch.float64)
-    projection = tithe.measure(lambda: project(codes, scales, bits, gradient)).peak
-    total = tithe.measure(lambda: combine(codes, scales, bits, weights)).peak
+    projection = measure(lambda: project(codes, scales, bits, gradient)).peak
+    total = measure(lambda: combine(codes, scales, bits, weights)).peak
     return projection - weights.nbytes, total - gradient.nbytes
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class OutlinedSpan(tithe.Span):
+class OutlinedSpan(Span):
     """A span whose basis has no numbers: gradients go their way all the same."""
 
     def gather(self, weight: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Outlined:
 
 
 def span(model: nn.Module, blank: Blank, *, num_vectors: int, bits: int) -> Outlined:
-    """Bind every weight of a model without data to coefficients that all share, as `tithe.attach` does under TWA.
+    """Bind every weight of a model without data to coefficients that all share, as `tithe.attach` does.
 
     Args:
         model: built under `blank`.
@@ -175,7 +175,7 @@ def span(model: nn.Module, blank: Blank, *, num_vectors: int, bits: int) -> Outl
         spread = OutlinedSpread(shared, bindings, spans, basis)
         for binding in bindings:
             binding.common, bound = shared, binding.selection
-            assert isinstance(bound, tithe.Span)
+            assert isinstance(bound, Span)
             binding.selection = OutlinedSpan(bound.shape, bound.columns, bound.mix, bound.origin)
         spread.commit(force=True)
     mount.show_root(theta)

@@ -38,7 +38,7 @@ def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole:
             parts.append((f"{lead}#dense", tensor.dtype, tensor.shape))
         elif kind == "indices":
             parts += [(f"{lead}#indices", stored_as, (count,)), (f"{lead}#values", tensor.dtype, (count,))]
-    told = {"method": "FISH(" + 120 * " " + ")", "seed": "0", "steps": "1000"}
+    told = {"method": 126 * " ", "seed": "0", "steps": "1000"}
     return file_bytes(parts, encode(Header(entries, told)))
 
 
@@ -58,7 +58,7 @@ def network_bytes(
         shape = tuple(shapes.get(lead, state[lead].shape))
         aliases = tuple(name for name in names if name != lead)
         entries[lead] = Entry(state[lead].dtype, shape, "dense", "", _DIGEST, aliases)
-    told = {"method": "VRPGE(" + 80 * " " + ")", "seed": "0", "steps": "1000"}
+    told = {"method": 87 * " ", "seed": "0", "steps": "1000"}
     parts = [(f"{lead}#dense", entry.dtype, entry.shape) for lead, entry in entries.items()]
     return file_bytes(parts, encode(Header(entries, told, widths=widths)))
 
