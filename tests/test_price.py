@@ -128,7 +128,7 @@ def test_lora_is_priced_as_it_runs() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "momentum"])
 def test_an_optimizer_step_takes_what_was_said(optimizer: str) -> None:
     """A second step, when the state is there: all gradients, and two tensors of the largest parameter's size."""
-    from tithe.app.price.offers import OPTIMIZERS
+    from tithe.app.price.terms import OPTIMIZERS
 
     case = CASES["bert"]
     model = case.model()

@@ -25,7 +25,7 @@ from tithe.app.section import (
 )
 
 if TYPE_CHECKING:
-    from tithe.app.price.offers import Site
+    from tithe.app.price.terms import Site
 
 _COUNT = Annotated[int, Field(ge=1)]
 _FRACTION = Annotated[float, Field(gt=0, le=1)]

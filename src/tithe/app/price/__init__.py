@@ -5,12 +5,13 @@ show     tables                         plot    stacked bars
 """
 
 from tithe.app.price.engine import price
-from tithe.app.price.offers import OFFERS, Offer, Terms, parse_budget
+from tithe.app.price.offers import OFFERS, Offer
 from tithe.app.price.outline import Shape, outline
 from tithe.app.price.plot import plot
 from tithe.app.price.quote import Fit, Quote, Quotes
 from tithe.app.price.show import show
 from tithe.app.price.subject import Subject
+from tithe.app.price.terms import Terms, parse_budget
 
 __all__ = [
     "OFFERS",

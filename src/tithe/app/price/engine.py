@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from tithe.app.price.offers import OFFERS, OPTIMIZERS, Offer, Setup, Site, Terms
+from tithe.app.price.offers import OFFERS, Offer, Setup
 from tithe.app.price.quote import Fit, Quote, Quotes
 from tithe.app.price.search import largest
 from tithe.app.price.subject import Subject
+from tithe.app.price.terms import OPTIMIZERS, Site, Terms
 from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger, predict
 from tithe.ledger.flops import FlopCounter, Flops
