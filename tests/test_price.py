@@ -14,7 +14,7 @@ import tithe
 from models import CASES, LARGE, Case
 from tithe.app.price import OFFERS, Quote, Subject, Terms, parse_budget, price
 from tithe.app.price.draw import Drawn
-from tithe.app.price.search import largest
+from tithe.app.price.engine import largest
 from tithe.errors import TitheError
 from tithe.ledger import Blank, measure, predict
 from tithe.ledger.flops import FlopCounter

@@ -182,8 +182,7 @@ def price(
     MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
-    Methods: full, head, lora, fish, fish+lean, trady,
-    vrpge, twa.
+    All methods are priced, or those that --method names.
 
     \b
     Example:

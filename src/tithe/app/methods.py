@@ -137,6 +137,9 @@ FISH = Entry(
     ),
 )
 
+RANDOM = DemoRow(slug="random", name="random mask", make=lambda _: tithe.FISH(density=DENSITY, score="random"))
+"""What a mask that is chosen has to be better than."""
+
 # ------------------------------------------------------------------------------------------------------------ TraDy
 
 BUDGET = "512 kB"

@@ -217,7 +217,7 @@ class FlatTheta(CommonTheta):
         return {key: value for key, value in self.__dict__.items() if key != "views"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self.views = {}
         self._listen()
         # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.

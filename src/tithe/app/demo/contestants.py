@@ -13,7 +13,7 @@ from tithe.app.demo.averaged import Averaged, averaging_steps, opening_steps
 from tithe.app.demo.network import classification_loss
 from tithe.app.demo.trainee import BATCH_SIZE, Course, Trainee
 from tithe.app.dense import Dense
-from tithe.app.methods import BUDGET, DENSITY, FIXED, KEEP, METHODS, DemoRow
+from tithe.app.methods import BUDGET, DENSITY, FIXED, KEEP, METHODS, RANDOM, DemoRow
 
 __all__ = ["BUDGET", "CONTESTANTS", "DENSITY", "FIXED", "KEEP", "Contestant"]
 
@@ -70,12 +70,10 @@ def _dense(prefix: str) -> Callable[[nn.Module, Course], Trainee]:
     return start
 
 
-_RANDOM = DemoRow(slug="random", name="random mask", make=lambda _: tithe.FISH(density=DENSITY, score="random"))
-
 CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("full fine-tuning", "full", _dense("")),
     Contestant("full, then TWA", "twa", Averaged, opening=opening_steps, closing=averaging_steps),
     *(_contestant(row) for entry in METHODS for row in entry.demos),
-    _contestant(_RANDOM),
+    _contestant(RANDOM),
     Contestant("head only", "head", _dense("head.")),
 )

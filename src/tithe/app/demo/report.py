@@ -17,6 +17,7 @@ from tithe.app.demo.averaged import AVERAGE_RATE, BITS, num_checkpoints
 from tithe.app.demo.contestants import BUDGET, DENSITY, KEEP
 from tithe.app.demo.race import Length, Result
 from tithe.app.demo.trainee import BATCH_SIZE
+from tithe.app.methods import METHODS
 from tithe.app.terminal import human
 
 
@@ -201,7 +202,7 @@ def _rates(results: Sequence[Result], length: Length) -> str:
 
 def _duels(results: Sequence[Result]) -> str:
     """The first sparse row against each other one, on the same images: difference and its paired standard error."""
-    champion = next((row for row in results if row.contestant.slug == "fish"), results[0])
+    champion = next((row for row in results if row.contestant.slug == METHODS[0].demos[0].slug), results[0])
     verdicts: list[str] = []
     for row in results:
         if row is champion:

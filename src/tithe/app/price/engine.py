@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 import tithe
 from tithe.app.price.offers import OFFERS, Offer, Setup
 from tithe.app.price.quote import Fit, Quote, Quotes
-from tithe.app.price.search import largest
 from tithe.app.price.subject import Subject
 from tithe.app.price.terms import OPTIMIZERS, Site, Terms
 from tithe.errors import TitheError
@@ -96,6 +96,18 @@ def price(
         rows=tuple(rows),
         left_out={name: str(error) for name, error in left_out.items()},
     )
+
+
+def largest(cost: Callable[[int], int], limit: int, most: int) -> int:
+    """Find the largest n in [0, most] with cost(n) ≤ limit, where costs grow with n; n = 0 costs nothing.
+
+    What is found was looked at; where it is 0, so was 1.
+
+    Example:
+        >>> largest(lambda n: 100 + 7 * n, 1000, most=10**6)
+        128
+    """
+    return bisect.bisect_right(range(1, most + 1), limit, key=cost)
 
 
 def _check(batch: int, methods: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -231,4 +231,5 @@ def _factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
 
     name = "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # nothing is trained by it
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total).lr_lambdas[0]
+    made: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    return made.lr_lambdas[0]

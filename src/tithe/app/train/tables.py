@@ -231,13 +231,14 @@ def _read_jsonl(recipe: Recipe, path: Path) -> tuple[dict[str, list[Any]], list[
 def _read_parquet(recipe: Recipe, path: Path) -> Any:
     """Read a parquet file as `datasets.Dataset`, in memory; nothing is left in a cache."""
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory(prefix="tithe-parquet-") as cache:
             return cast(Any, datasets.Dataset).from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise TitheError(
             path.name, found=str(error), expected="a parquet file", remedy="write the file again"
         ) from error
