@@ -211,6 +211,12 @@ def state(
     joined[0].operations += operations
 
 
+def family(wing: str, operation: Handler) -> str:
+    """The name of the row that an operation is in; its own name where it is in none."""
+    found = [one.name for one in _FAMILIES if one.wing == wing and any(known is operation for known in one.operations)]
+    return found[0] if found else _name(operation)
+
+
 def table() -> Table:
     """Every rule that is registered now, strangers' included."""
     return Table(tuple(row for family in _FAMILIES for row in family.rows()))
