@@ -187,7 +187,7 @@ class Graft(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """∇θ = Sᵀ ∇w."""
+        """The gradient of θ: ∇θ = Sᵀ ∇w."""
         return None, ctx.selection.gather(grads[0]), None
 
 

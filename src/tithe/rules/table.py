@@ -109,7 +109,7 @@ class Table:
         else:
             lines = [("layer", "stock keeps", "lean keeps", "gradient")]
             lines += [(_title(row, "`"), row.stock, row.keeps, row.note) for row in self.wing(LEAN)]
-        lines.insert(1, ("---",) * 4)
+        lines.insert(1, ("---", "---", "---", "---"))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def write(self, *pages: str | Path) -> None:

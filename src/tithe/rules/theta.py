@@ -168,7 +168,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-        """The views."""
+        """Views of the parts, in order."""
         ctx.set_materialize_grads(False)
         ctx.shapes, ctx.like = shapes, flat.detach()
         return tuple(_parts(flat, shapes))
@@ -222,7 +222,7 @@ class FlatTheta(CommonTheta):
         return {key: value for key, value in self.__dict__.items() if key != "views"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self.views = {}
         self._listen()
         # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.

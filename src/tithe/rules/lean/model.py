@@ -179,7 +179,7 @@ class Lean:
         return "\n".join(lines)
 
     def release(self) -> None:
-        """Take every hook off; a second call does nothing."""
+        """Take every hook off the model; a second call does nothing."""
         self._watch.stop()
         for handle in self._watch.handles:
             handle.remove()

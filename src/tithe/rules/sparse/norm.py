@@ -38,7 +38,7 @@ class LayerNormRule(Rule):
         self.width = math.prod(shape)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation; its mean and 1/σ."""
+        """The output of the stock operation; its mean and 1/σ."""
         y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         return y, (mean, rstd)
 
@@ -97,7 +97,7 @@ class RMSNormRule(Rule):
         self.width = math.prod(shape)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation; 1/σ of each position."""
+        """The output of the stock operation; 1/σ of each position."""
         square = _wide(x).reshape(-1, self.width).square().mean(1, keepdim=True)
         return F.rms_norm(x, self.shape, weight, self.eps), (torch.rsqrt(square + self.eps),)
 
@@ -147,7 +147,7 @@ class BatchNormRule(Rule):
         self.mean, self.variance, self.eps, self.weight, self.bias = mean, variance, eps, weight, bias
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation."""
+        """The output of the stock operation, with running statistics."""
         return F.batch_norm(x, self.mean, self.variance, weight, bias, False, 0.0, self.eps), ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
@@ -167,7 +167,7 @@ class BatchNormRule(Rule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> Gradients:
-        """Gx = gy w / σ; Σ gy x̂ and Σ gy at the selected channels."""
+        """Gradients gx = gy w / σ, and Σ gy x̂ and Σ gy at the selected channels."""
         gx = gtw = gtb = None
         if need_x:
             gx = (gy * (weight * kept[0]).view([1, -1] + [1] * (gy.dim() - 2))).to(gy.dtype)
@@ -194,7 +194,7 @@ class ScaleRule(Rule):
         self.weight = weight
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The product."""
+        """The product w x."""
         return weight * x, ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ class ScaleRule(Rule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> Gradients:
-        """Gx = gy w; Σ gy x at the selected entries."""
+        """Gradients gx = gy w, and Σ gy x at the selected entries."""
         gx = gy * weight if need_x else None
         if self.weight.probe is not None:
             return gx, None, selected_sum(self.weight, gy, kept[0]), None
@@ -298,7 +298,7 @@ def lean_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` of a plain frozen scale in evaluation mode: keeps 1/σ where stock keeps the input."""
+    """The map y = w (x − μ) / σ + b with a plain frozen w, of running μ and σ; gx = gy w / σ needs 1/σ alone."""
     if training or running_mean is None or running_var is None or isinstance(weight, Carrier):
         return NotImplemented
     weight = torch.ones_like(running_var) if weight is None else weight
