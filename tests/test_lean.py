@@ -136,6 +136,28 @@ def test_a_frozen_block_keeps_its_bits_and_nothing_else() -> None:
     handle.release()
 
 
+def test_a_handle_says_what_the_last_forward_pass_served() -> None:
+    """Calls by family of the table; not summed over passes, nor counted again where backward computes again."""
+    model = convolutional().eval().requires_grad_(False)
+    x = torch.randn(3, 4, 16, 16, requires_grad=True)
+    handle = tithe.lean(model)
+    assert str(handle) == "lean: 0 calls served in the last forward pass"
+    for _ in range(2):
+        model(x).sum().backward()
+    first, *lines = str(handle).splitlines()
+    assert first == "lean: 10 calls served in the last forward pass"
+    counts = {line.rsplit(maxsplit=1)[0].strip(): int(line.rsplit(maxsplit=1)[1]) for line in lines}
+    families = {row.family for row in tithe.rules.table().wing("lean")}
+    assert set(counts) <= families
+    assert counts["convolution with a frozen kernel"] == 4
+    assert counts["batch norm with a frozen scale in evaluation mode"] == counts["two derivatives, in place too"] == 2
+    checkpoint(model[0], x, use_reentrant=False).sum().backward()
+    assert str(handle).startswith("lean: 11 calls")
+    assert str(tithe.Lean.of(pickle.loads(pickle.dumps(model)))).startswith("lean: 0 calls")
+    handle.release()
+    assert str(handle) == "lean: released"
+
+
 # --- frozen norms
 
 

@@ -17,8 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import tithe
 from oracles import Given
 from tithe import Channels, TitheError
-from tithe.rules import Catch, Leanness, Row, register, table
+from tithe.rules import Catch, Leanness, Row, dispatch, register, table
 from tithe.rules.dispatch import _RULES
+from tithe.rules.lean import dispatch as lean_dispatch
 from tithe.selection import Coordinates, Selection
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -245,6 +246,18 @@ def test_every_row_has_a_measurement_a_statement_and_a_handler() -> None:
         assert row.note or row.wing == "sparse", row
         found: object = sys.modules[row.handler.rpartition(".")[0]] if "<locals>" not in row.handler else None
         assert found is None or callable(getattr(found, row.handler.rpartition(".")[2]))
+
+
+def test_every_handler_says_what_it_computes() -> None:
+    """A sentence, and for the first of a row its equation."""
+    handlers = [*dispatch._SERVED, *lean_dispatch._KIN]
+    first = {row.handler for row in OURS}
+    for handler in handlers:
+        if handler.__module__.startswith("tithe.rules."):
+            said = handler.__doc__ or ""
+            assert len(re.split(r"[.;:]\s", said)[0].split()) > 3 or "in place" in said, handler
+            if f"{handler.__module__}.{handler.__qualname__}" in first:
+                assert re.search(r"[=≤]", said), handler
 
 
 def test_the_table_prints_at_80_columns_and_lists_its_rows() -> None:

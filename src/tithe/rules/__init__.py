@@ -1,13 +1,13 @@
 """Rules: how an operation gets Sᵀ∇w and what it keeps for backward. One file a family; graft serves the rest.
 
-base      the frame: `Rule`, `Cost`, one `autograd.Function`    sparse/  operations with a weight × kinds of selections
-dispatch  how a rule reaches an operation; graft                lean/    what the other operations keep
-theta     a weight, its selection, its θ
+table     what each rule keeps, and what stock keeps            sparse/  operations with a weight × kinds of selections
+base      the frame: `Rule`, `Cost`, one `autograd.Function`    lean/    what the other operations keep
+dispatch  how a rule reaches an operation; graft                theta    a weight, its selection, its θ
 """
 
 from tithe.rules.base import Cost, Rule
 from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
-from tithe.rules.lean import activation, attention, dropout, glu, pooling
+from tithe.rules.lean import activation, attention, batch_norm, dropout, glu, pooling
 from tithe.rules.lean import conv as lean_conv
 from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
@@ -37,6 +37,7 @@ __all__ = [
     "asking",
     "attention",
     "autocast",
+    "batch_norm",
     "catch",
     "conv",
     "conv_transpose",

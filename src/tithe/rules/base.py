@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tithe.errors import TitheError
 
@@ -47,9 +48,11 @@ class Rule(ABC):
 
     Attributes:
         held: x outlives the forward pass whatever the rule keeps, so that a copy of a part of it would be kept besides.
+        watch: is told in backward whether x was still alive, which the rule did not keep; None where nobody asks.
     """
 
     held: bool = False
+    watch: Callable[[bool], None] | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -82,6 +85,8 @@ class Ruled(torch.autograd.Function):
         """The operation's own output, bit for bit: the stock kernel makes it."""
         y, extra = rule.forward(x, weight, bias)
         ctx.rule = rule
+        if rule.watch is not None:
+            ctx.alive = StorageWeakRef(x.untyped_storage())
         ctx.save_for_backward(weight, *rule.keep(x, extra, ctx.needs_input_grad[1]))
         return y
 
@@ -91,6 +96,8 @@ class Ruled(torch.autograd.Function):
         """Sᵀ of the weight's gradient, and the input's gradient where one is asked for."""
         weight, *kept = saved_tensors(ctx)
         needs = ctx.needs_input_grad
+        if ctx.rule.watch is not None:
+            ctx.rule.watch(not ctx.alive.expired())
         gx, gb, gtw, gtb = ctx.rule.backward(grads[0], weight, tuple(kept), needs[1], needs[3])
         return None, gx, None, gb, gtw, gtb
 

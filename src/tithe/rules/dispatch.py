@@ -13,6 +13,7 @@ parameter stays in `module._parameters` under its own key; the carrier only shad
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -105,7 +106,10 @@ class Served(NamedTuple):
         if of_weight is not None and by_channels:
             of_weight.check_positions(x.numel() // max(x.shape[call.axis], 1))
         rule = call.rule(x, of_weight, of_bias)
-        rule.held = x is call.x and outlives(x)
+        if of_weight is not None and of_weight.probe is None and x is call.x and not torch.compiler.is_compiling():
+            rule.held = outlives(x) or (not x.requires_grad and of_weight.outlived.get(x.shape, False))
+            if not (rule.held or x.requires_grad or isinstance(x, FakeTensor)):
+                rule.watch = partial(of_weight.saw, x.shape)
         y = apply_rule(rule, x, weight, bias)
         return y if call.finish is None else call.finish(y)
 
@@ -183,7 +187,7 @@ class Graft(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """∇θ = Sᵀ ∇w."""
+        """The gradient of θ: ∇θ = Sᵀ ∇w."""
         return None, ctx.selection.gather(grads[0]), None
 
 
@@ -332,9 +336,10 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
 
 
 def outlives(x: Tensor) -> bool:
-    """Whether backward of what made x keeps x, or what x is a view of, whatever else is kept of it."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether backward of what made x keeps x, or what x is a view of, whatever else is kept of it.
+
+    An input that nothing recorded has made, such as the batch, is seen instead: `Rule.watch`.
+    """
     node = (x if x._base is None else x._base).grad_fn
     return node is not None and (node.name() in _KEEP_OUTPUT or getattr(node, "keeps_output", False))
 

@@ -109,7 +109,7 @@ class Table:
         else:
             lines = [("layer", "stock keeps", "lean keeps", "gradient")]
             lines += [(_title(row, "`"), row.stock, row.keeps, row.note) for row in self.wing(LEAN)]
-        lines.insert(1, ("---",) * 4)
+        lines.insert(1, ("---", "---", "---", "---"))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def write(self, *pages: str | Path) -> None:
@@ -209,6 +209,12 @@ def state(
         )
     joined[0].handlers.append(handler)
     joined[0].operations += operations
+
+
+def family(wing: str, operation: Handler) -> str:
+    """The name of the row that an operation is in; its own name where it is in none."""
+    found = [one.name for one in _FAMILIES if one.wing == wing and any(known is operation for known in one.operations)]
+    return found[0] if found else _name(operation)
 
 
 def table() -> Table:

@@ -57,6 +57,7 @@ class Binding:
         self.probe: Probe | None = None
         self.common: CommonTheta | None = None
         self.touch: Touch | None = None
+        self.outlived: dict[torch.Size, bool] = {}
         self.committed = self.theta._version
 
     @property
@@ -89,6 +90,10 @@ class Binding:
                 expected=f"at most {self.max_positions}, for which the budget was priced",
                 remedy="put the largest batch first in data=, or run what needs no gradient under torch.no_grad()",
             )
+
+    def saw(self, shape: torch.Size, outlived: bool) -> None:
+        """Note in backward whether an input of this shape was alive without the rule, as a batch is that is held."""
+        self.outlived[shape] = outlived
 
     @property
     def asked(self) -> Tensor | None:
@@ -163,7 +168,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-        """The views."""
+        """Views of the parts, in order."""
         ctx.set_materialize_grads(False)
         ctx.shapes, ctx.like = shapes, flat.detach()
         return tuple(_parts(flat, shapes))

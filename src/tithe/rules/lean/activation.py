@@ -22,7 +22,7 @@ from tithe.rules.lean.dispatch import Leanness, catch
 
 
 class Gated(torch.autograd.Function):
-    """An activation with two derivatives: `apply(x, kind, low, high, inplace)`; keeps one bit an element."""
+    """An activation with two derivatives: `apply(x, kind, low, high, inplace)`; a bit an element says which."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, low: float, high: float, inplace: bool) -> Tensor:
@@ -37,7 +37,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Stock's gradient."""
+        """Stock's gradient, bit for bit: gx = gy d with d the derivative that the bit names."""
         return torch.ops.tithe.gate_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
@@ -58,7 +58,7 @@ class Sloped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Multiply by the coded derivative."""
+        """The gradient gx = gy d̂ by the coded derivative: |gx − stock's| ≤ |gy| / (2 N), rounding apart."""
         return torch.ops.tithe.slope_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
@@ -83,19 +83,19 @@ def _slope(x: Any, kind: str, alpha: float = 1.0, inplace: bool = False) -> Any:
     asked=True,
 )
 def relu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps bits; stock keeps its output."""
+    """The map y = max(x, 0); the bit says x > 0, and gx = gy there, bit for bit stock's."""
     return _gate(input, "relu", 0.0, math.inf, inplace)
 
 
 @catch(F.relu_, torch.relu_, Tensor.relu_, like=relu)
 def relu_(leanness: Leanness, input: Tensor) -> Any:
-    """In place."""
+    """ReLU in place: the same bits, and the output in the memory of x."""
     return _gate(input, "relu", 0.0, math.inf, True)
 
 
 @catch(F.relu6, like=relu)
 def relu6(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps bits; stock keeps its input."""
+    """The map y = min(max(x, 0), 6); gx = gy where 0 < x < 6, bit for bit stock's."""
     return _gate(input, "hardtanh", 0.0, 6.0, inplace)
 
 
@@ -103,7 +103,7 @@ def relu6(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
 def hardtanh(
     leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Any:
-    """Keeps bits; stock keeps its input."""
+    """The map y = min(max(x, low), high); gx = gy where low < x < high, bit for bit stock's."""
     if not _numbers(min_val, max_val) or not -math.inf < min_val <= max_val < math.inf:
         return NotImplemented
     return _gate(input, "hardtanh", float(min_val), float(max_val), inplace)
@@ -111,43 +111,43 @@ def hardtanh(
 
 @catch(F.hardtanh_, like=relu)
 def hardtanh_(leanness: Leanness, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
-    """In place."""
+    """Hardtanh in place: the same bits, and the output in the memory of x."""
     return hardtanh(leanness, input, min_val, max_val, True)
 
 
 @catch(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, like=relu)
 def clamp(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None, *, out: Any = None) -> Any:
-    """Between numbers: keeps bits; stock keeps its input."""
+    """The map y = min(max(x, low), high) between numbers; gx = gy where low ≤ x ≤ high, bit for bit stock's."""
     return NotImplemented if out is not None else _clamp(input, min, max, False)
 
 
 @catch(torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_, like=relu)
 def clamp_(leanness: Leanness, input: Tensor, min: Any = None, max: Any = None) -> Any:
-    """In place."""
+    """Clamp in place: the same bits, and the output in the memory of x."""
     return _clamp(input, min, max, True)
 
 
 @catch(torch.clamp_min, Tensor.clamp_min, like=relu)
 def clamp_min(leanness: Leanness, input: Tensor, min: Any, *, out: Any = None) -> Any:
-    """The lower bound alone."""
+    """The map y = max(x, low) of a number low; gx = gy where x ≥ low."""
     return NotImplemented if out is not None else _clamp(input, min, None, False)
 
 
 @catch(torch.clamp_max, Tensor.clamp_max, like=relu)
 def clamp_max(leanness: Leanness, input: Tensor, max: Any, *, out: Any = None) -> Any:
-    """The upper bound alone."""
+    """The map y = min(x, high) of a number high; gx = gy where x ≤ high."""
     return NotImplemented if out is not None else _clamp(input, None, max, False)
 
 
 @catch(torch.clamp_min_, Tensor.clamp_min_, like=relu)
 def clamp_min_(leanness: Leanness, input: Tensor, min: Any) -> Any:
-    """In place."""
+    """The lower bound in place: y = max(x, low), in the memory of x."""
     return _clamp(input, min, None, True)
 
 
 @catch(torch.clamp_max_, Tensor.clamp_max_, like=relu)
 def clamp_max_(leanness: Leanness, input: Tensor, max: Any) -> Any:
-    """In place."""
+    """The upper bound in place: y = min(x, high), in the memory of x."""
     return _clamp(input, None, max, True)
 
 
@@ -161,7 +161,7 @@ def _clamp(input: Tensor, low: Any, high: Any, inplace: bool) -> Any:
 
 @catch(F.leaky_relu, like=relu)
 def leaky_relu(leanness: Leanness, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
-    """Keeps bits; stock keeps its input."""
+    """The map y = x where x > 0, else s x; gx = gy or s gy by the bit, bit for bit stock's."""
     if inplace and negative_slope < 0:  # stock refuses
         return NotImplemented
     return _gate(input, "leaky_relu", float(negative_slope), 0.0, inplace)
@@ -169,13 +169,13 @@ def leaky_relu(leanness: Leanness, input: Tensor, negative_slope: float = 0.01, 
 
 @catch(F.leaky_relu_, like=relu)
 def leaky_relu_(leanness: Leanness, input: Tensor, negative_slope: float = 0.01) -> Any:
-    """In place."""
+    """Leaky ReLU in place, for a slope that stock accepts there."""
     return leaky_relu(leanness, input, negative_slope, True)
 
 
 @catch(F.hardsigmoid, like=relu)
 def hardsigmoid(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps bits; stock keeps its input."""
+    """The map y = min(max(x / 6 + 1/2, 0), 1); gx = gy / 6 where |x| < 3, bit for bit stock's."""
     return _gate(input, "hardsigmoid", 0.0, 0.0, inplace)
 
 
@@ -189,31 +189,31 @@ def hardsigmoid(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any
     approximate=True,
 )
 def gelu(leanness: Leanness, input: Tensor, *, approximate: str = "none") -> Any:
-    """Keeps a code of the derivative; stock keeps its input."""
+    """The map y = x Φ(x), or its tanh form; |gx − stock's| ≤ 0.0025 |gy| from a code of the derivative."""
     return _slope(input, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 @catch(F.silu, like=gelu)
 def silu(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps a code of the derivative; stock keeps its input."""
+    """The map y = x σ(x); |gx − stock's| ≤ 0.0024 |gy| from a code of the derivative."""
     return _slope(input, "silu", inplace=inplace)
 
 
 @catch(F.hardswish, like=gelu)
 def hardswish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps a code of the derivative; stock keeps its input."""
+    """The map y = x min(max(x + 3, 0), 6) / 6; |gx − stock's| ≤ 0.0040 |gy| from a code of the derivative."""
     return _slope(input, "hardswish", inplace=inplace)
 
 
 @catch(F.mish, like=gelu)
 def mish(leanness: Leanness, input: Tensor, inplace: bool = False) -> Any:
-    """Keeps a code of the derivative; stock keeps its input."""
+    """The map y = x tanh(log(1 + eˣ)); |gx − stock's| ≤ 0.0024 |gy| from a code of the derivative."""
     return _slope(input, "mish", inplace=inplace)
 
 
 @catch(F.elu, like=gelu)
 def elu(leanness: Leanness, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
-    """Keeps a code of the derivative; stock keeps its input."""
+    """The map y = x where x > 0, else α (eˣ − 1); |gx − stock's| ≤ 0.0020 |gy| for α ≤ 1, from a code."""
     if inplace and alpha < 0:  # stock refuses
         return NotImplemented
     return _slope(input, "elu", float(alpha), inplace)
@@ -221,7 +221,7 @@ def elu(leanness: Leanness, input: Tensor, alpha: float = 1.0, inplace: bool = F
 
 @catch(F.elu_, like=gelu)
 def elu_(leanness: Leanness, input: Tensor, alpha: float = 1.0) -> Any:
-    """In place."""
+    """ELU in place, for an α that stock accepts there."""
     return elu(leanness, input, alpha, True)
 
 

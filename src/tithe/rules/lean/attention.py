@@ -178,7 +178,7 @@ class Fused(torch.autograd.Function):
     def forward(
         ctx: Any, attention: Attention, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Stock's output."""
+        """Stock's output, by the kernel that stock chooses."""
         ctx.attention = attention
         _keep(ctx, bits, q, k, v, mask)
         return attention.stock(q, k, v, mask)
@@ -186,7 +186,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Stock's gradients."""
+        """Gradients of q, k, v: stock's bits where the kernel runs again, else its steps' within its rounding."""
         q, k, v, mask = _kept(ctx)
         if not ctx.attention.fused:
             return (
@@ -232,7 +232,7 @@ class Composed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Stock's gradients."""
+        """Stock's gradients of q, k, v, bit for bit, from probabilities that are computed again."""
         q, k, v, mask, *packed = _kept(ctx)
         bits = packed[0] if packed else None
         return None, None, *gradients(ctx.attention, (q, k, v), mask, bits, grads[0], ctx.needs_input_grad[2:5]), None
@@ -340,7 +340,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`F.scaled_dot_product_attention`; left as it is where a mask is learned, and with dropout on a GPU."""
+    """The map y = (softmax(s q kᵀ + mask) ∘ D) v; q, k, v are kept, and a bit for each entry of D.
+
+    It is left as it is where a mask is learned, and with dropout on a GPU.
+    """
     tensors = (query, key, value)
     if not any(asks(t) for t in tensors) or not _fits(*tensors, attn_mask, enable_gqa):
         return NotImplemented

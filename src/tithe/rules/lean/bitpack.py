@@ -99,7 +99,7 @@ def pack_words(mask: Tensor) -> Tensor:
 
 
 def unpack_words(bits: Tensor, count: int) -> Tensor:
-    """`unpack` by elementwise arithmetic."""
+    """`unpack` by elementwise arithmetic, for devices that numpy does not reach."""
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
     return torch.bitwise_and(bits[:, None], place).reshape(-1)[:count] != 0
 

@@ -10,18 +10,21 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.dispatch import Carrier, apply_rule, asking, autocast, fits, raw
+from tithe.rules.dispatch import apply_rule, asking, autocast, fits, raw
 from tithe.rules.lean.dispatch import Leanness, catch, ordinary
 from tithe.rules.sparse.conv import ConvRule
 from tithe.rules.sparse.conv_kernels import Convolution
 
 
-def _frozen(weight: Tensor) -> bool:
-    """Whether no gradient is asked of a kernel, carried or not."""
-    return asking(weight) is None and not raw(weight).requires_grad
+def _serves(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether x is ordinary, and nothing is asked of the kernel, carried or not, nor by a plan of the bias."""
+    if not ordinary(x) or not isinstance(weight, Tensor) or not fits(x, weight):
+        return False
+    return asking(weight) is None and not raw(weight).requires_grad and asking(bias) is None
 
 
-def _conv(found: Convolution | None) -> Any:
+def _run(found: Convolution | None) -> Any:
+    """The convolution by the rule that keeps its kernel; NotImplemented where no gradient is asked."""
     if found is None:
         return NotImplemented
     x, weight, bias = found.x, found.weight, None if found.bias is None else raw(found.bias)
@@ -29,13 +32,6 @@ def _conv(found: Convolution | None) -> Any:
         return NotImplemented
     x = autocast(x)
     return found.finish(apply_rule(ConvRule(x, None, None, found.geometry), x, weight, bias))
-
-
-def _serves(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether x is ordinary and nothing is asked of the kernel, nor by a plan of the bias."""
-    if not ordinary(x) or not isinstance(weight, Tensor) or not _frozen(weight) or not fits(x, weight):
-        return False
-    return not (isinstance(bias, Carrier) and asking(bias) is not None)
 
 
 @catch(
@@ -47,18 +43,12 @@ def _serves(x: Any, weight: Any, bias: Any) -> bool:
 )
 def conv(leanness: Leanness, input: Any, weight: Any, bias: Any = None, *settings: Any, **more: Any) -> Any:
     """The convolution y = w ∗ x + b; gx = wᵀ ∗ gy needs the kernel alone."""
-    return (
-        _conv(Convolution.straight(input, weight, bias, *settings, **more))
-        if _serves(input, weight, bias)
-        else NotImplemented
-    )
+    serves = _serves(input, weight, bias)
+    return _run(Convolution.straight(input, weight, bias, *settings, **more)) if serves else NotImplemented
 
 
 @catch(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, like=conv)
 def conv_transpose(leanness: Leanness, input: Any, weight: Any, bias: Any = None, *settings: Any, **more: Any) -> Any:
     """The transposed convolution y = wᵀ ∗ x + b; gx = w ∗ gy needs the kernel alone."""
-    return (
-        _conv(Convolution.transpose(input, weight, bias, *settings, **more))
-        if _serves(input, weight, bias)
-        else NotImplemented
-    )
+    serves = _serves(input, weight, bias)
+    return _run(Convolution.transpose(input, weight, bias, *settings, **more)) if serves else NotImplemented

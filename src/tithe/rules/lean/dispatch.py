@@ -113,6 +113,10 @@ class Catch(TorchFunctionMode):
     def __init__(self, leanness: Leanness) -> None:
         super().__init__()
         self.leanness = leanness
+        self.served: dict[Callable[..., Any], int] = {}
+
+    def __reduce__(self) -> Any:  # a copy of a model starts with nothing served, and operations do not all pickle
+        return Catch, (self.leanness,)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,8 +131,14 @@ class Catch(TorchFunctionMode):
                 self.follow()
             out = handler(self.leanness, *args, **kwargs)
             if out is not NotImplemented:
+                self._count(func)
                 return out
         return func(*args, **kwargs)
+
+    def _count(self, func: Callable[..., Any]) -> None:
+        """Note a call that was served, unless a graph is captured or backward computes the call again."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.served[func] = self.served.get(func, 0) + 1
 
     @property
     def running(self) -> bool:

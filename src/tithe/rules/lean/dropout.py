@@ -74,11 +74,11 @@ def _(gy: Tensor, bits: Tensor, p: float, native: bool, strides: Sequence[int]) 
 
 
 class Dropped(torch.autograd.Function):
-    """Dropout: `apply(x, p, inplace)`."""
+    """Dropout as autograd runs it: `apply(x, p, inplace)`; keeps which elements are left, a bit each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:
-        """Stock's output; the noise is drawn into it."""
+        """Stock's output y = x D, D = 0 or 1 / (1 − p); the noise is drawn into it."""
         native = x.device.type != "cpu"
         if not native:
             y = torch.empty_like(x).bernoulli_(1 - p)
@@ -97,13 +97,13 @@ class Dropped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Stock's gradient: the output gradient times the noise."""
+        """Stock's gradient, bit for bit: gx = gy D."""
         return torch.ops.tithe.dropout_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
 
 
 @catch(F.dropout, keeps="n / 8", stock="4 n; on a GPU n", note="=, with the same random numbers", asked=True)
 def dropout(leanness: Leanness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """Keeps bits; stock keeps the noise (on a GPU a byte an element)."""
+    """The map y = x D with D = 0 or 1 / (1 − p); gx = gy D, where stock keeps D and this a bit of each."""
     if not training or not 0 < p < 1 or input.device.type not in ("cpu", "cuda"):
         return NotImplemented
     if not input.numel() or (inplace and (torch.compiler.is_compiling() or input.device.type != "cpu")):
@@ -113,5 +113,5 @@ def dropout(leanness: Leanness, input: Tensor, p: float = 0.5, training: bool = 
 
 @catch(torch.dropout, like=dropout)
 def functional_dropout(leanness: Leanness, input: Tensor, p: float, train: bool) -> Any:
-    """The same, as torch spells it."""
+    """Dropout as torch spells it, by the same rule."""
     return dropout(leanness, input, p, train)

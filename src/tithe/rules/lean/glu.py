@@ -24,7 +24,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, u: Tensor) -> Tensor:
-        """Stock's output."""
+        """Stock's output y = a u."""
         ctx.likes = [torch.empty_like(t, device="meta") for t in (a, u)]
         ctx.save_for_backward(*encode(a, BLOCK), *encode(u, BLOCK))
         return a * u
@@ -32,7 +32,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient times the other factor's code."""
+        """The gradients ga = gy û and gu = gy â, each off by |gy| times at most 1/254 of the block's largest."""
         codes, (a, u) = ctx.saved_tensors, ctx.likes
         ga = decode(codes[2], codes[3], BLOCK, u).mul_(grads[0]) if ctx.needs_input_grad[0] else None
         gu = decode(codes[0], codes[1], BLOCK, a).mul_(grads[0]) if ctx.needs_input_grad[1] else None
@@ -60,7 +60,7 @@ def coded(x: Tensor) -> bool:
     captured=False,
 )
 def mul(leanness: Leanness, input: Any, other: Any, **kwargs: Any) -> Any:
-    """The product of a smooth activation's output and another tensor of its shape."""
+    """The product y = a u of a smooth activation's output and another tensor of its shape; ga = gy û, gu = gy â."""
     if kwargs or not (_activated(input) or _activated(other)):
         return NotImplemented
     if not asks(other) or input.shape != other.shape or input.dtype != other.dtype:

@@ -9,6 +9,8 @@ Shapes: x (..., I), gy (..., O); w (O, I), or (I, O) when transposed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ class _Coded(LinearRule):
     """Keeps codes of what the way keeps."""
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
-        """Codes and scales."""
+        """Codes and scales of what the way keeps."""
         if self.way is None:
             return ()
         kept = self.way.keep(x)
@@ -34,7 +36,7 @@ class _Coded(LinearRule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """As without, from the codes."""
+        """The gradients of the plain rule, from what the codes say: ∇w off by Σ |gy| times the bound of x̂."""
         kept = () if self.way is None else (decode(kept[0], kept[1], BLOCK, self.like),)
         return super().backward(gy, weight, kept, need_x, need_bias)
 
@@ -45,7 +47,7 @@ def _lean(leanness: Leanness, x: Tensor, weight: Tensor, bias: Tensor | None, *,
     made: Tensor = x if x._base is None else x._base
     if outlives(x) or not (leanness.bits is not None or (not leanness.exact and coded(made))):
         return NotImplemented
-    call = linear_call(x, weight, bias, transposed=transposed, kind=_Coded)
+    call: Any = linear_call(x, weight, bias, transposed=transposed, kind=_Coded)
     return call if call is NotImplemented else Served(channels=True).run(call)
 
 

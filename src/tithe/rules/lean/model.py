@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Catch, Leanness
 from tithe.rules.lean.custom_norm import OwnNorm, recognise
+from tithe.rules.table import LEAN, family
 
 
 class _Entry(NamedTuple):
@@ -68,6 +69,8 @@ class _Watch:
             module.training = False
         began = not entries and torch.is_grad_enabled() and (torch.compiler.is_compiling() or not self.mode.running)
         if began:
+            if module is self.model and not torch.compiler.is_compiling():
+                self.mode.served.clear()
             _push_mode(self.mode)
         entries.append(_Entry(module, held, began))
 
@@ -150,8 +153,33 @@ class Lean:
                     return cls(hook)
         return None
 
+    def __repr__(self) -> str:
+        """What the last forward pass of the model served: families of the table, and calls; `tithe.measure` has bytes.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> handle = lean(model)
+            >>> _ = model(torch.ones(1, 4))
+            >>> handle
+            lean: 1 call served in the last forward pass
+              two derivatives, in place too  1
+        """
+        if not self._watch.handles:
+            return "lean: released"
+        calls: dict[str, int] = {}
+        for operation, count in self._watch.mode.served.items():
+            name = family(LEAN, operation)
+            calls[name] = calls.get(name, 0) + count
+        own = sum(isinstance(handle, OwnNorm) for handle in self._watch.handles)
+        total = sum(calls.values())
+        lines = [f"lean: {total} call{'s' * (total != 1)} served in the last forward pass"]
+        width = max(map(len, calls), default=0)
+        lines += [f"  {name:<{width}}  {count}" for name, count in sorted(calls.items(), key=lambda item: -item[1])]
+        lines += [f"  and {own} norms that the model writes itself"] if own else []
+        return "\n".join(lines)
+
     def release(self) -> None:
-        """Take every hook off; a second call does nothing."""
+        """Take every hook off the model; a second call does nothing."""
         self._watch.stop()
         for handle in self._watch.handles:
             handle.remove()

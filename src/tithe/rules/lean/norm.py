@@ -89,7 +89,7 @@ class Norm:
     own: Callable[[Tensor], Tensor] | None = None
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stock operation; 1/σ of each row."""
+        """The output of the stock operation, and 1/σ of each row."""
         if self.kind == "layer":
             y, _, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         elif self.kind == "group":
@@ -106,7 +106,7 @@ class Norm:
         return torch.rsqrt(length.square_().div_(math.prod(self.shape)).add_(self.eps))
 
     def plain(self, x: Tensor) -> Tensor:
-        """x̂ of some samples."""
+        """The normalised value x̂ of some samples."""
         if self.kind == "rms":
             return (self.laid(x) * self._root(x).unsqueeze(1)).to(x.dtype)
         return Norm(self.kind, self.shape, self.eps, self.groups).run(x, None, None)[0]
@@ -321,7 +321,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.layer_norm` from its output."""
+    """The norm y = w x̂ + b from its output: |x̂ − stock's| ≤ 8 u (|x̂| + |b / w|)."""
     return lean_norm(leanness, Norm("layer", tuple(normalized_shape), eps), input, weight, bias)
 
 
@@ -333,7 +333,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`F.rms_norm` from its output."""
+    """The norm y = w x / √(mean x² + ε) from its output: |x̂ − stock's| ≤ 8 u |x̂|."""
     if eps is None:  # stock takes that of the dtype it computes in
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     return lean_norm(leanness, Norm("rms", tuple(normalized_shape), eps), input, weight, None)
@@ -355,7 +355,10 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.group_norm` from codes; its output is rarely kept by the next layer, and often overwritten by a ReLU."""
+    """The norm y = w x̂ + b over groups of channels, from codes of x̂ within 1/254 of their block's largest.
+
+    Its output is rarely kept by the next layer and often overwritten by a ReLU, so that without codes stock is as lean.
+    """
     if leanness.bits is None or not input.is_contiguous():
         return NotImplemented
     norm = Norm("group", (input.shape[1],), eps, num_groups)

@@ -78,7 +78,7 @@ class Window(NamedTuple):
         return (_aten.max_pool3d_with_indices if three else _aten.max_pool2d_with_indices).default(x, *self[:5])
 
     def backward(self, gy: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """The gradient of x."""
+        """The gradient of x: gy at the place of each maximum."""
         three = len(self.kernel) == 3
         if self.adaptive is not None:
             run = _aten.adaptive_max_pool3d_backward if three else _aten.adaptive_max_pool2d_backward
@@ -113,7 +113,7 @@ class MaxPooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
-        """The stock operation."""
+        """Stock's output, and a byte for the place of each maximum in its window."""
         y, places = window.forward(x)
         ctx.window, ctx.shape, ctx.memory_format = window, x.shape, suggest_memory_format(x)
         base, offsets = window.places(x.shape[2:], y.shape[2:], x.device)
@@ -123,7 +123,7 @@ class MaxPooled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """The stock kernel, on places that are made again."""
+        """Stock's gradient, bit for bit, on places that are made again."""
         (codes,), gy = ctx.saved_tensors, grads[0]
         base, offsets = ctx.window.places(ctx.shape[2:], codes.shape[2:], gy.device)
         places = torch.ops.tithe.window_places.default(codes, base, offsets)
@@ -135,7 +135,7 @@ class Averaged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Any, back: Any, settings: tuple[Any, ...]) -> Tensor:
-        """The stock operation."""
+        """Stock's output; of x only the shape is kept."""
         ctx.back, ctx.shape, ctx.memory_format = back, x.shape, suggest_memory_format(x)
         ctx.settings = settings if back in (_aten.avg_pool2d_backward, _aten.avg_pool3d_backward) else ()
         return run.default(x, *settings)
@@ -143,7 +143,7 @@ class Averaged(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """The stock kernel."""
+        """Stock's gradient, bit for bit: gy spread evenly over each window."""
         like = _like(grads[0], ctx.shape, ctx.memory_format)
         return ctx.back.default(grads[0], like, *ctx.settings), None, None, None
 
@@ -203,6 +203,7 @@ def _register(
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
+        """The map y = max of x over each window; gx = gy at its place, which the number in the window gives back."""
         if return_indices or not _serves(input, axes):
             return NotImplemented
         kernel = settings(kernel_size, 1)
@@ -213,6 +214,7 @@ def _register(
 
     @catch(adaptive_maximum, like=max_pool)
     def adaptive_max_pool(leanness: Leanness, input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+        """The same over windows that divide x into so many outputs: y = max of x, gx = gy at its place."""
         if return_indices or not _serves(input, axes):
             return NotImplemented
         out, ones = sizes(output_size, input), [1] * (axes + lead)
@@ -233,6 +235,7 @@ def _register(
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Any:
+        """The map y = mean of x over each window of n; gx = Σ gy / n over the windows, which needs no value of x."""
         if not _serves(input, axes):
             return NotImplemented
         kernel = settings(kernel_size, 1)
@@ -247,6 +250,7 @@ def _register(
 
     @catch(adaptive_mean, like=avg_pool)
     def adaptive_avg_pool(leanness: Leanness, input: Tensor, output_size: Any) -> Any:
+        """The same over windows that divide x into so many outputs: y = mean of x, gx = Σ gy / n."""
         if not _serves(input, axes):
             return NotImplemented
         out = sizes(output_size, input)

@@ -32,32 +32,32 @@ class Meter(SumProbe):
         return len(self.usages) + self.unruled if alike and not self.table else 0
 
     def used(self, usage: Usage) -> None:
-        """One call; what activation checkpointing runs again during backward was heard before."""
+        """Hear one call of a rule; what activation checkpointing runs again during backward was heard before."""
         again = torch._C._current_graph_task_id() != -1 and self._forward
         self._forward = self._forward or torch._C._current_graph_task_id() == -1
         if not again:
             self.usages.append(usage)
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """A product; heard when it ran forward."""
+        """A product, which was heard when it ran forward."""
 
     def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
-        """A convolution; heard when it ran forward."""
+        """A convolution, which was heard when it ran forward."""
 
     def vector(self, terms: Tensor) -> None:
-        """A vector has no channels."""
+        """Hear that a vector has no channels."""
         self.table = True
 
     def whole(self, grad: Tensor) -> None:
-        """An operation without a rule."""
+        """Hear an operation without a rule."""
         self.unruled = True
 
     def stacked(self, grads: Tensor) -> None:
-        """A parameter used directly."""
+        """Hear a parameter that is used directly."""
         self.unruled = True
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
-        """A table."""
+        """Hear that a table has none either."""
         self.table = True
 
 
@@ -81,7 +81,7 @@ class ChannelProbe(SumProbe):
         self.norms = torch.zeros(count, dtype=self.dtype, device=self.device)
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """leftᵀ right, reduced."""
+        """The product leftᵀ right, reduced to Σ‖∇W_c‖₂ of each channel."""
         self.calls += 1
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
         self._add(left.t().to(self.dtype) @ right.to(self.dtype))

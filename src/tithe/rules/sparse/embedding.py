@@ -27,11 +27,11 @@ class EmbeddingRule(Rule):
         self.binding, self.padding_idx = binding, padding_idx
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock look-up."""
+        """The look-up y = w[ids] as stock does it."""
         return F.embedding(x, weight, self.padding_idx), ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
-        """The ids."""
+        """The ids and nothing else."""
         return (x,)
 
     def backward(

@@ -64,7 +64,7 @@ class LinearRule(Rule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gx = gy w; the selected entries of gyᵀ x; the selected sums of gy."""
+        """Gradients gx = gy w, the selected entries of ∇w = gyᵀ x, and the selected sums of gy."""
         gx = gtw = None
         if need_x:
             weight = weight.to(gy.dtype)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tithe.rules.base import Rule
-from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, register
-from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.dispatch import Call, asking, register
 from tithe.rules.sparse.reductions import selected_sum
 from tithe.rules.theta import Binding
 
@@ -38,7 +37,7 @@ class LayerNormRule(Rule):
         self.width = math.prod(shape)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation; its mean and 1/σ."""
+        """The output of the stock operation; its mean and 1/σ."""
         y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         return y, (mean, rstd)
 
@@ -97,7 +96,7 @@ class RMSNormRule(Rule):
         self.width = math.prod(shape)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation; 1/σ of each position."""
+        """The output of the stock operation; 1/σ of each position."""
         square = _wide(x).reshape(-1, self.width).square().mean(1, keepdim=True)
         return F.rms_norm(x, self.shape, weight, self.eps), (torch.rsqrt(square + self.eps),)
 
@@ -147,7 +146,7 @@ class BatchNormRule(Rule):
         self.mean, self.variance, self.eps, self.weight, self.bias = mean, variance, eps, weight, bias
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The stock operation."""
+        """The output of the stock operation, with running statistics."""
         return F.batch_norm(x, self.mean, self.variance, weight, bias, False, 0.0, self.eps), ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
@@ -167,7 +166,7 @@ class BatchNormRule(Rule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> Gradients:
-        """Gx = gy w / σ; Σ gy x̂ and Σ gy at the selected channels."""
+        """Gradients gx = gy w / σ, and Σ gy x̂ and Σ gy at the selected channels."""
         gx = gtw = gtb = None
         if need_x:
             gx = (gy * (weight * kept[0]).view([1, -1] + [1] * (gy.dim() - 2))).to(gy.dtype)
@@ -194,7 +193,7 @@ class ScaleRule(Rule):
         self.weight = weight
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The product."""
+        """The product w x."""
         return weight * x, ()
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
@@ -204,7 +203,7 @@ class ScaleRule(Rule):
     def backward(
         self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
     ) -> Gradients:
-        """Gx = gy w; Σ gy x at the selected entries."""
+        """Gradients gx = gy w, and Σ gy x at the selected entries."""
         gx = gy * weight if need_x else None
         if self.weight.probe is not None:
             return gx, None, selected_sum(self.weight, gy, kept[0]), None
@@ -253,6 +252,38 @@ def rms_norm(
     return Call(lambda x, of_weight, _: RMSNormRule(shape, epsilon, of_weight), input, weight)
 
 
+class Evaluated(NamedTuple):
+    """One call of a batch norm with running statistics, read off its arguments."""
+
+    x: Tensor
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Evaluated | None:
+        """From the arguments of `F.batch_norm`; None with batch statistics, for which all of x is needed anyway."""
+        if training or running_mean is None or running_var is None:
+            return None
+        return cls(input, running_mean, running_var, weight, bias, eps)
+
+    def rule(self, x: Tensor, weight: Binding | None, bias: Binding | None) -> BatchNormRule:
+        """The rule of the call."""
+        return BatchNormRule(self.mean, self.variance, self.eps, weight, bias)
+
+
 @register(
     F.batch_norm,
     keeps="1/σ, and x̂[:, channels]",
@@ -262,50 +293,12 @@ def rms_norm(
     frozen=True,
     cast="",
 )
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Call:
-    """The map y = w (x − μ) / σ + b of running μ and σ; with batch statistics all of x is needed anyway."""
-    if training or running_mean is None or running_var is None or weight is None:
+def batch_norm(*args: Any, **kwargs: Any) -> Call:
+    """The map y = w (x − μ) / σ + b of running μ and σ; ∇w = Σ gy x̂ and ∇b = Σ gy at the selected channels."""
+    found = Evaluated.of(*args, **kwargs)
+    if found is None or found.weight is None:
         return NotImplemented
-    mean, variance = running_mean, running_var
-    return Call(lambda x, *of: BatchNormRule(mean, variance, eps, *of), input, weight, bias)
-
-
-@catch(
-    F.batch_norm,
-    keeps="1/σ: 4 bytes a channel",
-    stock="4 n",
-    family="batch norm with a frozen scale in evaluation mode",
-    note="=",
-    asked=True,
-)
-def lean_batch_norm(
-    leanness: Leanness,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.batch_norm` of a plain frozen scale in evaluation mode: keeps 1/σ where stock keeps the input."""
-    if training or running_mean is None or running_var is None or isinstance(weight, Carrier):
-        return NotImplemented
-    weight = torch.ones_like(running_var) if weight is None else weight
-    if weight.requires_grad:
-        return NotImplemented
-    rule = BatchNormRule(running_mean, running_var, eps, None, asking(bias))
-    return apply_rule(rule, input, weight, bias)
+    return Call(found.rule, found.x, found.weight, found.bias)
 
 
 @register(

@@ -36,7 +36,7 @@ class Probe(ABC):
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was accumulated."""
+        """Forget everything that was accumulated."""
         self._dense: Tensor | None = None
         self._rows: tuple[Tensor, Tensor] | None = None
 
@@ -139,7 +139,7 @@ class SquareProbe(Probe):
     """Σ over samples of the squared per-sample gradient: the diagonal Fisher information, times N."""
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """Σ_n (Σ_t left_nto right_nti)²; with one position a sample the squares factor into one product.
+        """Add Σ_n (Σ_t left_nto right_nti)²; with one position a sample the squares factor into one product.
 
         Positions without a gradient (padding, or all but the first token in a classifier's last layer) are left out.
         """
@@ -173,19 +173,19 @@ class SquareProbe(Probe):
         return [(lefts[n][live_NT[n]], rights[n][live_NT[n]]) for n in many]
 
     def vector(self, terms: Tensor) -> None:
-        """Σ_n (Σ_t terms_ntd)²."""
+        """Add the squares of each sample's gradient, Σ_n (Σ_t terms_ntd)²."""
         t_NTD = self.samples(terms, terms.shape[-1])
         if t_NTD is not None:
             self.dense.view(-1).add_(t_NTD.sum(1).square_().sum(0))
 
     def whole(self, grad: Tensor) -> None:
-        """grad², right for one sample alone."""
+        """Add the square of the whole gradient, which is right for one sample alone."""
         self.calls += 1
         self.separable = self.separable and self.num_samples == 1
         self._add_square(grad)
 
     def stacked(self, grads: Tensor) -> None:
-        """Σ_n grads_n²."""
+        """Add the squares of gradients that come one a sample, Σ_n grads_n²."""
         self.calls += 1
         self.dense.add_(grads.to(self.dtype).square().sum(0, keepdim=True))
 
@@ -228,7 +228,7 @@ class SumProbe(Probe):
         self.reached = self.reached or self.calls > 0
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """leftᵀ right over all rows."""
+        """Add the product leftᵀ right over all rows."""
         self.calls += 1
         self.dense.addmm_(
             left.reshape(-1, left.shape[-1]).t().to(self.dtype), right.reshape(-1, right.shape[-1]).to(self.dtype)
@@ -240,12 +240,12 @@ class SumProbe(Probe):
         self.dense.view(-1).add_(terms.reshape(-1, terms.shape[-1]).to(self.dtype).sum(0))
 
     def whole(self, grad: Tensor) -> None:
-        """The gradient."""
+        """Add the gradient as it is."""
         self.calls += 1
         self.dense.add_(grad)
 
     def stacked(self, grads: Tensor) -> None:
-        """Σ_n grads_n."""
+        """Add gradients that come one a sample, Σ_n grads_n."""
         self.calls += 1
         self.dense.add_(grads.to(self.dtype).sum(0, keepdim=True))
 
@@ -276,7 +276,7 @@ class SampleProbe(SumProbe):
         grad.zero_()
 
     def total(self) -> Tensor:
-        """The sums of squares."""
+        """The sums of the squared gradients."""
         return self.squares
 
 
@@ -289,23 +289,23 @@ class Listener(SumProbe):
     held = 0
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
-        """Used as a matrix."""
+        """Hear a use as a matrix."""
         self._heard()
 
     def vector(self, terms: Tensor) -> None:
-        """Used as a vector."""
+        """Hear a use as a vector."""
         self._heard()
 
     def whole(self, grad: Tensor) -> None:
-        """Used in any other way."""
+        """Hear a use in any other way."""
         self._heard()
 
     def stacked(self, grads: Tensor) -> None:
-        """Used once per sample."""
+        """Hear a use once per sample."""
         self._heard()
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
-        """Used as a table."""
+        """Hear a use as a table, and count the rows that were touched."""
         self.calls += 1
         self.held += ids.unique().numel() * self.shape[1] * self.dtype.itemsize
 

@@ -164,7 +164,7 @@ class Sampled(Way):
     name = "sampled"
 
     def keep(self, right: Tensor) -> Tensor:
-        """`right` itself."""
+        """All of `right`, itself."""
         return right
 
     def grad(self, left: Tensor, kept: Tensor) -> Tensor:
