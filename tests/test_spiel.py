@@ -8,6 +8,8 @@ import torch
 import tithe
 from models import CASES
 from tithe import SpIEL, TitheError
+from tithe.app.section import AttachedSection
+from tithe.app.train import parse_recipe
 from tithe.testing import check_method
 
 
@@ -59,6 +61,21 @@ def test_nothing_is_replaced_where_nothing_is_to_be() -> None:
     before = {name: plan.selected(name) for name in plan.selections}
     assert not plan.end_epoch()
     assert all(torch.equal(plan.selected(name), places) for name, places in before.items())
+
+
+def test_a_recipe_says_its_schedule_as_a_table_also_by_default() -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"pretrained": "tiny"},
+            "data": {"task": "text-classification", "train": "train.tsv"},
+            "method": {"name": "spiel", "density": 0.1},
+            "optimizer": {"lr": 0.1},
+            "run": {"epochs": 1, "output": "out"},
+        }
+    )
+    assert recipe.settings()["method"]["reselect"] == {"every": 1, "unit": "epochs"}
+    assert isinstance(recipe.method, AttachedSection)
+    assert recipe.method.make(recipe.folder) == SpIEL(density=0.1)
 
 
 @pytest.mark.parametrize("settings", [(0.0,), (0.1, 1.5), (0.1, 0.2, 0)])

@@ -51,6 +51,11 @@ class Reselect(Section):
     every: Annotated[int, Field(ge=1)]
     unit: Literal["steps", "epochs"] = "epochs"
 
+    @classmethod
+    def of(cls, schedule: tithe.Schedule) -> Reselect:
+        """Write down one of the library's schedules."""
+        return cls.model_validate({"every": schedule.period, "unit": schedule.unit})
+
     def make(self) -> tithe.Schedule:
         """Make the library's schedule."""
         return tithe.every(self.every, self.unit)
@@ -305,7 +310,8 @@ def derive(
                 hint = _SPELLED[kind] | None if parts else _SPELLED[kind]
             elif kind in _FILES:
                 hint, files[field.name] = str | None if parts else str, _FILES[kind]
-        fields[field.name] = (hint, ... if field.default is dataclasses.MISSING else field.default)
+        default = Reselect.of(field.default) if isinstance(field.default, tithe.Schedule) else field.default
+        fields[field.name] = (hint, ... if default is dataclasses.MISSING else default)
     section = create_model(f"{of.__name__}Section", __base__=base, __module__=__name__, **fields)
     for key, value in {"of": of, "files": files, "__doc__": f"`[method] name = {name!r}`.", **told}.items():
         setattr(section, key, value)
