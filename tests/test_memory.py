@@ -109,6 +109,22 @@ def test_the_batch_is_not_copied_once_it_was_seen_to_be_held(kind: str) -> None:
     assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
+def test_an_input_that_a_rule_keeps_itself_is_not_taken_for_held() -> None:
+    """Everything but an entry selected: x is kept as it is; then one column, which is copied from what nobody holds."""
+    model, x, count = nn.Sequential(nn.Linear(WIDTH, WIDTH)), torch.randn(N, WIDTH), WIDTH * WIDTH
+    method = Given({"0.weight": torch.arange(count - 1)}, reselect=tithe.every(1, "epochs"))
+    plan = tithe.attach(model, method)
+    output = N * WIDTH * FLOAT
+
+    def step() -> int:
+        return tithe.measure(lambda: model(x + 0).square().mean().backward(), model=model).saved
+
+    assert step() == 2 * output
+    method.chosen["0.weight"] = _columns((WIDTH, WIDTH), [3])
+    plan.end_epoch()
+    assert [step(), step()] == [output + N * FLOAT] * 2
+
+
 def test_a_frozen_linear_keeps_nothing_and_below_the_lowest_selected_layer_nothing_runs() -> None:
     """Selected at the bottom: those above keep nothing. Selected in the middle: none below records."""
     model, batch = _stack(), _batch()

@@ -48,7 +48,8 @@ class Rule(ABC):
 
     Attributes:
         held: x outlives the forward pass whatever the rule keeps, so that a copy of a part of it would be kept besides.
-        watch: is told in backward whether x was still alive, which the rule did not keep; None where nobody asks.
+        watch: is told in backward whether x, of which the rule kept a copy at most, was still alive; None where nobody
+            asks.
     """
 
     held: bool = False
@@ -85,9 +86,10 @@ class Ruled(torch.autograd.Function):
         """The operation's own output, bit for bit: the stock kernel makes it."""
         y, extra = rule.forward(x, weight, bias)
         ctx.rule = rule
+        kept = rule.keep(x, extra, ctx.needs_input_grad[1])
         if rule.watch is not None:
-            ctx.alive = StorageWeakRef(x.untyped_storage())
-        ctx.save_for_backward(weight, *rule.keep(x, extra, ctx.needs_input_grad[1]))
+            ctx.alive = None if any(tensor is x for tensor in kept) else StorageWeakRef(x.untyped_storage())
+        ctx.save_for_backward(weight, *kept)
         return y
 
     @staticmethod
@@ -96,7 +98,7 @@ class Ruled(torch.autograd.Function):
         """Sᵀ of the weight's gradient, and the input's gradient where one is asked for."""
         weight, *kept = saved_tensors(ctx)
         needs = ctx.needs_input_grad
-        if ctx.rule.watch is not None:
+        if ctx.rule.watch is not None and ctx.alive is not None:
             ctx.rule.watch(not ctx.alive.expired())
         gx, gb, gtw, gtb = ctx.rule.backward(grads[0], weight, tuple(kept), needs[1], needs[3])
         return None, gx, None, gb, gtw, gtb
