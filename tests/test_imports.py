@@ -194,7 +194,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         (
             "plan.py",
             "def attach_fish(): ...",
-            ":1: names attach_fish: only __init__, app, app.average, app.cli",
+            ":1: names attach_fish: only __init__, app.average, app.demo, app.methods",
         ),
         ("plan.py", "if name == 'trady': ...", ":1: names trady"),
         ("colour.py", "", "colour.py:1: room `colour`: a new room says what it may import"),
