@@ -26,9 +26,6 @@ WIDTH = 80
 COLOURS = ("#2b7bba", "#c8553d", "#e6a03c", "#8c6bb1", "#9ecae1", "#7f8790", "#b0b7bf")
 """The colours of figures, the most telling first."""
 
-_SILENCE = 5.0
-"""Seconds between two plain lines of one phase."""
-
 
 def console(*, stderr: bool = False) -> Console:
     """Open a console of at most 80 columns; rich leaves colours and bars out where nobody is looking."""
@@ -54,7 +51,7 @@ class Bar:
         console: where to; None shows nothing.
         total: of whatever is counted.
         done: of it, before now.
-        patience: seconds before anything is shown.
+        patience: seconds before anything is shown, and between two plain lines; 0 shows every phase and no more.
         device: whose memory is shown.
     """
 
@@ -106,7 +103,7 @@ class Bar:
         self._done, self._total = self._done if done is None else done, self._total if total is None else total
         if self._is_terminal:
             self._show()
-        elif self.seconds >= self._patience:
+        elif not self._patience or self._is_due:
             self.say(f"{label} (about {self.left})" if self.left else label)
 
     def to(self, done: float, total: float | None = None, *, status: str = "") -> None:
@@ -114,7 +111,7 @@ class Bar:
         self._done, self._total = done, self._total if total is None else total
         if self._is_terminal:
             self._show(status)
-        elif self._patience and time.monotonic() - self._said >= max(self._patience, _SILENCE) and done < self._total:
+        elif self._patience and self._is_due and done < self._total:
             self.say(f"{self._label}: {done / max(self._total, 1e-9):.0%}, about {self.left}")
 
     def advance(self) -> None:
@@ -126,6 +123,11 @@ class Bar:
         self._said = time.monotonic()
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False)
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether there is something to say of the time left, and it was silent for long enough."""
+        return bool(self.left) and time.monotonic() - self._said >= self._patience
 
     def _show(self, status: str = "") -> None:
         if not self._is_terminal or self.seconds < self._patience:
