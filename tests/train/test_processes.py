@@ -31,7 +31,10 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[...
         if line.startswith("step 3/"):
             break
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=300)
+    try:
+        out, rest = process.communicate(timeout=300)
+    finally:
+        process.kill()  # one that went on would be taken for a fault of the tests after this one
     assert process.returncode == 130, "".join(lines) + rest
     (step,) = Checkpoints(workplace / "out" / "checkpoints").steps()
     assert step >= 3
