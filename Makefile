@@ -33,7 +33,7 @@ test-cpu: $(VENV)/.dev ## the quick suite as other processors would run it, an h
 	set -e; for setting in MKL_CBWR=COMPATIBLE "MKL_ENABLE_INSTRUCTIONS=SSE4_2 ATEN_CPU_CAPABILITY=default"; do \
 		echo "$$setting"; env $(ONE_THREAD) $$setting $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal; done
 	set -e; for n in 2 4; do echo "$$n threads"; \
-		env OMP_NUM_THREADS=$$n MKL_NUM_THREADS=$$n TITHE_TEST_THREADS=$$n $(BIN)/python -m pytest -n 1; done
+		env OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$$n MKL_NUM_THREADS=$$n TITHE_TEST_THREADS=$$n $(BIN)/python -m pytest -n 1; done
 
 lint: $(VENV)/.dev ## ruff and pyright
 	$(BIN)/ruff check .

@@ -369,7 +369,10 @@ def test_ctrl_c_leaves_nothing(kitchen: Path, tmp_path: Path) -> None:
     assert process.stderr is not None
     assert " left" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # one that went on would be taken for a fault of the tests after this one
     assert process.returncode == 130
     assert out == ""
     assert err.splitlines()[-1] == "stopped: nothing was written"

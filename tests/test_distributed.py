@@ -104,7 +104,7 @@ def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path: Path, capsys: pyte
         assert ranks[0]["sent"] == ranks[1]["sent"] <= STEPS * k * 8
         assert scope == "warm" or ranks[0]["sent"] == STEPS * k * 8
         with capsys.disabled():
-            print(f"\n{name}, {score}, {scope}: {k * 8} bytes reduced a step = {k} values × 8 bytes; dense {dense * 8}")
+            print(f"\n{name}, {score}, {scope}: {k * 8} bytes reduced a step, 8 for each value; dense {dense * 8}")
 
 
 def test_a_plan_may_be_attached_before_or_copied_without_a_process_group() -> None:

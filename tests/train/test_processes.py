@@ -31,7 +31,10 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(edit: Callable[...
         if line.startswith("step 3/"):
             break
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=300)
+    try:
+        out, rest = process.communicate(timeout=300)
+    finally:
+        process.kill()  # one that went on would be taken for a fault of the tests after this one
     assert process.returncode == 130, "".join(lines) + rest
     (step,) = Checkpoints(workplace / "out" / "checkpoints").steps()
     assert step >= 3
@@ -55,7 +58,9 @@ def without_dropout(workplace: Path, tiny: Path) -> Path:
 
 def on_two_ranks(path: Path) -> dict[str, Any]:
     """Run a recipe on two processes, with its output in `two`."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tithe"]
+    # By address: the name of a machine need not lead to it.
+    alone = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    launch = ["-m", "torch.distributed.run", *alone, "-m", "tithe"]
     command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
