@@ -146,9 +146,11 @@ def test_a_handle_says_what_the_last_forward_pass_served() -> None:
         model(x).sum().backward()
     first, *lines = str(handle).splitlines()
     assert first == "lean: 10 calls served in the last forward pass"
-    counts = {line.rsplit(maxsplit=1)[0].strip(): int(line.rsplit(maxsplit=1)[1]) for line in lines}
-    families = {row.family for row in tithe.rules.table().wing("lean")}
-    assert set(counts) <= families
+    counts = {line.split(" × ")[1].split(": keeps ")[0]: int(line.split(" × ")[0]) for line in lines}
+    rows = {row.family: row for row in tithe.rules.table().wing("lean")}
+    assert set(counts) <= set(rows)
+    for line, name in zip(lines, counts, strict=True):
+        assert line.endswith(f" × {name}: keeps {rows[name].keeps}; stock keeps {rows[name].stock}")
     assert counts["convolution with a frozen kernel"] == 4
     assert counts["batch norm with a frozen scale in evaluation mode"] == counts["two derivatives, in place too"] == 2
     checkpoint(model[0], x, use_reentrant=False).sum().backward()

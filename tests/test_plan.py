@@ -313,8 +313,9 @@ def test_what_is_no_method_is_refused(method: object) -> None:
 # --- what it says of itself
 
 
-@pytest.mark.parametrize("name", ["mlp", "bert", "depthwise", "gpt2"])
-def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str) -> None:
+@pytest.mark.parametrize("lean", [False, True], ids=["", "lean"])
+@pytest.mark.parametrize("name", ["mlp", "bert", "depthwise", "llama"])
+def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str, lean: bool) -> None:
     case = CASES[name]
     batches = case.batches(2)
     twin = case.model()
@@ -323,6 +324,7 @@ def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str) -> None
     model = case.model()
     model.train()
     plan = tithe.attach(model, FISH(density=0.7, score="random"), loss=case.loss, data=batches, head=case.head)
+    handle = tithe.lean(model) if lean else None
     before, state = bits(model), torch.get_rng_state()
     text = str(plan)
     assert torch.equal(torch.get_rng_state(), state)
@@ -332,6 +334,7 @@ def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str) -> None
     kept = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batches[0]))).saved
     assert f"keeps {human(kept)} for backward" in text
     assert f"full training keeps {human(stock)}" in text
+    assert handle is None or name == "mlp" or kept < stock  # each ReLU of the mlp shares what the next layer keeps
     plan.release()
     assert str(plan).endswith("released")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ class SparsePlan(Plan):
         """Price the same step with all weights trained by torch's own operations."""
         loss = self._loss
         assert loss is not None
-        with self._mount.stock():
+        handle = Lean.of(self.model)
+        with self._mount.stock(), handle.paused() if handle is not None else nullcontext():
             return ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:

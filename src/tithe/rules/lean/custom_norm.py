@@ -31,7 +31,11 @@ class OwnNorm:
 
     def __init__(self, module: nn.Module, leanness: Leanness, eps: float, offset: float) -> None:
         self.module, self.leanness, self.eps, self.offset = module, leanness, eps, offset
-        module.__dict__["forward"] = self
+        self.put()
+
+    def put(self) -> None:
+        """Shadow the module's forward."""
+        self.module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Catch, Leanness
 from tithe.rules.lean.custom_norm import OwnNorm, recognise
-from tithe.rules.table import LEAN, family
+from tithe.rules.table import LEAN, family, table
 
 
 class _Entry(NamedTuple):
@@ -56,9 +58,11 @@ class _Watch:
         self.mode = Catch(leanness)
         self.running = _Running()
         self.handles: list[RemovableHandle | OwnNorm] = []
-        self.warned = False
+        self.warned = self.paused = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.paused:
+            return
         entries = self.running.entries
         if entries and entries[0].module is module:  # an interrupt (KeyboardInterrupt calls no hook) left these here
             self.stop()
@@ -154,7 +158,9 @@ class Lean:
         return None
 
     def __repr__(self) -> str:
-        """What the last forward pass of the model served: families of the table, and calls; `tithe.measure` has bytes.
+        """Say what the last forward pass served, and what that keeps against stock, for n elements in and m out.
+
+        `tithe.measure` has the bytes.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -162,7 +168,7 @@ class Lean:
             >>> _ = model(torch.ones(1, 4))
             >>> handle
             lean: 1 call served in the last forward pass
-              two derivatives, in place too  1
+                 1 × two derivatives, in place too: keeps n / 8: a bit an element; stock keeps 4 n
         """
         if not self._watch.handles:
             return "lean: released"
@@ -173,10 +179,25 @@ class Lean:
         own = sum(isinstance(handle, OwnNorm) for handle in self._watch.handles)
         total = sum(calls.values())
         lines = [f"lean: {total} call{'s' * (total != 1)} served in the last forward pass"]
-        width = max(map(len, calls), default=0)
-        lines += [f"  {name:<{width}}  {count}" for name, count in sorted(calls.items(), key=lambda item: -item[1])]
+        rows = {row.family: row for row in table().wing(LEAN)}
+        for name, count in sorted(calls.items(), key=lambda item: -item[1]):
+            lines.append(f"  {count:>4} × {name}: keeps {rows[name].keeps}; stock keeps {rows[name].stock}")
         lines += [f"  and {own} norms that the model writes itself"] if own else []
         return "\n".join(lines)
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Let the model run, inside, as it would without this handle."""
+        own = [handle for handle in self._watch.handles if isinstance(handle, OwnNorm)]
+        for norm in own:
+            norm.remove()
+        self._watch.paused = True
+        try:
+            yield
+        finally:
+            self._watch.paused = False
+            for norm in own:
+                norm.put()
 
     def release(self) -> None:
         """Take every hook off the model; a second call does nothing."""
