@@ -65,7 +65,7 @@ class OutlinedBasis(Basis):
             return super().products(first, gradient, owners, count)
 
     def compose(self, first: int, stop: int, weights: Tensor, owners: Tensor | None = None) -> Tensor:
-        """Zeros, (blocks, 256)."""
+        """Return zeros of the right shape, (blocks, 256)."""
         return weights.new_zeros(stop - first, BLOCK, dtype=self.dtype)
 
     def compose_bytes(self, num_blocks: int) -> int:
