@@ -31,19 +31,19 @@ def figures(trainee: Trainee, batch: Batch) -> Record:
     predicted = None if trainee.micro else trainee.predict(batch)  # of a step that starts without gradients
     kinds = {path: type(module).__name__ for path, module in trainee.model.named_modules()}
     by_layer: Counter[str] = Counter()
-    for path, num_bytes in ledger.saved_by_module.items():
+    for path, num_bytes in ledger.kept_by_module.items():
         by_layer[kinds.get(path, "loss") if path else "loss"] += num_bytes
     selections = trainee.plan.selections if trainee.plan is not None else {}
     return {
         "trained": trainee.num_trained,
         "channels": trainee.num_channels,
         "layers": len(selections) or None,
-        "saved_bytes": ledger.saved,
+        "saved_bytes": ledger.kept,
         "peak_bytes": ledger.peak,
         "standing_bytes": trainee.standing_bytes(batch),
         "by_kind": dict(ledger.by_kind),
         "saved_by_layer": dict(by_layer.most_common()),
-        "predicted_saved_bytes": None if predicted is None else predicted.saved,
+        "predicted_saved_bytes": None if predicted is None else predicted.kept,
         "predicted_peak_bytes": None if predicted is None else predicted.peak,
     }
 

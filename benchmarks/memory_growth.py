@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
             else:
                 ledger = predicted[name]
                 row |= {"measured": False}
-            row |= {"saved_bytes": ledger.saved, "peak_bytes": ledger.peak}
+            row |= {"saved_bytes": ledger.kept, "peak_bytes": ledger.peak}
             store.add({**row, "standing_bytes": trainee.standing_bytes(single)})
 
 

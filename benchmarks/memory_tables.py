@@ -51,7 +51,7 @@ def bar(steps: Mapping[str, Record], docs: Path) -> str:
 
 def _parts(row: Record) -> dict[str, float]:
     kinds = row["by_kind"]
-    sizes = (row["standing_bytes"], kinds["gradients"], kinds["saved"], kinds["other"])
+    sizes = (row["standing_bytes"], kinds["gradients"], kinds["kept"], kinds["other"])
     return {part: size / 1e6 for part, size in zip(memory_plots.PARTS, sizes, strict=True)}
 
 

@@ -73,10 +73,10 @@ def measured(prepared: Prepared, batch: Batch) -> Record:
     clear(prepared)
     names = vision.convolutions(prepared.model)
     return {
-        "kept_bytes": sum(ledger.saved_by_module.get(name, 0) for name in names),
+        "kept_bytes": sum(ledger.kept_by_module.get(name, 0) for name in names),
         "gradients": gradients,
         "flops": work.flops,
-        "saved": ledger.saved,
+        "saved": ledger.kept,
         "peak": ledger.peak,
     }
 

@@ -61,7 +61,7 @@ def costs(contestant: Contestant, batch: Batch, seconds: list[float]) -> Record:
         "cpu_ms_all": [round(1e3 * s, 2) for s in seconds],
         "trained": contestant.prepared.num_trained,
         "peak_bytes": ledger.peak,
-        "saved_bytes": ledger.saved,
+        "saved_bytes": ledger.kept,
         "optimizer_bytes": state,
         "gradient_bytes": gradients,
     }

@@ -161,7 +161,7 @@ def test_a_layer_keeps_its_selected_inputs_and_theta_has_their_columns(
     x = x.to(dtype)
     ledger = tithe.measure(lambda: model(x + 0).sum().backward(), model=model)
     size = len(ids) * dtype.itemsize
-    assert ledger.saved == ledger.saved_by_module["0"] == positions * size
+    assert ledger.kept == ledger.kept_by_module["0"] == positions * size
     (theta,) = plan.parameters()
     assert theta.grad is not None
     assert theta.numel() * theta.element_size() == theta.grad.numel() * dtype.itemsize == weights * size
@@ -178,7 +178,7 @@ def test_micro_batches_keep_their_share() -> None:
     for parameter in plan.parameters():
         parameter.grad = None
     parts = tithe.measure(lambda: [(model(p).square().sum() / N).backward() for p in x.split(1)], model=model)
-    assert whole.saved_by_module["2"] == N * parts.saved_by_module["2"] == N * 64 * 8
+    assert whole.kept_by_module["2"] == N * parts.kept_by_module["2"] == N * 64 * 8
     for parameter, grad in zip(plan.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-12)
 
@@ -188,8 +188,8 @@ def test_below_the_lowest_selected_layer_nothing_is_kept() -> None:
     plan = tithe.attach(model, Given(_select(model, {"6.weight": [5], "8.weight": [0]})))
     x = torch.randn(N, 3, 8, 8)
     ledger = tithe.measure(lambda: plan.backward(lambda: _loss(model, x)), model=model)
-    assert {path for path, size in ledger.saved_by_module.items() if size} <= {"", "6", "7", "8"}
-    assert ledger.saved_by_module["6"] == N * FLOAT
+    assert {path for path, size in ledger.kept_by_module.items() if size} <= {"", "6", "7", "8"}
+    assert ledger.kept_by_module["6"] == N * FLOAT
 
 
 def test_memory_beside_a_mask_by_gradient_hook_and_full_training() -> None:
@@ -201,7 +201,7 @@ def test_memory_beside_a_mask_by_gradient_hook_and_full_training() -> None:
     tithe.attach(model, Given(chosen))
     part = tithe.measure(lambda: _loss(model, x).backward(), model=model)
     assert part.by_kind["gradients"] <= 0.052 * 4 * 256 * 256 * FLOAT
-    assert sum(part.saved_by_module[str(i)] for i in range(4)) == 4 * 64 * 13 * FLOAT
+    assert sum(part.kept_by_module[str(i)] for i in range(4)) == 4 * 64 * 13 * FLOAT
     assert part.peak < 0.25 * full.peak
 
 

@@ -140,12 +140,12 @@ def test_numbers_are_measured_and_agree_with_arithmetic(shown: tuple[Path, dict[
         assert 0 < row["optimizer_bytes"] - 8 * row["trainable_weights"] <= 4 * tensors
         assert row["file_bytes"] < full["file_bytes"] / 10
     for row in rows.values():
-        assert row["peak_bytes"] > row["saved_bytes_at_peak"] + row["gradient_bytes_at_peak"]
+        assert row["peak_bytes"] > row["kept_bytes_at_peak"] + row["gradient_bytes_at_peak"]
         assert row["peak_bytes"] > row["optimizer_bytes"]
         assert row["seconds_per_step"] > 0
         assert 0 <= row["accuracy"] <= 1
     assert alone["peak_bytes"] < lean["peak_bytes"] < fish["peak_bytes"] < full["peak_bytes"]
-    assert lean["saved_bytes_at_peak"] < 0.8 * fish["saved_bytes_at_peak"]
+    assert lean["kept_bytes_at_peak"] < 0.8 * fish["kept_bytes_at_peak"]
     assert trady["peak_bytes"] < lean["peak_bytes"]
     # A value that is drawn is paid for four times: θ, its gradient and two moments.
     assert 0 < 16 * trady["trainable_weights"] < tithe.Budget(BUDGET).of(0)
@@ -169,7 +169,7 @@ def test_a_run_of_two_parts_says_what_each_takes(shown: tuple[Path, dict[str, An
     # Recording is full fine-tuning, and whatever it holds while the first checkpoint is coded.
     assert twa["choosing_peak_bytes"] >= full["peak_bytes"]
     assert twa["peak_bytes"] < full["peak_bytes"]
-    assert abs(twa["saved_bytes_at_peak"] - full["saved_bytes_at_peak"]) < 0.1 * full["saved_bytes_at_peak"]
+    assert abs(twa["kept_bytes_at_peak"] - full["kept_bytes_at_peak"]) < 0.1 * full["kept_bytes_at_peak"]
     weights = full["trainable_weights"]
     assert twa["mapped_bytes"] == 0  # one checkpoint is no step from another
     lines = text.splitlines()

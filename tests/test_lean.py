@@ -125,14 +125,14 @@ def test_frozen_layers_are_stock_bit_for_bit(dtype: torch.dtype, last: bool) -> 
 def test_a_frozen_block_keeps_its_bits_and_nothing_else() -> None:
     model = convolutional()[:6].eval().requires_grad_(False)
     x = torch.randn(8, 4, 16, 16, requires_grad=True)
-    stock = tithe.measure(lambda: model(x).sum().backward()).saved
+    stock = tithe.measure(lambda: model(x).sum().backward()).kept
     handle = tithe.lean(model)
     ledger = tithe.measure(lambda: model(x).sum().backward())
     kept = {
-        path: size for path, size in ledger.saved_by_module.items() if not isinstance(model[int(path)], nn.BatchNorm2d)
+        path: size for path, size in ledger.kept_by_module.items() if not isinstance(model[int(path)], nn.BatchNorm2d)
     }
     assert kept == {"2": 8 * 16 * 256 // 8, "5": 8 * 16 * 64 // 8}
-    assert ledger.saved < stock / 30
+    assert ledger.kept < stock / 30
     handle.release()
 
 

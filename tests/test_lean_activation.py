@@ -112,7 +112,7 @@ def kept(run: Run, x: Tensor) -> int:
 
     model = Alone()
     tithe.lean(model)
-    return tithe.measure(lambda: model(x).sum().backward()).saved
+    return tithe.measure(lambda: model(x).sum().backward()).kept
 
 
 # --- gates: one bit

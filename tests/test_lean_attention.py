@@ -223,7 +223,7 @@ def test_bytes_kept() -> None:
     def kept(dropout: float, **lean: Any) -> int:
         model = _Attend(dropout)
         handle = tithe.lean(model, **lean)
-        saved = tithe.measure(lambda: model(*inputs).sum().backward()).saved
+        saved = tithe.measure(lambda: model(*inputs).sum().backward()).kept
         handle.release()
         return saved
 
@@ -231,7 +231,7 @@ def test_bytes_kept() -> None:
     assert kept(0.3) == 3 * 4 * tensor + products // 8
     assert kept(0.0, bits=8) == 3 * (tensor + 4 * tensor // 128)
     assert kept(0.3, bits=8) == 3 * (tensor + 4 * tensor // 128) + products // 8
-    stock = tithe.measure(lambda: _Attend(0.3)(*inputs).sum().backward()).saved
+    stock = tithe.measure(lambda: _Attend(0.3)(*inputs).sum().backward()).kept
     assert stock >= 3 * 4 * products
 
 

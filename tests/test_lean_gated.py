@@ -58,7 +58,7 @@ def test_three_bytes_an_element_are_kept() -> None:
     g, u, model = torch.randn(8, 256, requires_grad=True), torch.randn(8, 256, requires_grad=True), Unit()
 
     def saved() -> int:
-        return tithe.measure(lambda: model(g, u).sum().backward()).saved
+        return tithe.measure(lambda: model(g, u).sum().backward()).kept
 
     assert saved() == 3 * 4 * 8 * 256
     handle = tithe.lean(model)
@@ -100,10 +100,10 @@ def test_touched_columns_of_what_is_kept_anyway_cost_nothing() -> None:
             tithe.lean(copied, **settings)
         predicted = plan.predict((x, y))
         ledger = tithe.measure(lambda: plan.backward(lambda: loss(copied, (x, y))), model=copied)  # noqa: B023
-        assert (predicted.saved, predicted.peak) == (ledger.saved, ledger.peak)
-        assert predicted.saved_by_module == ledger.saved_by_module
+        assert (predicted.kept, predicted.peak) == (ledger.kept, ledger.peak)
+        assert predicted.kept_by_module == ledger.kept_by_module
         found[key] = [p.grad.clone() for p in plan.parameters() if p.grad is not None]
-        bytes_of[key] = ledger.saved_by_module
+        bytes_of[key] = ledger.kept_by_module
     assert bytes_of["{}"].get("2", 0) == 0
     assert bytes_of["stock"]["2"] == 128 * 32 * 4
     assert bytes_of["{}"]["4"] < bytes_of["stock"]["4"] / 3

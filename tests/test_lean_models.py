@@ -61,11 +61,11 @@ def test_beside_a_plan(case: Case, kind: str) -> None:
     handle = tithe.lean(model, **LEAN[kind])
     predicted = plan.predict(batch)
     measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert predicted.saved == measured.saved
+    assert predicted.kept == measured.kept
     # Where the stock kernel runs again in backward, the mask that it makes of a bool one lives longer on shapes.
     assert predicted.peak == measured.peak or (kind == "exact" and predicted.peak <= 1.03 * measured.peak)
-    assert predicted.saved_by_module == measured.saved_by_module
-    assert measured.saved < alone.saved
+    assert predicted.kept_by_module == measured.kept_by_module
+    assert measured.kept < alone.kept
     _, lean_grads = _gradients(case, model, batch)
     assert _far(lean_grads, grads) <= FAR[kind]
     handle.release()
@@ -86,11 +86,11 @@ def test_under_lora(name: str) -> None:
             if "lora_B" in key:
                 p.normal_(std=0.1)
     loss, grads = _gradients(case, model, batch)
-    stock = tithe.measure(lambda: case.loss(model, batch).backward(), model=model).saved
+    stock = tithe.measure(lambda: case.loss(model, batch).backward(), model=model).kept
     for kind, settings in LEAN.items():
         handle = tithe.lean(model, **settings)
         lean_loss, lean_grads = _gradients(case, model, batch)
-        saved = tithe.measure(lambda: case.loss(model, batch).backward(), model=model).saved
+        saved = tithe.measure(lambda: case.loss(model, batch).backward(), model=model).kept
         handle.release()
         assert torch.equal(loss, lean_loss)
         assert _far(lean_grads, grads) <= FAR[kind]

@@ -110,7 +110,7 @@ def test_scales_next_to_zero_keep_the_normalised_value() -> None:
             module.weight.fill_(1.0)  # another version: looked at again
         x = x.clone().requires_grad_()
         ledger = tithe.measure(lambda: _run(module, x, gy, Leanness()))  # noqa: B023
-        assert ledger.saved == 20 * 96 * 4 + 20 * 4  # the output and 1/σ
+        assert ledger.kept == 20 * 96 * 4 + 20 * 4  # the output and 1/σ
 
 
 @pytest.mark.parametrize("name", ["layer", "rms", "group"])
@@ -151,12 +151,12 @@ def test_the_output_is_shared_with_the_layer_that_keeps_it() -> None:
     def step() -> None:
         model(x + 0).sum().backward()
 
-    stock = tithe.measure(step).saved
+    stock = tithe.measure(step).kept
     handle = tithe.lean(model)
-    lean = tithe.measure(step).saved
+    lean = tithe.measure(step).kept
     handle.release()
     coded = tithe.lean(model, bits=8)
-    codes = tithe.measure(step).saved
+    codes = tithe.measure(step).kept
     coded.release()
     tensor, row = 32 * 64 * 4, 32 * 4
     assert stock == 2 * tensor + 2 * row
@@ -210,7 +210,7 @@ def test_a_frozen_batch_norm_in_evaluation_mode_keeps_no_activation(dtype: torch
     assert lean_gx.dtype == dtype
     torch.testing.assert_close(lean_gx, gx, rtol=4 * U[dtype], atol=U[dtype])
     handle = tithe.lean(model)
-    assert tithe.measure(lambda: model(x.clone().requires_grad_()).sum().backward()).saved == 6 * 4
+    assert tithe.measure(lambda: model(x.clone().requires_grad_()).sum().backward()).kept == 6 * 4
     handle.release()
 
 
@@ -241,7 +241,7 @@ def test_norms_that_models_write_are_recognised(name: str, dtype: torch.dtype) -
         _close(lean_gx, gx, 64 * U[wide])
         _close(lean_gw, gw, (64 if dtype != torch.bfloat16 else 12) * U[wide])
     size, rows = x.numel() * x.element_size(), 20 * (8 if dtype == torch.float64 else 4)
-    assert tithe.measure(lambda: module(x.clone().requires_grad_()).sum().backward()).saved == size + rows
+    assert tithe.measure(lambda: module(x.clone().requires_grad_()).sum().backward()).kept == size + rows
     handle.release()
     assert module.__dict__.keys() == before.keys()
     assert not module._forward_hooks

@@ -87,9 +87,9 @@ def test_a_frozen_convolution_keeps_its_kernel_alone() -> None:
     def step() -> None:
         model(x * 1).sum().backward()
 
-    assert tithe.measure(step).saved == 0
+    assert tithe.measure(step).kept == 0
     x.requires_grad_(False)
-    assert tithe.measure(step).saved == 0
+    assert tithe.measure(step).kept == 0
 
 
 # --- plans
@@ -147,8 +147,8 @@ def test_predictions_hold_under_lean(case: Case, bits: int | None) -> None:
     gradients(plan, case)  # what a model makes once is made
     predicted = plan.predict(batch)
     measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert predicted.saved == measured.saved
-    assert dict(predicted.saved_by_module) == dict(measured.saved_by_module)
+    assert predicted.kept == measured.kept
+    assert dict(predicted.kept_by_module) == dict(measured.kept_by_module)
     if case.name not in ("bert", "vit"):  # attention on shapes alone takes another kernel, with more working memory
         assert abs(predicted.peak - measured.peak) <= 0.05 * measured.peak
 
@@ -156,11 +156,11 @@ def test_predictions_hold_under_lean(case: Case, bits: int | None) -> None:
 def test_a_plan_saves_more_under_lean() -> None:
     case = CASES["resnet_bottleneck"]
     plan = tithe.attach(case.model(), tithe.FISH(k=40, score="random"), loss=case.loss)
-    stock = plan.predict(case.batch(16)).saved
+    stock = plan.predict(case.batch(16)).kept
     handle = tithe.lean(plan.model)
-    assert plan.predict(case.batch(16)).saved < stock / 4
+    assert plan.predict(case.batch(16)).kept < stock / 4
     handle.release()
-    assert plan.predict(case.batch(16)).saved == stock
+    assert plan.predict(case.batch(16)).kept == stock
 
 
 # --- LoRA
@@ -185,7 +185,7 @@ def test_lora_is_lean(name: str) -> None:
 
     stock, model = adapted(), adapted()
     expected = step(stock)
-    before = tithe.measure(lambda: step(stock)).saved
+    before = tithe.measure(lambda: step(stock)).kept
     handle = tithe.lean(model, exact=True)
     found = step(model)
     assert found.keys() == expected.keys()
@@ -193,6 +193,6 @@ def test_lora_is_lean(name: str) -> None:
         torch.testing.assert_close(found[key], grad, rtol=1e-4, atol=1e-6)
     handle.release()
     handle = tithe.lean(model)
-    assert tithe.measure(lambda: step(model)).saved < 0.9 * before
+    assert tithe.measure(lambda: step(model)).kept < 0.9 * before
     handle.release()
     assert all(torch.equal(grad, expected[key]) for key, grad in step(model).items())

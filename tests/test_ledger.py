@@ -28,12 +28,12 @@ def test_a_chain_costs_what_arithmetic_says() -> None:
     x = torch.randn(n, i)
     ledger = measure(lambda: model(x).sum().backward())
     hidden = float32(n, h)
-    assert ledger.saved == hidden  # ReLU's output is also the second layer's input: one storage
-    assert ledger.saved_by_module == {"1": hidden}
+    assert ledger.kept == hidden  # ReLU's output is also the second layer's input: one storage
+    assert ledger.kept_by_module == {"1": hidden}
     # At ReLU in backward: its output, the gradients above and below, those of the second layer, the loss and its own.
     head = float32(h, o) + float32(o)
     assert ledger.peak == 3 * hidden + head + 2 * 4
-    assert ledger.by_kind == {"saved": hidden, "gradients": head, "other": 2 * hidden + 2 * 4}
+    assert ledger.by_kind == {"kept": hidden, "gradients": head, "other": 2 * hidden + 2 * 4}
 
 
 def test_views_aliases_and_what_existed_before_cost_nothing() -> None:
@@ -123,7 +123,7 @@ def test_backward_frees_layer_by_layer() -> None:
     layers = nn.Sequential(*[nn.Tanh() for _ in range(10)])
     x = torch.ones(1000, requires_grad=True)
     ledger = measure(lambda: layers(x).backward(torch.ones(1000)))
-    assert ledger.saved == 10 * 4000
+    assert ledger.kept == 10 * 4000
     assert ledger.peak == 13 * 4000  # at the last layer but one: the caller's gradient, and those above and below it
 
 
@@ -142,7 +142,7 @@ class Cube(torch.autograd.Function):
 def test_autograd_functions_are_seen() -> None:
     x = torch.ones(1000, requires_grad=True)
     ledger = measure(lambda: Cube.apply(x).sum().backward())
-    assert ledger.saved == 4000  # x was there before
+    assert ledger.kept == 4000  # x was there before
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((1000,), 3.0))
 
@@ -158,8 +158,8 @@ def test_checkpointing_counts_inputs_once_and_recomputation_never() -> None:
         y.sum().backward()
 
     stored, recomputed = measure(lambda: work(False)), measure(lambda: work(True))
-    assert recomputed.saved == 3 * float32(100, 16)
-    assert stored.saved == recomputed.saved + 3 * float32(100, 256)
+    assert recomputed.kept == 3 * float32(100, 16)
+    assert stored.kept == recomputed.kept + 3 * float32(100, 256)
     assert recomputed.peak < stored.peak
 
 
@@ -171,7 +171,7 @@ def test_micro_batches_do_not_add_up() -> None:
         for _ in range(times):
             model(x).sum().backward()
 
-    assert measure(lambda: work(1)).saved == measure(lambda: work(4)).saved == float32(100, 8)
+    assert measure(lambda: work(1)).kept == measure(lambda: work(4)).kept == float32(100, 8)
 
 
 def test_modules_are_named_by_the_model_or_the_outermost_one() -> None:
@@ -181,8 +181,8 @@ def test_modules_are_named_by_the_model_or_the_outermost_one() -> None:
     def work() -> None:
         model["head"](model["body"](x)).exp().sum().backward()
 
-    assert measure(work, model=model).saved_by_module == {"body.0": 40, "head": 40, "": 40}
-    assert measure(work).saved_by_module == {"0": 40, "Sigmoid": 40, "": 40}
+    assert measure(work, model=model).kept_by_module == {"body.0": 40, "head": 40, "": 40}
+    assert measure(work).kept_by_module == {"0": 40, "Sigmoid": 40, "": 40}
 
 
 def test_gradients_are_told_even_when_they_are_gone_afterwards() -> None:
@@ -207,7 +207,7 @@ def test_measures_nest() -> None:
         inner.append(measure(lambda: x.exp().sum().backward()))
 
     outer = measure(work)
-    assert inner[0].saved == outer.saved == 4000
+    assert inner[0].kept == outer.kept == 4000
     assert outer.peak == inner[0].peak + 4000
 
 
@@ -259,8 +259,8 @@ def test_results_are_those_of_an_unwatched_step() -> None:
 
 def test_the_table_is_narrow_and_the_dict_is_json() -> None:
     modules = {f"encoder.layer.{i}." + "very_long_module_name." * 5: i * MB for i in range(40)}
-    ledger = Ledger(peak=3 * 10**12, saved=5, saved_by_module=modules, by_kind={"saved": 5}, allocator_peak=7, theta=9)
+    ledger = Ledger(peak=3 * 10**12, kept=5, kept_by_module=modules, by_kind={"kept": 5}, allocator_peak=7, theta=9)
     assert max(map(len, str(ledger).splitlines())) < 80
     assert "3000.0 GB" in str(ledger)
     assert "28 more modules" in str(ledger)
-    assert json.loads(json.dumps(ledger.as_dict()))["saved_by_module"] == modules
+    assert json.loads(json.dumps(ledger.as_dict()))["kept_by_module"] == modules

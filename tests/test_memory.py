@@ -55,7 +55,7 @@ def test_a_way_keeps_what_its_cost_says(dtype: torch.dtype, transposed: bool) ->
         touch = Touch.of(selection.indices, selection.shape)
         for way in ways(touch, transposed=transposed, sampled=True):
             kept = way.keep(right)
-            assert kept.numel() * kept.element_size() == way.cost(35, dtype.itemsize).saved, way.name
+            assert kept.numel() * kept.element_size() == way.cost(35, dtype.itemsize).kept, way.name
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -65,7 +65,7 @@ def test_a_cut_keeps_what_its_cost_says(groups: int) -> None:
         touch = Touch.of(selection.indices, selection.shape)
         for cut in cuts(touch, groups):
             kept = cut.keep(x)
-            assert kept.numel() * FLOAT == cut.cost(50, 18, 9, FLOAT).saved
+            assert kept.numel() * FLOAT == cut.cost(50, 18, 9, FLOAT).kept
 
 
 # --- what a step keeps
@@ -75,8 +75,8 @@ def test_touched_columns_keep_only_those_columns() -> None:
     """8 columns of 256 in the top layer: N × 8 values for the weight and nothing for the layers below."""
     model, batch = _stack(), _batch()
     ledger, _ = _measured(model, {"6.weight": _columns((WIDTH, WIDTH), list(range(8)))}, batch)
-    assert ledger.saved_by_module["6"] == N * 8 * FLOAT
-    assert set(ledger.saved_by_module) <= {"", "6"}
+    assert ledger.kept_by_module["6"] == N * 8 * FLOAT
+    assert set(ledger.kept_by_module) <= {"", "6"}
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "channels"])
@@ -95,12 +95,12 @@ def test_the_batch_is_not_copied_once_it_was_seen_to_be_held(kind: str) -> None:
         batch = {"x": x}
         predicted = plan.predict(batch)
         make = (lambda: batch["x"]) if held else (lambda: x + 0)
-        found = tithe.measure(lambda: model(make()).square().mean().backward(), model=model).saved
+        found = tithe.measure(lambda: model(make()).square().mean().backward(), model=model).kept
         (theta,) = plan.parameters()
         assert theta.grad is not None
         grads.append(theta.grad.clone())
         theta.grad = None
-        assert not held or predicted.saved == found
+        assert not held or predicted.kept == found
         return found
 
     output, copied = N * WIDTH * FLOAT, N * len(columns) * FLOAT  # `square` keeps the output
@@ -117,7 +117,7 @@ def test_an_input_that_a_rule_keeps_itself_is_not_taken_for_held() -> None:
     output = N * WIDTH * FLOAT
 
     def step() -> int:
-        return tithe.measure(lambda: model(x + 0).square().mean().backward(), model=model).saved
+        return tithe.measure(lambda: model(x + 0).square().mean().backward(), model=model).kept
 
     assert step() == 2 * output
     method.chosen["0.weight"] = _columns((WIDTH, WIDTH), [3])
@@ -129,8 +129,8 @@ def test_a_frozen_linear_keeps_nothing_and_below_the_lowest_selected_layer_nothi
     """Selected at the bottom: those above keep nothing. Selected in the middle: none below records."""
     model, batch = _stack(), _batch()
     ledger, plan = _measured(model, {"0.weight": _columns((WIDTH, WIDTH), [3])}, batch)
-    assert ledger.saved_by_module.get("0") == N * 1 * FLOAT
-    assert not {"2", "4", "6"} & {path for path, size in ledger.saved_by_module.items() if size}
+    assert ledger.kept_by_module.get("0") == N * 1 * FLOAT
+    assert not {"2", "4", "6"} & {path for path, size in ledger.kept_by_module.items() if size}
     plan.release()
     _measured(model, {"4.weight": _columns((WIDTH, WIDTH), [3])}, batch)
     recorded: dict[str, bool] = {}
@@ -162,10 +162,10 @@ def test_each_rule_keeps_less_than_graft(kind: str) -> None:
     inputs = x.numel() * x.element_size()
     plan.release()
     stock = tithe.measure(lambda: layer(x + 0).square().mean().backward())
-    assert work.saved - output <= most * FLOAT + (inputs if kind == "embedding" else 0)
+    assert work.kept - output <= most * FLOAT + (inputs if kind == "embedding" else 0)
     if kind != "embedding":
-        assert stock.saved - output >= inputs
-        assert work.saved - output < inputs / 4
+        assert stock.kept - output >= inputs
+        assert work.kept - output < inputs / 4
     theta_bytes = FLOAT
     assert work.by_kind["gradients"] <= theta_bytes
 
@@ -183,7 +183,7 @@ def test_a_fisher_like_mask_beats_graft_and_full_training_at_the_peak() -> None:
     assert ledger.by_kind["gradients"] <= k * FLOAT
     assert ledger.peak < 0.5 * whole.peak
     # Each ReLU keeps its own output, and the next Linear takes its columns from that; the first copies the batch's.
-    assert ledger.saved == whole.saved + N * 2 * FLOAT
+    assert ledger.kept == whole.kept + N * 2 * FLOAT
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "llama", "gpt2", "depthwise", "resnet_basic"])
@@ -194,7 +194,7 @@ def test_a_step_with_a_small_mask_saves_less_than_full_training(name: str) -> No
     model.zero_grad(set_to_none=True)
     plan = tithe.attach(model, tithe.FISH(density=0.02), loss=case.loss, data=[batch])
     part = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert part.saved < 0.85 * whole.saved
+    assert part.kept < 0.85 * whole.kept
     assert part.peak < 0.9 * whole.peak
 
 
@@ -222,8 +222,8 @@ def test_predicted_bytes_are_the_measured_ones(case: Case, density: float) -> No
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(theta.grad is None for theta in plan.parameters())
     measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert predicted.saved == measured.saved
-    assert predicted.saved_by_module == measured.saved_by_module
+    assert predicted.kept == measured.kept
+    assert predicted.kept_by_module == measured.kept_by_module
     assert predicted.peak == measured.peak
     assert predicted.by_kind == measured.by_kind
 

@@ -138,8 +138,8 @@ def test_predicted_bytes_are_the_measured_ones(case: Case, keep: float) -> None:
     assert equal_bits(before, bits(model)) == []
     assert all(theta.grad is None for theta in plan.parameters())
     measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert predicted.saved == measured.saved
-    assert predicted.saved_by_module == measured.saved_by_module
+    assert predicted.kept == measured.kept
+    assert predicted.kept_by_module == measured.kept_by_module
     assert predicted.by_kind == measured.by_kind
     assert predicted.peak == measured.peak
 
@@ -181,7 +181,7 @@ def test_a_narrow_step_peaks_lower_and_a_dropped_network_weighs_less() -> None:
     plan.step()
     narrow = tithe.measure(lambda: plan.backward(lambda: loss(model, None)), model=model)
     assert narrow.peak < 0.5 * dense.peak
-    assert narrow.saved < 0.6 * dense.saved
+    assert narrow.kept < 0.6 * dense.kept
     weights = plan.predict(x).weights
     _kill(plan, 0.8)
     plan.end_epoch()

@@ -320,7 +320,7 @@ def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str, lean: b
     batches = case.batches(2)
     twin = case.model()
     twin.train()
-    stock = tithe.measure(lambda: case.loss(twin, batches[0]).backward()).saved
+    stock = tithe.measure(lambda: case.loss(twin, batches[0]).backward()).kept
     model = case.model()
     model.train()
     plan = tithe.attach(model, FISH(density=0.7, score="random"), loss=case.loss, data=batches, head=case.head)
@@ -331,7 +331,7 @@ def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str, lean: b
     assert equal_bits(before, bits(model)) == []
     trained, total = (sum(p.numel() for p in each) for each in (plan.parameters(), twin.parameters()))
     assert f"trains {trained:,} of {total:,} parameters" in text
-    kept = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batches[0]))).saved
+    kept = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batches[0]))).kept
     assert f"keeps {human(kept)} for backward" in text
     assert f"full training keeps {human(stock)}" in text
     assert handle is None or name == "mlp" or kept < stock  # each ReLU of the mlp shares what the next layer keeps

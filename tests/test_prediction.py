@@ -130,16 +130,16 @@ def test_predicted_is_measured_and_nothing_was_touched(case: str, train: bool) -
 
     model.zero_grad()
     measured = measure(lambda: closure(batch).backward(), model=model)
-    for field in ("peak", "saved", "saved_by_module", "by_kind"):
+    for field in ("peak", "kept", "kept_by_module", "by_kind"):
         assert getattr(predicted, field) == getattr(measured, field), field
-    assert measured.peak >= measured.saved
+    assert measured.peak >= measured.kept
     assert predicted.weights == sum(t.nbytes for t in model.state_dict().values()) or case.startswith(("bert", "llama"))
 
 
 def test_a_prediction_allocates_nothing_of_the_size() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 1000))
     batch = torch.empty(1, 1000).expand(10**9, 1000)  # 4 TB of activations a layer
-    assert predict(model, lambda x: model(x).sum(), batch).saved >= 4 * 10**12
+    assert predict(model, lambda x: model(x).sum(), batch).kept >= 4 * 10**12
 
 
 class Fancy(nn.Module):

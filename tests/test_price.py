@@ -50,13 +50,13 @@ def step(case: Case, model: nn.Module, batch: int = 4) -> tithe.Ledger:
 
 
 def agree(row: Quote, ledger: tithe.Ledger) -> None:
-    assert row.saved == ledger.saved
-    assert row.layers == ledger.saved_by_module
+    assert row.kept == ledger.kept
+    assert row.layers == ledger.kept_by_module
     if row.moment == "optimizer step":
         assert ledger.peak <= sum(row.at_peak.values())
         return
     assert sum(row.at_peak.values()) == ledger.peak
-    names = {"saved": "saved", "gradients": "gradients", "transient": "other"}
+    names = {"kept": "kept", "gradients": "gradients", "transient": "other"}
     assert row.at_peak == {name: ledger.by_kind[kind] for name, kind in names.items()}
 
 
@@ -93,8 +93,8 @@ def test_a_mask_in_a_lean_model_takes_what_was_said(case: Case) -> None:
     tithe.lean(model)
     tithe.attach(model, Drawn(k=K), loss=case.loss, head=case.head)
     ledger = step(case, model)
-    assert row.saved == ledger.saved
-    assert row.layers == ledger.saved_by_module
+    assert row.kept == ledger.kept
+    assert row.layers == ledger.kept_by_module
     beyond = sum(row.at_peak.values()) - ledger.peak
     assert abs(beyond) <= 0.05 * row.peak
 
@@ -107,7 +107,7 @@ def test_channels_under_a_budget_take_what_was_said(case: Case) -> None:
     plan = tithe.attach(model, method, loss=case.loss, data=[case.batch(4)], head=case.head)
     plan.bind(torch.optim.SGD(plan.parameters(), 0.1))
     ledger = step(case, model)
-    assert row.saved == ledger.saved
+    assert row.kept == ledger.kept
     assert abs(sum(row.at_peak.values()) - ledger.peak) <= 0.05 * row.peak
     assert row.optimizer == 0
 

@@ -15,7 +15,7 @@ from tithe.errors import TitheError
 from workplace import make_tiny
 
 RUNNER = CliRunner()
-PARTS = {"weights", "batch", "theta", "index", "optimizer", "gradients", "saved", "peak", "trained", "file"}
+PARTS = {"weights", "batch", "theta", "index", "optimizer", "gradients", "kept", "peak", "trained", "file"}
 TINY = [f"--set={key}={value}" for key, value in {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
 }.items()]  # fmt: skip
@@ -73,7 +73,7 @@ def test_json_is_all_that_stdout_carries(folder: Path) -> None:
         standing = sum(row[part] for part in ("weights", "batch", "theta", "index", "optimizer"))
         assert row["peak"] == standing + sum(row["at_peak"].values())
         assert set(row["flops"]) == {"forward", "input_gradient", "weight_gradient"}
-        assert sum(row["layers"].values()) == row["saved"]
+        assert sum(row["layers"].values()) == row["kept"]
         assert row["fit"]["micro_batch"] >= 0
 
 

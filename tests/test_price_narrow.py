@@ -46,8 +46,8 @@ def test_a_first_step_takes_what_was_said(case: Case, tmp_path: Path) -> None:
     head = sum(model.get_parameter(name).numel() for name in plan.head)
     narrow, shapes = copy.deepcopy(model), plan.stage.grids(plan.probabilities.draw(plan.seed, 0)[0])
     ledger = measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert row.saved == ledger.saved
-    assert row.layers == ledger.saved_by_module
+    assert row.kept == ledger.kept
+    assert row.layers == ledger.kept_by_module
     assert row.gradients == (drawn + head) * FLOAT
     assert row.trained == whole
     assert row.optimizer == 2 * whole * FLOAT

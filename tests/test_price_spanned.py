@@ -75,11 +75,11 @@ def check_backward(row: Quote, plan: tithe.SubspacePlan, case: Case) -> None:
     """Forward and backward take what was said, to the byte; where writing the weights takes more, no more than that."""
     batch = case.batch(4)
     ledger = measure(lambda: plan.backward(lambda: case.loss(plan.model, batch)), model=plan.model)
-    assert row.saved == ledger.saved
-    assert row.layers == ledger.saved_by_module
+    assert row.kept == ledger.kept
+    assert row.layers == ledger.kept_by_module
     if row.moment == "forward and backward":
         assert sum(row.at_peak.values()) == ledger.peak
-        assert row.at_peak["saved"] == ledger.by_kind["saved"]
+        assert row.at_peak["kept"] == ledger.by_kind["kept"]
     else:
         assert ledger.peak <= sum(row.at_peak.values())
 
@@ -126,7 +126,7 @@ def test_one_bit_is_priced_within_a_part_of_the_kernels_memory(tmp_path: Path) -
     row, plan = quote(WIDE, bits=1), attach(WIDE, tmp_path, bits=1)
     batch = WIDE.batch(4)
     ledger = measure(lambda: plan.backward(lambda: loss(plan.model, batch)), model=plan.model)
-    assert row.saved == ledger.saved
+    assert row.kept == ledger.kept
     assert abs(sum(row.at_peak.values()) - ledger.peak) <= 0.2 * ledger.peak
     assert quote(WIDE).basis - row.basis == row.sent // (BLOCK * FLOAT) * (N - 1) * (256 - 32)
     plan.release()
@@ -149,7 +149,7 @@ def test_the_basis_grows_with_checkpoints_and_bits_and_the_peak_hardly() -> None
     )
     blocks = few.sent // (BLOCK * FLOAT)
     assert many.basis - few.basis == blocks * (999 * (256 + 2) - 9 * (128 + 2))
-    assert few.saved == many.saved
+    assert few.kept == many.kept
     assert few.flops is not None
     assert many.flops is not None
     weights = sum(p.numel() for p in case.model().parameters())
@@ -159,7 +159,7 @@ def test_the_basis_grows_with_checkpoints_and_bits_and_the_peak_hardly() -> None
 
 def test_all_layers_are_differentiated_and_no_gradient_of_all_weights_stands() -> None:
     full, twa = price(subject(WIDE), methods=["full", "twa"], terms=Terms(checkpoints=N)).rows
-    assert (full.saved, full.sent > 0.9 * twa.sent) == (twa.saved, True)
+    assert (full.kept, full.sent > 0.9 * twa.sent) == (twa.kept, True)
     assert twa.gradients == N * FLOAT < full.gradients / 1000
     assert twa.peak < full.peak
     assert full.flops is not None

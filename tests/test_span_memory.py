@@ -51,7 +51,7 @@ def test_saved_bytes_are_predicted(name: str, tmp_path: Path) -> None:
     predicted = plan.predict(batch)
     assert all(p.grad is None for p in plan.parameters())
     measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
-    assert predicted.saved == measured.saved
+    assert predicted.kept == measured.kept
     assert predicted.theta == 3 * 4
 
 

@@ -86,9 +86,9 @@ def test_predicted_bytes_are_the_measured_ones() -> None:
     plan = _attach(DEPTHWISE, model, SparseUpdate(SCHEME, BIASES))
     predicted = plan.predict(batch)
     measured = tithe.measure(lambda: plan.backward(lambda: DEPTHWISE.loss(model, batch)), model=model)
-    assert predicted.saved_by_module == measured.saved_by_module
+    assert predicted.kept_by_module == measured.kept_by_module
     assert predicted.peak == measured.peak
-    assert measured.saved_by_module["expand.0"] == 4 * 16 * 2 * 4  # samples, positions, channels, float32
+    assert measured.kept_by_module["expand.0"] == 4 * 16 * 2 * 4  # samples, positions, channels, float32
 
 
 @pytest.mark.parametrize(

@@ -176,8 +176,8 @@ def test_bytes_are_never_exceeded_as_measured_and_as_predicted(case: Case, optim
         predicted = None if case.name in UNPREDICTED else plan.predict(batch)
         measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
         if predicted is not None:
-            assert predicted.saved == measured.saved
-            assert predicted.saved_by_module == measured.saved_by_module
+            assert predicted.kept == measured.kept
+            assert predicted.kept_by_module == measured.kept_by_module
             assert predicted.peak == measured.peak
             assert predicted.by_kind == measured.by_kind
         opt.step()
@@ -189,7 +189,7 @@ def test_bytes_are_never_exceeded_as_measured_and_as_predicted(case: Case, optim
             "gradients": _bytes([flat.grad]) + _bytes(p.grad for p in dense),
             "optimizer": _bytes(v for state in opt.state.values() for v in state.values() if v.dim()),
             "index": _bytes(selection.items for selection in plan.selections.values()),
-            "kept": sum(measured.saved_by_module.get(priced[name].module, 0) for name in plan.selections),
+            "kept": sum(measured.kept_by_module.get(priced[name].module, 0) for name in plan.selections),
         }
         assert sum(spent.values()) <= limit, spent
         if predicted is not None:

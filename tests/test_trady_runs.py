@@ -161,7 +161,7 @@ def test_every_model_of_the_zoo_learns(case: Case) -> None:
         if number % 2:
             plan.end_epoch()
     assert losses[-1] < losses[0]
-    assert predicted is None or predicted.saved > 0
+    assert predicted is None or predicted.kept > 0
 
 
 def test_stayers_keep_their_momentum_and_entrants_start_at_zero() -> None:
@@ -237,8 +237,8 @@ def test_backward_stops_at_the_lowest_drawn_layer() -> None:
     x = torch.randn(4, 4, 8, 8)
     plan = tithe.attach(model, TraDy(Budget(elements=300), layers="all"), loss=loss, data=[x], where="6.weight")
     ledger = tithe.measure(lambda: plan.backward(lambda: loss(model, x)), model=model)
-    assert {path for path, size in ledger.saved_by_module.items() if size} <= {"", *map(str, range(6, 12))}
-    assert ledger.saved_by_module["6"] == 4 * 64 * 4 * plan.selections["6.weight"].items.numel()
+    assert {path for path, size in ledger.kept_by_module.items() if size} <= {"", *map(str, range(6, 12))}
+    assert ledger.kept_by_module["6"] == 4 * 64 * 4 * plan.selections["6.weight"].items.numel()
     seen: dict[str, bool] = {}
     for path, module in model.named_children():
         module.register_forward_hook(lambda m, x, y, path=path: seen.__setitem__(path, y.requires_grad))

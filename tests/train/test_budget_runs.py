@@ -168,9 +168,9 @@ def test_any_method_may_be_lean_and_keeps_less_for_backward(name: str, lean: str
     found = run(path, "run.output=lean")
     assert found["trainable"] == stock["trainable"]
     if name == "head":  # nothing below the head is asked for a gradient
-        assert found["bytes"]["saved_for_backward"] <= stock["bytes"]["saved_for_backward"]
+        assert found["bytes"]["kept_for_backward"] <= stock["bytes"]["kept_for_backward"]
     else:
-        assert found["bytes"]["saved_for_backward"] < 0.95 * stock["bytes"]["saved_for_backward"]
+        assert found["bytes"]["kept_for_backward"] < 0.95 * stock["bytes"]["kept_for_backward"]
     if lean == "lean_exact = true":
         assert found["metrics"] == stock["metrics"]
 

@@ -45,7 +45,7 @@ def test_a_run_leaves_a_delta_a_result_and_a_figure(edit: Edit, workplace: Path)
     assert result["trainable"]["total"] == int(0.2 * result["trainable"]["model"])
     assert result["trainable"]["head"] == 2 * 16 + 2
     assert result["bytes"]["delta"] == (out / "delta.safetensors").stat().st_size
-    assert result["bytes"]["peak"] > result["bytes"]["saved_for_backward"] > 0
+    assert result["bytes"]["peak"] > result["bytes"]["kept_for_backward"] > 0
     assert result["bytes"]["optimizer"] == 8 * result["trainable"]["total"] + 4 * _tensors_with_state(result, out)
     assert set(result["metrics"]) == {"validation", "test"}
     assert result["versions"]["torch"] == torch.__version__

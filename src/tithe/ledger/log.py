@@ -40,7 +40,7 @@ class Event(NamedTuple):
 def replay(events: Sequence[Event]) -> Ledger:
     """Return the highest sums over the life of the log, and their parts.
 
-    `peak` is the maximum over time of Σ size; `saved` the same over the blocks that have been saved by then.
+    `peak` is the maximum over time of Σ size; `kept` the same over the blocks that have been kept by then.
     The first module to save a block owns it.
 
     Args:
@@ -48,37 +48,37 @@ def replay(events: Sequence[Event]) -> Ledger:
 
     Example:
         >>> block = Block(num_bytes=8, cuda=None)
-        >>> replay([Event(block, 8, None), Event(block, 0, "fc"), Event(block, -8, None)]).saved_by_module
+        >>> replay([Event(block, 8, None), Event(block, 0, "fc"), Event(block, -8, None)]).kept_by_module
         {'fc': 8}
     """
     total, peak, at_peak = 0, 0, -1
-    saved, saved_peak, at_saved_peak = 0, 0, -1
+    kept, kept_peak, at_kept_peak = 0, 0, -1
     size: Counter[Block] = Counter()
     owner: dict[Block, str] = {}
     for i, (block, change, module) in enumerate(events):
         total += change
         size[block] += change
         if module is None:
-            saved += change if block in owner else 0
+            kept += change if block in owner else 0
         elif block not in owner:
             owner[block] = module
-            saved += size[block]
+            kept += size[block]
         if total > peak:
             peak, at_peak = total, i
-        if saved > saved_peak:
-            saved_peak, at_saved_peak = saved, i
+        if kept > kept_peak:
+            kept_peak, at_kept_peak = kept, i
 
-    size, owner = _state(events[: at_saved_peak + 1])
+    size, owner = _state(events[: at_kept_peak + 1])
     by_module: Counter[str] = Counter()
     for block, module in owner.items():
         by_module[module] += size[block]
 
     size, owner = _state(events[: at_peak + 1])
-    by_kind = {"saved": 0, "gradients": 0, "other": 0}
+    by_kind = {"kept": 0, "gradients": 0, "other": 0}
     for block, num_bytes in size.items():
-        by_kind["gradients" if block.gradient else "saved" if block in owner else "other"] += num_bytes
+        by_kind["gradients" if block.gradient else "kept" if block in owner else "other"] += num_bytes
     by_module = Counter({path: num_bytes for path, num_bytes in by_module.items() if num_bytes})
-    return Ledger(peak=peak, saved=saved_peak, saved_by_module=dict(by_module), by_kind=by_kind)
+    return Ledger(peak=peak, kept=kept_peak, kept_by_module=dict(by_module), by_kind=by_kind)
 
 
 def _state(events: Sequence[Event]) -> tuple[Counter[Block], dict[Block, str]]:

@@ -194,7 +194,7 @@ def predict(
 
     Example:
         >>> layer = nn.Linear(8, 4)
-        >>> predict(layer, lambda x: layer(x).relu().sum(), torch.zeros(2, 8)).saved
+        >>> predict(layer, lambda x: layer(x).relu().sum(), torch.zeros(2, 8)).kept
         32
     """
     recorder = _FakeRecorder(fake_mode([list(model.parameters()), batch]))

@@ -276,7 +276,7 @@ def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledg
 
     It cannot see scratch memory inside one kernel, tensors that a compiled graph (`torch.compile`) keeps internally,
     tensors on an autograd context outside `save_for_backward`, or tensors that saved-tensor hooks inside `fn` take
-    over (activation checkpointing, offloading): the last two are in `peak`, not in `saved`.
+    over (activation checkpointing, offloading): the last two are in `peak`, not in `kept`.
 
     Watching has side effects: autograd adds gradients out of place where it would otherwise reuse one of the two, so
     where branches join the peak may be higher by one tensor than unwatched; the check that no kept tensor was modified
@@ -292,7 +292,7 @@ def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledg
     Example:
         >>> layer, x = nn.Linear(8, 4), torch.zeros(2, 8)
         >>> ledger = measure(lambda: layer(x).relu().sum().backward())
-        >>> ledger.saved  # what ReLU keeps, its output: 2 × 4 float32
+        >>> ledger.kept  # what ReLU keeps, its output: 2 × 4 float32
         32
     """
     recorder = Recorder()

@@ -36,10 +36,10 @@ class Ledger:
 
     Attributes:
         peak: the highest sum of live storages that the work created; storages that existed before do not count.
-        saved: the most memory that autograd held for backward at any time of the forward pass.
-        saved_by_module: the parts of `saved` by path of the module that kept them first; "" is the outermost module
+        kept: the most memory that autograd held for backward at any time of the forward pass.
+        kept_by_module: the parts of `kept` by path of the module that kept them first; "" is the outermost module
             itself, or no module.
-        by_kind: `peak` split into "saved" (kept for backward), "gradients" (that become some `.grad`) and "other".
+        by_kind: `peak` split into "kept" (for backward), "gradients" (that become some `.grad`) and "other".
         allocator_peak: the CUDA allocator's own figure, in the same terms as `peak`; None when no GPU was used.
         weights: the model's parameters and buffers. Known to predictions, else 0, like all that follow.
         theta: the values that are trained, head included.
@@ -48,13 +48,13 @@ class Ledger:
         index: the tensors that say where the values belong.
 
     Example:
-        >>> Ledger(peak=300, saved=100, by_kind={"saved": 100, "gradients": 0, "other": 200}).as_dict()["peak"]
+        >>> Ledger(peak=300, kept=100, by_kind={"kept": 100, "gradients": 0, "other": 200}).as_dict()["peak"]
         300
     """
 
     peak: int
-    saved: int
-    saved_by_module: Mapping[str, int] = field(default_factory=_empty)
+    kept: int
+    kept_by_module: Mapping[str, int] = field(default_factory=_empty)
     by_kind: Mapping[str, int] = field(default_factory=_empty)
     allocator_peak: int | None = None
     weights: int = 0
@@ -62,6 +62,11 @@ class Ledger:
     gradients: int = 0
     optimizer: int = 0
     index: int = 0
+
+    @property
+    def saved(self) -> int:
+        """Return `kept`, by torch's own word for tensors that autograd holds: saved tensors."""
+        return self.kept
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain dicts and numbers, ready for JSON."""
@@ -75,14 +80,14 @@ class Ledger:
         """Return a table of at most 78 columns: the figures, then the modules that keep most for backward."""
         rows = [("peak", self.peak)]
         rows += [
-            (f"  of it {'kept for backward' if kind == 'saved' else kind}", size) for kind, size in self.by_kind.items()
+            (f"  of it {'kept for backward' if kind == 'kept' else kind}", size) for kind, size in self.by_kind.items()
         ]
-        rows += [("kept for backward, at most", self.saved)]
+        rows += [("kept for backward, at most", self.kept)]
         if self.allocator_peak is not None:
             rows += [("peak of the CUDA allocator", self.allocator_peak)]
         standing = ("weights", "theta", "gradients", "optimizer", "index")
         rows += [(name, getattr(self, name)) for name in standing if getattr(self, name)]
-        largest = sorted(self.saved_by_module.items(), key=lambda item: (-item[1], item[0]))
+        largest = sorted(self.kept_by_module.items(), key=lambda item: (-item[1], item[0]))
         modules = [(path or "(outermost module, or none)", size) for path, size in largest[:_ROWS]]
         if len(largest) > _ROWS:
             modules += [(f"({len(largest) - _ROWS} more modules)", sum(size for _, size in largest[_ROWS:]))]

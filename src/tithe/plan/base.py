@@ -94,10 +94,10 @@ class Plan(ABC):
             found, stock = self.predict(batch), self._predict_stock(batch)
         except TitheError:
             return []
-        against = "" if stock is None else f"; full training keeps {human(stock.saved)}"
+        against = "" if stock is None else f"; full training keeps {human(stock.kept)}"
         state = human(found.gradients + found.optimizer)
         return [
-            f"  keeps {human(found.saved)} for backward in a step on the first batch{against}",
+            f"  keeps {human(found.kept)} for backward in a step on the first batch{against}",
             f"  gradients and optimizer state take {state}",
         ]
 

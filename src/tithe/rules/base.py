@@ -28,17 +28,17 @@ class Cost:
     Args:
         flops: floating-point operations of the weight gradient, scaled by how slow their kernel is.
         moved: bytes copied besides.
-        saved: bytes kept for backward that would not live otherwise.
+        kept: bytes kept for backward that would not live otherwise.
     """
 
     flops: float
     moved: float
-    saved: int
+    kept: int
 
     @property
     def price(self) -> float:
         """One comparable number, in FLOPs: a saved byte is written once and read once."""
-        return self.flops + _FLOPS_PER_BYTE * (self.moved + 2 * self.saved)
+        return self.flops + _FLOPS_PER_BYTE * (self.moved + 2 * self.kept)
 
 
 class Rule(ABC):

@@ -133,7 +133,7 @@ class Passes:
         for binding in self.bindings:
             binding.probe = listeners[binding.name]
         with _listening(self.head) as missed:
-            saved = measure(lambda: self._backward(self.bindings, few)).saved / num_samples(few)
+            saved = measure(lambda: self._backward(self.bindings, few)).kept / num_samples(few)
         _check_reached([name for name, listener in listeners.items() if not listener.reached], "where")
         _check_reached(missed, "head")
         micro = max(1, min(_MICRO, size // 5))

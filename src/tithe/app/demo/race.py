@@ -72,7 +72,7 @@ class Result:
         choosing: bytes, highest sum of everything alive beyond the weights while the method chose what to train.
         peak: bytes, highest sum of everything alive beyond the weights during a training step: the optimizer's state,
             gradients, what is kept for backward, θ and indices.
-        saved: bytes of that peak that are kept for backward.
+        kept: bytes of that peak that are kept for backward.
         gradients: bytes of that peak that are gradients of parameters.
         optimizer: bytes of the optimizer's state.
         seconds: of one training step, the median of steps interleaved with those of the others.
@@ -90,7 +90,7 @@ class Result:
     trained: int
     choosing: int
     peak: int
-    saved: int
+    kept: int
     gradients: int
     optimizer: int
     seconds: float
@@ -151,7 +151,7 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
             trained=trained_weights(trainee.optimizer),
             choosing=choosing,
             peak=ledger.peak + trainee.attached_bytes,
-            saved=ledger.by_kind.get("saved", 0),
+            kept=ledger.by_kind.get("kept", 0),
             gradients=ledger.by_kind.get("gradients", 0),
             optimizer=optimizer_bytes(trainee.optimizer),
             seconds=median,

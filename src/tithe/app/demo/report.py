@@ -136,7 +136,7 @@ def as_json(results: Sequence[Result], *, length: Length, seed: int, seconds: fl
                 "trainable_weights": row.trained,
                 "choosing_peak_bytes": row.choosing,
                 "peak_bytes": row.peak,
-                "saved_bytes_at_peak": row.saved,
+                "kept_bytes_at_peak": row.kept,
                 "gradient_bytes_at_peak": row.gradients,
                 "optimizer_bytes": row.optimizer,
                 "seconds_per_step": row.seconds,
@@ -223,7 +223,7 @@ def _duel(champion: Result, row: Result) -> str:
 def _peaks(results: Sequence[Result]) -> str:
     """What fills the first row's peak, and what becomes of it in the other rows."""
     full, others = results[0], [row for row in results[1:] if not row.opening]  # whose peak is the first row's
-    kept, moved = full.saved / full.peak, (full.gradients + full.optimizer) / full.peak
+    kept, moved = full.kept / full.peak, (full.gradients + full.optimizer) / full.peak
     rows = "; ".join(
         f"{row.contestant.name} {row.optimizer / full.optimizer:.1%} and {row.peak / full.peak:.0%}" for row in others
     )

@@ -237,14 +237,14 @@ class _Stall:
             optimizer=states,
             gradients=gradients,
             sent=gradients if setup.sent is None else setup.sent,
-            saved=ledger.saved,
+            kept=ledger.kept,
             peak=standing + sum(at_peak.values()),
             at_peak=at_peak,
             moment=moment,
             flops=None if counter is None else _with(counter.counted, setup.operations),
             file=setup.file,
             basis=setup.basis,
-            layers=dict(ledger.saved_by_module),
+            layers=dict(ledger.kept_by_module),
         )
 
 
@@ -290,9 +290,9 @@ def _moment(ledger: Ledger, gradients: int, temporaries: int, earlier: int) -> t
         earlier: gradients of earlier micro-batches, where the ledger does not know of them; at most as much more.
     """
     if gradients + temporaries > ledger.peak + earlier:
-        return {"gradients": gradients, "saved": 0, "transient": temporaries}, "optimizer step"
+        return {"gradients": gradients, "kept": 0, "transient": temporaries}, "optimizer step"
     kinds = ledger.by_kind
-    parts = {"gradients": kinds["gradients"] + earlier, "saved": kinds["saved"], "transient": kinds["other"]}
+    parts = {"gradients": kinds["gradients"] + earlier, "kept": kinds["kept"], "transient": kinds["other"]}
     return parts, "forward and backward"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from tithe.app import terminal
 from tithe.app.price.quote import Quotes
 
-_PARTS = ("saved", "gradients", "optimizer", "theta", "transient", "batch", "weights")
-_LABELS = {"theta": "θ and its index", "saved": "kept for backward", "transient": "working set"}
+_PARTS = ("kept", "gradients", "optimizer", "theta", "transient", "batch", "weights")
+_LABELS = {"theta": "θ and its index", "kept": "kept for backward", "transient": "working set"}
 
 
 def plot(quotes: Quotes, path: Path) -> None:

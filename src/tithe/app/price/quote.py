@@ -44,14 +44,14 @@ class Quote:
         optimizer: the optimizer's state.
         gradients: of all trained values, as they stand when backward ends.
         sent: what data-parallel ranks exchange in a step, one way.
-        saved: the most that is kept for backward.
+        kept: the most that is kept for backward.
         peak: everything at the highest moment of a step.
-        at_peak: "gradients", "saved" and "transient" (the working set of the operation then running) at that moment.
+        at_peak: "gradients", "kept" and "transient" (the working set of the operation then running) at that moment.
         moment: "forward and backward" or "optimizer step".
         flops: floating-point operations.
         file: size of what is saved of the result.
         basis: bytes of a mapped file that a step reads, in no column of the peak.
-        layers: parts of `saved` by path of the module.
+        layers: parts of `kept` by path of the module.
         fit: what fits into the memory that was asked about.
     """
 
@@ -64,7 +64,7 @@ class Quote:
     optimizer: int
     gradients: int
     sent: int
-    saved: int
+    kept: int
     peak: int
     at_peak: Mapping[str, int]
     moment: str

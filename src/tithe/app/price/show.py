@@ -64,7 +64,7 @@ def _work(quotes: Quotes) -> Table:
     for row in quotes.rows:
         flops = row.flops
         counts = (None,) * 3 if flops is None else (flops.forward, flops.input_gradient, flops.weight_gradient)
-        sizes = map(megabytes, (row.saved, row.sent, row.file))
+        sizes = map(megabytes, (row.kept, row.sent, row.file))
         made.add_row(row.method, _count(row.trained), *map(_giga, counts), *sizes)
     return made
 

@@ -62,7 +62,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "trainable": own["trainable"],
         "bytes": {
             "peak": None if at.ledger is None else at.ledger["peak"],
-            "saved_for_backward": None if at.ledger is None else at.ledger["saved"],
+            "kept_for_backward": None if at.ledger is None else at.ledger["kept"],
             "optimizer": own["optimizer"],
             "delta": delta.stat().st_size,
             "history": sum(path.stat().st_size for path in recorded_steps(run.recipe).values()) if at.recorded else 0,

@@ -102,7 +102,7 @@ class Cut:
         return Cost(
             flops=2.0 * met * self.num_out * self.num_in // self.groups * kernel,
             moved=itemsize * 2.0 * copied,
-            saved=itemsize * num_in_positions * self.num_in,
+            kept=itemsize * num_in_positions * self.num_in,
         )
 
 

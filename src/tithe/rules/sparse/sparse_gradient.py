@@ -154,7 +154,7 @@ class Block(Way):
         return Cost(
             flops=2.0 * num_positions * self.height * self.width,
             moved=itemsize * (2.0 * num_positions * copied + 2.0 * self.height * self.width),
-            saved=itemsize * num_positions * self.width,
+            kept=itemsize * num_positions * self.width,
         )
 
 
@@ -180,7 +180,7 @@ class Sampled(Way):
         return Cost(
             flops=_SAMPLED_SLOWNESS * 2.0 * num_positions * self.touch.row.numel(),
             moved=itemsize * 2.0 * num_positions * self.num_left,
-            saved=itemsize * num_positions * self.num_right,
+            kept=itemsize * num_positions * self.num_right,
         )
 
 
