@@ -1,4 +1,9 @@
-"""Make ranks agree. This is the only importer of torch.distributed; on one process nothing happens."""
+"""Make ranks agree. This is the only importer of torch.distributed; on one process nothing happens.
+
+DistributedDataParallel sees θ as it sees any parameter: that of its layer, or, in a plan that chooses again, one flat
+parameter of the model (`tithe.rules.theta.FlatTheta`), whose size stays the same. A plan that averages gradients itself
+(`plan.averages_gradients`) is not to be wrapped.
+"""
 
 from __future__ import annotations
 

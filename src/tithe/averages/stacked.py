@@ -22,7 +22,7 @@ from torch import Tensor
 from tithe.averages.formats import DeltaEntry, Entry
 from tithe.averages.quantize import BLOCK, code_bytes, decode
 from tithe.averages.safetensors_ranges import FlatFile, Form
-from tithe.delta.apply import Match, check_base
+from tithe.delta.check_base import Match, check_base
 from tithe.errors import TitheError
 
 CODES: Final = "#codes"

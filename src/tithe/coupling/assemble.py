@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tithe.coupling.call import Work
-from tithe.coupling.coupling import Coupling, Group, Term
+from tithe.coupling.groups import Coupling, Group, Term
 from tithe.coupling.labels import ALWAYS, Classes, Label
 
 Ints = NDArray[np.int64]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tithe.delta.check_base import Match, check_base, check_form
 from tithe.delta.file import TensorFile
-from tithe.delta.fingerprint import digest, state_tensors, storage_key, ties, words
-from tithe.delta.format import Entry, Header, Record, decode, read_record
+from tithe.delta.fingerprint import state_tensors, storage_key, ties, words
+from tithe.delta.format import Header, Record, decode, read_record
 from tithe.delta.network import check_widths, make_narrow
 from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
@@ -21,15 +21,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _SAME_NETWORK: Final = (
     "pass the network that the delta was made with, unwrapped (model.module under DDP, model._orig_mod under compile)"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A tensor of the base that belongs to an entry of the delta."""
-
-    name: str
-    entry: Entry
-    target: Tensor
 
 
 def apply(model: Model, path: str | Path) -> Model:
@@ -85,57 +76,6 @@ def _apply_network(model: Model, file: TensorFile, header: Header, widths: Mappi
         for name, record in records.items():
             write_record(state[name], _placed(record, state[name]))
     return model
-
-
-def check_base(place: str, matches: Iterable[Match], indices: Callable[[str], Tensor | None]) -> None:
-    """Compare the part of each tensor that the delta does not change with the fingerprint.
-
-    Args:
-        place: the delta, for the message.
-        matches: the base's tensors; one is looked at at a time.
-        indices: leading name → flat indices that the delta writes, None for all of them.
-
-    Raises:
-        TitheError: when a digest differs; it says how many do, and the first.
-    """
-    num_checked = 0
-    wrong: list[str] = []
-    for match in matches:
-        written = indices(match.name)
-        if match.entry.kind != "dense":
-            num_checked += 1
-            if digest(match.name, match.target, written) != match.entry.base:
-                wrong.append(match.name)
-    if wrong:
-        module = wrong[0].rpartition(".")[0] or "the root module"
-        raise TitheError(
-            place,
-            found=f"another base: {len(wrong)} of {num_checked} tensors differ, first '{wrong[0]}' in {module}",
-            expected="the model that this delta was made from",
-            remedy="load that base before applying, with nothing trained or applied in between",
-        )
-
-
-def check_form(name: str, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Compare the shape and dtype of a base tensor with the delta's.
-
-    Raises:
-        TitheError: when either differs.
-    """
-    if shape != entry.shape:
-        raise TitheError(
-            name,
-            found=f"shape {list(shape)}",
-            expected=f"shape {list(entry.shape)}, as in the delta",
-            remedy="build the base with the configuration that the delta was made with",
-        )
-    if dtype != entry.dtype:
-        raise TitheError(
-            name,
-            found=f"dtype {dtype}",
-            expected=f"dtype {entry.dtype}, as in the delta",
-            remedy=f"load the base in {entry.dtype}",
-        )
 
 
 def write_record(target: Tensor, record: Record) -> None:

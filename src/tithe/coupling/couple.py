@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.coupling.assemble import Atoms, assemble
 from tithe.coupling.call import Call, Operand, Work, operands
-from tithe.coupling.coupling import Coupling
 from tithe.coupling.extents import entrywise
+from tithe.coupling.groups import Coupling
 from tithe.coupling.labels import Classes, Label, Labels
 from tithe.coupling.moves import masks
 from tithe.coupling.operations import OPERATIONS
