@@ -107,7 +107,7 @@ class Served(NamedTuple):
             of_weight.check_positions(x.numel() // max(x.shape[call.axis], 1))
         rule = call.rule(x, of_weight, of_bias)
         if of_weight is not None and of_weight.probe is None and x is call.x and not torch.compiler.is_compiling():
-            rule.held = outlives(x) or (not x.requires_grad and of_weight.outlived.get(x.shape, False))
+            rule.held = outlives(x, of_weight)
             if not (rule.held or x.requires_grad or isinstance(x, FakeTensor)):
                 rule.watch = partial(of_weight.saw, x.shape)
         y = apply_rule(rule, x, weight, bias)
@@ -335,11 +335,14 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
     return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.whole)
 
 
-def outlives(x: Tensor) -> bool:
-    """Whether backward of what made x keeps x, or what x is a view of, whatever else is kept of it.
+def outlives(x: Tensor, weight: Binding) -> bool:
+    """Whether x is alive in backward whatever a rule keeps of it.
 
-    An input that nothing recorded has made, such as the batch, is seen instead: `Rule.watch`.
+    That is so where backward of what made x keeps x, or what x is a view of. Of an input that nothing recorded has
+    made, such as the batch, it is known once a rule of this weight has seen one of its shape alive: `Rule.watch`.
     """
+    if not x.requires_grad:
+        return weight.outlived.get(x.shape, False)
     node = (x if x._base is None else x._base).grad_fn
     return node is not None and (node.name() in _KEEP_OUTPUT or getattr(node, "keeps_output", False))
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tithe.rules.dispatch import Served, asking, outlives
+from tithe.rules.dispatch import Served, asking, autocast, outlives
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import Leanness, catch
 from tithe.rules.lean.glu import coded
@@ -42,10 +42,12 @@ class _Coded(LinearRule):
 
 
 def _lean(leanness: Leanness, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    if asking(weight) is None:
+    binding = asking(weight)
+    if binding is None:
         return NotImplemented
     made: Tensor = x if x._base is None else x._base
-    if outlives(x) or not (leanness.bits is not None or (not leanness.exact and coded(made))):
+    held = autocast(x) is x and outlives(x, binding)
+    if held or not (leanness.bits is not None or (not leanness.exact and coded(made))):
         return NotImplemented
     call: Any = linear_call(x, weight, bias, transposed=transposed, kind=_Coded)
     return call if call is NotImplemented else Served(channels=True).run(call)
