@@ -19,10 +19,11 @@ from tithe.app.train import read_recipe
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.course import AverageCourse
 from tithe.app.train.data import Batches, even_chunks, read_examples
-from tithe.app.train.loop import Interrupted, NotFiniteError, Run
+from tithe.app.train.loop import NotFiniteError, Run
 from tithe.app.train.models import build
 from tithe.app.train.progress import read_log
 from tithe.app.train.report import show
+from tithe.app.train.signals import Interrupted
 from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]

@@ -17,10 +17,11 @@ from tithe.app.train import read_recipe
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.course import OwnCourse
 from tithe.app.train.data import read_examples
-from tithe.app.train.loop import Interrupted, Run
+from tithe.app.train.loop import Run
 from tithe.app.train.models import build
 from tithe.app.train.progress import read_log
 from tithe.app.train.report import show
+from tithe.app.train.signals import Interrupted
 from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]

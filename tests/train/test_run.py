@@ -20,8 +20,9 @@ import tithe
 from tithe import TitheError
 from tithe.app.train import read_recipe, train
 from tithe.app.train.checkpoints import Checkpoints
-from tithe.app.train.loop import Interrupted, NotFiniteError, Run
+from tithe.app.train.loop import NotFiniteError, Run
 from tithe.app.train.progress import read_log
+from tithe.app.train.signals import Interrupted
 from workplace import assert_equal, write_tsv
 
 Edit = Callable[..., Path]

@@ -136,8 +136,8 @@ def train(
             settings.append(f"data.folder={json.dumps(str(data.resolve()))}")
         checked = read_recipe(recipe, settings)
 
-        from tithe.app.train.loop import Interrupted
         from tithe.app.train.report import show
+        from tithe.app.train.signals import Interrupted
 
         try:
             result = run(checked, resume=resume, console=terminal.console(stderr=True))

@@ -16,9 +16,9 @@ from torch import Tensor
 import tithe
 from tithe.app.average.bench import Bench
 from tithe.app.average.ways import Settings
+from tithe.app.train.average_section import AverageSection
 from tithe.app.train.course import AverageCourse
 from tithe.app.train.data import to_device
-from tithe.app.train.ending import AverageSection
 from tithe.app.train.optimizer import make_optimizer
 from tithe.errors import TitheError
 

@@ -2,7 +2,8 @@
 
     recipe   the TOML file, checked        data     rows, labels, batches       models   the network and its head
     setup    the method on the model       loop     steps, saves, resumes       report   the result
-    ending   [history] and [average]       recording, averaging                 how a run ends with an average
+    course   which rows a step sees        lr_schedule  its learning rate       signals  Ctrl-C
+    average_section  [history], [average]  recording, averaging                 how a run ends with an average
 
 Importing this package loads pydantic alone; `train` loads the rest.
 """

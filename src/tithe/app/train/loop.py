@@ -33,12 +33,9 @@ from tithe.app.train.position import Position, bill, drawn
 from tithe.app.train.progress import Reporter
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import Recording, recorded_steps
-from tithe.app.train.setup import StopSignals, attach, check_output, find_method, load_state, make_accelerator
+from tithe.app.train.setup import attach, check_output, find_method, load_state, make_accelerator
+from tithe.app.train.signals import Interrupted, StopSignals
 from tithe.errors import TitheError
-
-
-class Interrupted(Exception):
-    """A run that was asked to stop, has saved, and can be resumed."""
 
 
 class NotFiniteError(TitheError):

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from tithe.app.methods import SECTIONS
 from tithe.app.section import REFUSED, TABLES, MethodSection, Section, exactly_one, known_keys, refuse
-from tithe.app.train.ending import AverageSection, HistorySection, check_ending
+from tithe.app.train.average_section import AverageSection, HistorySection, check_ending
 from tithe.app.train.locate import Lines, locate
 from tithe.errors import TitheError
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import accelerate
@@ -168,31 +166,3 @@ def make_lean(recipe: Recipe, network: Network) -> None:
     method = recipe.method
     if method.lean:
         tithe.lean(network.model, method.lean_bits, exact=bool(method.lean_exact))
-
-
-class StopSignals:
-    """Remembers SIGINT or SIGTERM until the step is finished; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    @contextlib.contextmanager
-    def caught(self) -> Generator[None]:
-        """Catch both signals inside the block."""
-        previous: dict[int, Any] = {}
-
-        def remember(number: int, _: object) -> None:
-            self.received = signal.Signals(number)
-            signal.signal(number, previous[number])
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # Only the main thread may set handlers: in others (a notebook's worker) signals keep their meaning.
-            with contextlib.suppress(ValueError):
-                previous[number] = signal.getsignal(number)
-                signal.signal(number, remember)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                with contextlib.suppress(ValueError):
-                    signal.signal(number, handler)
