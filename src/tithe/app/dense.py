@@ -37,7 +37,7 @@ class Dense(tithe.Plan):
     @property
     def selections(self) -> dict[str, tithe.Selection]:
         """Name → all of each trained parameter."""
-        return {name: tithe.Coordinates.everything(tuple(p.shape)) for name, p in self._trained.items()}
+        return {name: tithe.Grid(tuple(p.shape), {}) for name, p in self._trained.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained parameters by name."""
