@@ -19,7 +19,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.train ## fine-tune on the embedded images with every method, print one table (under two minutes)
+demo: $(VENV)/.train ## fine-tune on the embedded images with every method, print one table (two to four minutes)
 	$(BIN)/tithe demo
 
 test: $(VENV)/.dev ## the quick test suite

@@ -343,7 +343,7 @@ def demo(
 ) -> None:
     """Fine-tune a small network on embedded images with every method.
 
-    Under two minutes on two cores, without a network or a download.
+    Two to four minutes on two cores, without a network or a download.
 
     \b
     Example:

@@ -23,7 +23,7 @@ from tithe.app.terminal import human
 
 def table(results: Sequence[Result]) -> Table:
     """The one table, under 80 columns: a row for each contestant, and one for the second part of a run of two."""
-    heads = ("held-out\naccuracy", "trainable\nweights", "peak over\nweights", "optimizer\nstate", "seconds\na step")
+    heads = ("held-out\naccuracy", "trainable\nweights", "peak of\na step", "optimizer\nstate", "seconds\na step")
     shown = terminal.table(["", *heads, "file"])
     shown.show_edge = False
     for row, run in zip(results, whole_runs(results), strict=True):
@@ -92,7 +92,7 @@ def figure(results: Sequence[Result], path: Path) -> None:
     left.set(title="held-out accuracy, %", xlim=(0, 112), yticks=places, yticklabels=names)
     left.invert_yaxis()
     kinds = (
-        ("peak beyond weights", [run.peak for run in runs]),
+        ("peak, without weights", [run.peak for run in runs]),
         ("optimizer state", [run.optimizer for run in runs]),
         ("file", [row.size for row in results]),
     )
