@@ -127,7 +127,7 @@ def _notes(quotes: Quotes) -> list[str]:
     notes = [
         "work: the transient working set, a layer's input and output and what they are made from. It is the floor "
         "of any peak; a smaller micro-batch lowers it.",
-        "grads, kept: as they stand at that moment. All gradients together are the bytes that ranks send in a step.",
+        'grads and kept are values at the peak, not totals; for all gradients see "send".',
         "Python and torch themselves come on top (some hundred MB), and kernels' scratch memory.",
     ]
     names = {row.method for row in quotes.rows}
@@ -135,13 +135,13 @@ def _notes(quotes: Quotes) -> list[str]:
     for row in quotes.rows:
         if row.basis:
             notes.append(
-                f"{row.method} trains how much there is of each of {quotes.checkpoints} checkpoints. Each step reads "
-                f"their basis of {quotes.bits} bits a weight, {human(row.basis)}, from a mapped file, which is in no "
-                "column; on a GPU it lies on the device. Ranks share it out, and send what those of full training do."
+                f"{row.method} assumes {quotes.checkpoints} checkpoints (--checkpoints) of {quotes.bits} bits per "
+                f"weight. It also reads a mapped file, {human(row.basis)}, on each step, not counted above; on a GPU "
+                "the codes are in device memory. Ranks divide it, and send as much as in full training."
             )
     if quotes.memory:
         notes.append(
-            "Micro-batches: gradients add up over them, and stay in memory meanwhile. The sum is that of the whole "
+            "Micro-batches: gradients add up over them, and stay in memory meanwhile. The sum equals that of the whole "
             "batch where no layer mixes samples: frozen norms do not (sparse methods, LoRA with them frozen); norms "
             "that train on batch statistics do. At --batch or the micro-batch, the largest selection is of the round "
             "fractions 1, 2, 5 × 10⁻ⁿ."
