@@ -339,6 +339,29 @@ def test_a_plan_prints_what_it_trains_and_keeps_against_stock(name: str, lean: b
     assert str(plan).endswith("released")
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("reselect", [None, tithe.every(2)], ids=["once", "again"])
+def test_printing_between_and_within_steps_changes_no_training(
+    reselect: tithe.Schedule | None, accumulated: int
+) -> None:
+    ends: list[dict[str, Tensor]] = []
+    for shown in (False, True):
+        model = MLP.model()
+        plan = _attach(MLP, model, FISH(k=60, score="random", reselect=reselect), head="4.*")
+        opt = adamw(plan.parameters())
+        plan.bind(opt)
+        for _ in range(4):
+            for batch in MLP.batches(accumulated):
+                assert not shown or "keeps" in str(plan)
+                plan.backward(lambda batch=batch, model=model: MLP.loss(model, batch))
+            opt.step()
+            opt.zero_grad()
+            assert not shown or list(plan.parameters())
+            plan.step()
+        ends.append(bits(model))
+    assert equal_bits(*ends) == []
+
+
 def test_a_plan_without_data_prints_what_it_trains() -> None:
     plan = tithe.attach(MLP.model(), FISH(k=3, score="random"))
     assert str(plan) == repr(plan) == "SparsePlan of Sequential by FISH: trains 3 of 499 parameters (0.60%)"

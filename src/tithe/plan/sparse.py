@@ -114,8 +114,14 @@ class SparsePlan(Plan):
         if self._loss is None:
             raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
         loss = self._loss
-        found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
-        self._link()
+        grads = [(binding.theta, binding.theta.grad) for binding in self._candidates]
+        try:
+            found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+        finally:
+            # The parts of a flat θ are no parameters of the model. One that kept a predicted gradient would not look
+            # cleared, and the next backward would add to what the last one left.
+            for theta, grad in grads:
+                theta.grad = grad
         trained = [p for p in self.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
         held = size + self._selected.unused_bytes

@@ -280,7 +280,11 @@ class FlatTheta(CommonTheta):
             binding.committed = binding.theta._version
 
     def link(self) -> None:
-        """Show each θ its part of the flat gradient, or none."""
+        """Show each θ its part of the flat gradient, or none; the gradient of parts that were cleared is cleared."""
+        self._clear()
+        self._show()
+
+    def _show(self) -> None:
         start = 0
         for binding in self.bindings:
             size = binding.selection.size
@@ -296,11 +300,14 @@ class FlatTheta(CommonTheta):
 
     def _before(self, grad: Tensor) -> None:
         """An optimizer that cleared its gradients cleared those of the parts: the sum starts anew."""
+        self._clear()
+
+    def _clear(self) -> None:
         if any(b.theta.grad is None for b in self.bindings if b.selection.size):
             self.parameter.grad = None
 
     def _after(self, flat: Tensor) -> None:
-        self.link()
+        self._show()
 
 
 class SharedTheta(CommonTheta):
