@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import tithe
 from models import Batch, Case, samples
 from tithe import Schedule
 from tithe.method import SelectionContext, SparseMethod
@@ -31,6 +32,28 @@ def gradients(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], batc
     model.zero_grad()
     loss(model, batch).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def parts(plan: tithe.Plan, flat: Tensor) -> dict[str, Tensor]:
+    """The parts of a tensor like the flat θ of a plan that chooses again: one for each tensor it selects of."""
+    selections = {name: selection for name, selection in plan.selections.items() if selection.size}
+    sizes = [selection.size for selection in selections.values()]
+    values = flat[: sum(sizes)].split(sizes)
+    return {name: part.view(s.theta_shape) for (name, s), part in zip(selections.items(), values, strict=True)}
+
+
+def thetas(plan: tithe.Plan) -> dict[str, Tensor]:
+    """Name → θ with its gradient, the head's parameters too: of a flat θ the parts, which share its memory."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in plan.named_parameters():
+        if name != "theta":
+            found[name] = parameter
+            continue
+        grads = {} if parameter.grad is None else parts(plan, parameter.grad)
+        for key, part in parts(plan, parameter.detach()).items():
+            found[key] = part
+            found[key].grad = grads.get(key)
+    return found
 
 
 def train(model: nn.Module, case: Case, optimizer: Optimizer, batches: Sequence[Batch]) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from oracles import Given, Optimizer, adamw, bits, equal_bits, sgd
+from oracles import Given, Optimizer, adamw, bits, equal_bits, parts, sgd, thetas
 from tithe import Channels
 
 FLOAT, N = 4, 8
@@ -221,14 +221,15 @@ def test_a_reselect_carries_momentum_by_channel_and_keeps_identities() -> None:
     plan.backward(lambda: _loss(model, torch.randn(N, 3, 8, 8)))
     opt.step()
     plan.step()
-    thetas = dict(plan.named_parameters())
-    old = {name: opt.state[thetas[name]]["momentum_buffer"].clone() for name in first}
+    (theta,) = plan.parameters()
+    old = {name: part.clone() for name, part in parts(plan, opt.state[theta]["momentum_buffer"]).items()}
     method.chosen.update(then)
     assert plan.end_epoch()
     assert [id(p) for p in plan.parameters()] == parameters
+    momentum = parts(plan, opt.state[theta]["momentum_buffer"])
     for name, selection in then.items():
-        now = selection.by_item(opt.state[thetas[name]]["momentum_buffer"])
+        now = selection.by_item(momentum[name])
         before = dict(zip(first[name].items.tolist(), first[name].by_item(old[name]), strict=True))
         for channel, row in zip(selection.items.tolist(), now, strict=True):
             assert torch.equal(row, before.get(channel, torch.zeros_like(row))), (name, channel)
-        assert torch.equal(selection.gather(model.get_parameter(name).detach()), thetas[name].detach())
+        assert torch.equal(selection.gather(model.get_parameter(name).detach()), thetas(plan)[name].detach())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tithe
 from models import CASES, LARGE, ZOO, Case
-from oracles import adamw, bits, equal_bits, gradients
+from oracles import adamw, bits, equal_bits, gradients, thetas
 
 EVERY = [pytest.param(case, id=name, marks=[pytest.mark.slow] if case in LARGE else []) for name, case in CASES.items()]
 SOME = [
@@ -41,7 +41,7 @@ def _frozen_norms_in_evaluation(model: nn.Module, plan: tithe.Plan) -> None:
 def _assert_gradients(plan: tithe.Plan, expected: dict[str, Tensor], case: Case) -> None:
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if "single" in case.tags else TOLERANCE
     seen = 0
-    for name, theta in plan.named_parameters():
+    for name, theta in thetas(plan).items():
         if theta.numel() == 0:
             continue
         grad = theta.grad
@@ -175,7 +175,7 @@ def test_autocast(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = attach(model, case, 0.2)
     value = plan.backward(lambda: loss(model, batch))
     torch.testing.assert_close(value, loss(model, batch))
-    for name, theta in plan.named_parameters():
+    for name, theta in thetas(plan).items():
         if theta.numel():
             assert theta.grad is not None
             assert theta.grad.dtype == theta.dtype == torch.float32
@@ -190,7 +190,7 @@ def test_bfloat16_models(case: Case) -> None:
     expected = gradients(model, case.loss, batch)
     plan = attach(model, case, 0.2)
     plan.backward(lambda: case.loss(model, batch))
-    for name, theta in plan.named_parameters():
+    for name, theta in thetas(plan).items():
         if theta.numel():
             assert theta.grad is not None
             assert theta.dtype == theta.grad.dtype == torch.bfloat16
@@ -271,7 +271,7 @@ def test_state_dict_keeps_its_keys_and_loads_strictly(case: Case, again: bool) -
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert equal_bits(bits(model), bits(other)) == []
-    for name, theta in plan.named_parameters():
+    for name, theta in thetas(plan).items():
         want = dict(other.named_parameters(remove_duplicate=False))[name].flatten()[plan.selected(name)]
         assert torch.equal(theta.detach(), want), f"{name}: θ did not follow load_state_dict"
 
@@ -322,7 +322,7 @@ def test_commit_writes_theta_into_the_weights_and_tied_weights_stay_tied(case: C
             theta.add_(1)
     plan.step()
     named = dict(model.named_parameters(remove_duplicate=False))
-    for name, theta in plan.named_parameters():
+    for name, theta in thetas(plan).items():
         assert torch.equal(named[name].detach().flatten()[plan.selected(name)], theta.detach())
     state = model.state_dict()
     assert all(torch.equal(state[name], p) for name, p in named.items() if not name.endswith("@theta"))

@@ -249,10 +249,15 @@ def test_names_that_are_none() -> None:
             plan.selected(name)
 
 
-def test_a_step_of_an_optimizer_that_was_never_bound() -> None:
+def test_a_step_whose_gradients_are_none_of_a_drawn_network() -> None:
+    """`loss.backward()` alone; the remedy is to let the plan run the loss."""
     plan = attach(VGG)
     optimizer = torch.optim.Adam(plan.parameters())
+    VGG.loss(plan.model, VGG.batch()).backward()
+    with pytest.raises(TitheError, match=r"plan\.backward\(lambda") as error:
+        optimizer.step()
+    assert "loss_fn(model, batch)" in error.value.remedy
+    optimizer.zero_grad()
     plan.backward(lambda: VGG.loss(plan.model, VGG.batch()))
     optimizer.step()
-    with pytest.raises(TitheError, match=r"not bound.*plan.bind\(optimizer\)"):
-        plan.step()
+    assert plan.num_steps == 1

@@ -103,7 +103,7 @@ def test_a_mask_in_a_lean_model_takes_what_was_said(case: Case) -> None:
 def test_channels_under_a_budget_take_what_was_said(case: Case) -> None:
     terms = Terms(budget=tithe.Budget(fraction=0.2), optimizer="sgd")
     row, model = quote(case, "trady", terms=terms), case.model()
-    method = tithe.TraDy(terms.budget, layers="all")
+    method = tithe.TraDy(terms.budget, layers="all", optimizer_states=terms.states)
     plan = tithe.attach(model, method, loss=case.loss, data=[case.batch(4)], head=case.head)
     plan.bind(torch.optim.SGD(plan.parameters(), 0.1))
     ledger = step(case, model)

@@ -26,7 +26,7 @@ def test_spending_is_the_sum_over_what_is_selected_and_within_the_limit(measure:
     model = CASE.make()
     batches = CASE.batches(2, 4)
     priced = prices(model, CASE, batches[0])
-    method = TraDy(budget, dynamic=dynamic, layers="all")
+    method = TraDy(budget, dynamic=dynamic, layers="all", optimizer_states=1)
     plan = tithe.attach(model, method, loss=CASE.loss, data=batches, head=CASE.head)
     optimizer = torch.optim.SGD(plan.parameters(), lr=0.1, momentum=0.9)
     plan.bind(optimizer)

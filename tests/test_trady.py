@@ -167,7 +167,7 @@ def test_bytes_are_never_exceeded_as_measured_and_as_predicted(case: Case, optim
     head = _bytes(p for name, p in model.named_parameters() if any(name.startswith(h[:-1]) for h in case.head))
     dearest = max(price.weights * (2 + states) * 4 + price.positions * 4 + 8 for price in priced.values())
     limit = head * (1 + states) + 4 * dearest
-    plan = _attach(case, model, TraDy(Budget(limit), layers="all"), data=[batch])
+    plan = _attach(case, model, TraDy(Budget(limit), layers="all", optimizer_states=states), data=[batch])
     assert _bytes(model.get_parameter(name) for name in plan.head) == head
     opt = optimizer(plan.parameters())
     plan.bind(opt)
@@ -223,16 +223,16 @@ def test_a_fraction_and_flops_are_never_exceeded(measure: str) -> None:
 
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("budget", [Budget(elements=900), Budget("12kB")])
-def test_binding_a_stateful_optimizer_draws_less(budget: Budget, dynamic: bool) -> None:
+def test_a_stateful_optimizer_is_charged_for_from_the_start(budget: Budget, dynamic: bool) -> None:
     sizes: list[int] = []
-    for optimizer in OPTIMIZERS:
-        plan = _attach(BERT, BERT.model(), TraDy(budget, layers="all", dynamic=dynamic))
+    for optimizer, states in OPTIMIZERS.items():
+        method = TraDy(budget, layers="all", dynamic=dynamic, optimizer_states=states)
+        plan = _attach(BERT, BERT.model(), method)
         parameters = [id(p) for p in plan.parameters()]
         opt = optimizer(plan.parameters())
         plan.bind(opt)
         sizes.append(sum(selection.size for selection in plan.selections.values()))
-        if dynamic:
-            assert [id(p) for p in plan.parameters()] == parameters
+        assert [id(p) for p in plan.parameters()] == parameters
         _epoch(plan, opt, BERT, BERT.batches(2))
     assert sizes[0] > sizes[1] > sizes[2] > 0
 
@@ -265,7 +265,11 @@ def test_every_channel_of_one_price_is_drawn_alike_often() -> None:
         return model(x).square().mean()
 
     plan = tithe.attach(
-        model, TraDy(Budget(elements=9 * 8), layers="all"), loss=loss, data=[torch.randn(4, 64)], where="0.weight"
+        model,
+        TraDy(Budget(elements=9 * 8), layers="all", optimizer_states=0),
+        loss=loss,
+        data=[torch.randn(4, 64)],
+        where="0.weight",
     )
     counts, epochs, pairs = torch.zeros(64), 400, Counter[tuple[int, int]]()
     for _ in range(epochs):

@@ -36,26 +36,34 @@ def _refused(method: TraDy, match: str, case: Case = MLP, **settings: object) ->
 
 
 def test_a_budget_smaller_than_the_head_says_how_large_that_is() -> None:
-    error = _refused(TraDy(Budget(100)), "head")
+    error = _refused(TraDy(Budget(100), optimizer_states=0), "head")
     assert "204 bytes" in error.found  # 16 × 3 + 3 values
 
 
 def test_a_budget_smaller_than_one_channel_says_what_the_cheapest_costs() -> None:
-    error = _refused(TraDy(Budget(elements=16), layers="all"), "budget")
+    error = _refused(TraDy(Budget(elements=16), layers="all", optimizer_states=0), "budget")
     assert "17" in error.expected
     assert ".weight" in error.expected
-    _refused(TraDy(Budget(210)), "budget")
+    _refused(TraDy(Budget(210), optimizer_states=0), "budget")
     _refused(TraDy(Budget(flops=3)), "budget")
     _refused(TraDy(Budget(fraction=1e-4)), "budget")
 
 
-def test_a_budget_that_the_optimizers_state_outgrows_is_refused_when_bound() -> None:
+@pytest.mark.parametrize("bound", [True, False])
+def test_an_optimizer_that_keeps_more_than_the_budget_charges_is_refused_by_its_first_step(bound: bool) -> None:
     model = MLP.model()
-    plan = _attach(MLP, model, TraDy(Budget(elements=18), layers="all"))
-    with pytest.raises(TitheError, match="budget"):
-        plan.bind(adamw(plan.parameters()))
+    plan = _attach(MLP, model, TraDy(Budget(elements=180), layers="all", optimizer_states=1))
+    optimizer = adamw(plan.parameters())
+    plan.backward(lambda: MLP.loss(model, MLP.batch()))
+    before = bits(model)
+    with pytest.raises(TitheError, match="2 tensors") as error:
+        plan.bind(optimizer) if bound else optimizer.step()
+    assert equal_bits(before, bits(model)) == []
     plan.release()
     assert all(p.requires_grad for p in model.parameters())
+    assert "optimizer_states=2" in error.value.remedy
+    plan = _attach(MLP, model, TraDy(Budget(elements=180), layers="all", optimizer_states=2))
+    plan.bind(adamw(plan.parameters()))
 
 
 @pytest.mark.parametrize(

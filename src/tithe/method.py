@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class SparseMethod(ABC):
     """When to choose again; None is once."""
     lean: bool = False
     """Whether the other layers are to keep for backward only what it needs, as under `tithe.lean`."""
-    charges_state: ClassVar[bool] = False
-    """Whether its budget counts the optimizer's state, so that it chooses again when an optimizer is bound."""
+    optimizer_states: int | None = None
+    """How many tensors of θ's size the optimizer may keep, where the method's budget counts them; None where not."""
 
     @property
     def needs_data(self) -> bool:
@@ -234,7 +234,7 @@ class SelectionContext:
         seed: of the plan.
         step: finished steps; a choice is a pure function of scores, budget, seed, step and epoch.
         epoch: finished epochs.
-        num_states: tensors of θ's size that the bound optimizer keeps, 0 while none is bound.
+        num_states: tensors of θ's size that the optimizer may keep, where the budget counts them.
         capacity: values that the plan's flat θ holds, or None where every choice is made to measure.
         memory: of the plan.
     """

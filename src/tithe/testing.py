@@ -341,6 +341,8 @@ def check_method(
             ever.update({name: ever.get(name, set()) | set(plan.selected(name).tolist()) for name in plan.selections})
             optimizer.step()
             plan.step()
+        if plan.narrowing() is None:  # what does not exist any more is dropped at the end of an epoch
+            plan.end_epoch()
 
     ever: dict[str, set[int]] = {}
     plan, optimizer = attach(model)

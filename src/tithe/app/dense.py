@@ -99,8 +99,7 @@ class Dense(tithe.Plan):
         """Write what differs from the start."""
         tithe.diff({**self.model.state_dict(), **self._start}, self.model, path, metadata=metadata)
 
-    def release(self) -> None:
-        """Give the model back: the trained values stay."""
+    def _let_go(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required[name])
 

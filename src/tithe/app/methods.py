@@ -186,7 +186,7 @@ TRADY = Entry(
         PriceRow(
             key="trady",
             name="TraDy + lean",
-            make=lambda site: tithe.TraDy(site.terms.budget, layers="all"),
+            make=lambda site: tithe.TraDy(site.terms.budget, layers="all", optimizer_states=site.terms.states),
             per_batch=True,
         ),
     ),

@@ -103,6 +103,10 @@ TABLES: Mapping[str, type[Section]] = {"reselect": Reselect, "budget": BudgetTab
 """The keys of methods that are tables."""
 
 
+_STATES = "optimizer_states"
+"""A field of methods that is no key of the recipe, since `[optimizer]` tells it."""
+
+
 class MethodSection(Section):
     """`[method]`: what every method may have, and what a run asks of it; a method that has nothing to say is silent."""
 
@@ -174,13 +178,16 @@ class MethodSection(Section):
         """Say as globs which weights training moves."""
         return "*"
 
-    def attach(self, model: Any, *, folder: Path, steps: int, head: Sequence[str], **settings: Any) -> tithe.Plan:
+    def attach(
+        self, model: Any, *, folder: Path, steps: int, states: int, head: Sequence[str], **settings: Any
+    ) -> tithe.Plan:
         """Make the method ready to train a model.
 
         Args:
             model: a network on its device.
             folder: where relative paths start.
             steps: in which the structure is still being learned.
+            states: tensors of a parameter's size that the recipe's optimizer keeps.
             head: names of the head's parameters.
             settings: of `tithe.attach`: `loss`, `data`, `seed`, `state`.
         """
@@ -196,7 +203,9 @@ class DenseSection(MethodSection):
         """Say that all weights move, or the head's."""
         return head if self.name == "head" else "*"
 
-    def attach(self, model: Any, *, folder: Path, steps: int, head: Sequence[str], **settings: Any) -> tithe.Plan:
+    def attach(
+        self, model: Any, *, folder: Path, steps: int, states: int, head: Sequence[str], **settings: Any
+    ) -> tithe.Plan:
         """Make the whole model, or the head, ready to train."""
         names = [name for name, p in model.named_parameters() if p.is_floating_point()]
         plan = Dense(model, names if self.name == "full" else head, loss=settings["loss"])
@@ -231,9 +240,14 @@ class AttachedSection(MethodSection):
         told |= {key: load(folder / told[key]) for key, load in self.files.items() if told[key] is not None}
         return self.of(**self.spell(told, steps))
 
-    def attach(self, model: Any, *, folder: Path, steps: int, head: Sequence[str], **settings: Any) -> tithe.Plan:
-        """Attach the method to the model."""
-        return tithe.attach(model, self.make(folder, steps), where=self.where, head=head, **settings)
+    def attach(
+        self, model: Any, *, folder: Path, steps: int, states: int, head: Sequence[str], **settings: Any
+    ) -> tithe.Plan:
+        """Attach the method to the model; a budget that counts the optimizer's state counts the recipe's optimizer."""
+        method = self.make(folder, steps)
+        if _STATES in {field.name for field in dataclasses.fields(self.of)}:
+            method = dataclasses.replace(method, **{_STATES: states})
+        return tithe.attach(model, method, where=self.where, head=head, **settings)
 
 
 class SparseSection(AttachedSection):
@@ -301,7 +315,7 @@ def derive(
     hints, files = get_type_hints(of), dict[str, Callable[[Path], Any]]()
     fields: dict[str, Any] = {"name": (cast(Any, Literal)[name], ...)}
     for field in dataclasses.fields(of):
-        if not field.init:
+        if not field.init or field.name == _STATES:
             continue
         hint = (keys or {}).get(field.name, hints[field.name])
         parts: tuple[Any, ...] = getattr(hint, "__args__", ()) if type(None) in getattr(hint, "__args__", ()) else ()

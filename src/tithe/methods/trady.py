@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class TraDy(SparseMethod):
     lean: bool = True
     score: ChannelScore = "uniform"
     samples: int = 256
+    optimizer_states: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
     reselect: Schedule | None = field(init=False, repr=False, compare=False)
-    charges_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reselect", every(1, "epochs") if self.dynamic else None)

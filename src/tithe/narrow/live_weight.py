@@ -66,6 +66,11 @@ class LiveWeight:
         self.theta.grad = None if grad is None else self._fit.strip(self.name, grad)
 
     @property
+    def received(self) -> bool:
+        """Return whether θ is the live part, since a backward pass went through it."""
+        return self._received
+
+    @property
     def moved(self) -> bool:
         """Return whether the live part was changed since backward."""
         return self._received and self.theta._version != self._version
@@ -149,6 +154,11 @@ class LiveWeights(dict[str, LiveWeight]):
                 self[name].receive()
             elif live[name] is not tensor:
                 fit.grids[name].scatter_(tensor, fit.strip(name, live[name]))
+
+    @property
+    def received(self) -> bool:
+        """Return whether a backward pass went through the live parts of this step."""
+        return any(part.received for part in self.values())
 
     @property
     def moved(self) -> bool:

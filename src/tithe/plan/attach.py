@@ -20,10 +20,10 @@ from tithe.errors import TitheError
 from tithe.method import NarrowMethod, SparseMethod, SubspaceMethod
 from tithe.narrow import InferenceNetwork
 from tithe.plan.base import Plan, Settings
+from tithe.plan.mount import check_free
 from tithe.plan.narrow import NarrowPlan
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
-from tithe.rules import Carrier
 from tithe.scoring import Loss
 
 PlanT = TypeVar("PlanT", bound=Plan, covariant=True)
@@ -111,29 +111,30 @@ def attach(
             expected="a SparseMethod, a NarrowMethod or a SubspaceMethod",
             remedy="write tithe.attach(model, tithe.FISH(density=0.005), ...), or derive your method from one of these",
         )
-    _check_free(model)
+    check_free(model)
+    _check_whole(model)
     plan = method.make_plan(Maker(model, Settings(loss, data, where, head, seed)))
     try:
         if state is not None:
             plan.load_state_dict(state)
         else:
             plan.start()
+        plan.watch()
     except BaseException:
         plan.release()
         raise
     return plan
 
 
-def _check_free(model: nn.Module) -> None:
-    """Check that no plan is attached.
+def _check_whole(model: nn.Module) -> None:
+    """Check that no plan is attached under which a part of the model does not exist.
 
     Raises:
         TitheError: naming the module that belongs to one.
     """
     for path, module in model.named_modules():
         hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-        carried = any(isinstance(value, Carrier) for value in vars(module).values())
-        if carried or any(isinstance(owner, InferenceNetwork) for owner in hooks):
+        if any(isinstance(owner, InferenceNetwork) for owner in hooks):
             raise TitheError(
                 path or "model",
                 found="a plan already attached",

@@ -17,6 +17,7 @@ from tithe.forward import RandomStates
 from tithe.ledger import Ledger, human
 from tithe.method import Narrowing, Spending
 from tithe.plan.parameters import split_parameters
+from tithe.plan.watch import BeforeForward, Optimizers
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
 
@@ -57,7 +58,9 @@ class Plan(ABC):
         self._alias, self._floats, self._head = self._split.alias, self._split.floats, self._split.head
         self._frozen_head = {name: p.requires_grad for name, p in self._head.items()}
         self.num_steps = self.num_epochs = 0
-        self._released = False
+        self._released = self._changed = self._forward_began = False
+        self._optimizers = Optimizers(self)
+        self._watching: Any = None
 
     def __repr__(self) -> str:
         trained = sum(parameter.numel() for parameter in self.parameters())
@@ -104,6 +107,11 @@ class Plan(ABC):
     def _predict_stock(self, batch: Any) -> Ledger | None:
         """Price the same step with all weights trained by torch's own operations; None where the plan cannot tell."""
         return None
+
+    def watch(self) -> None:
+        """Follow the model and whatever optimizer trains it from now on."""
+        self._watching = self.model.register_forward_pre_hook(BeforeForward(self._before_forward))
+        self._optimizers.start()
 
     def start(self) -> None:
         """Make the first choice, where there is no earlier state to go on from.
@@ -201,9 +209,12 @@ class Plan(ABC):
             TitheError: when the loss is not a scalar that a gradient flows through.
         """
 
-    @abstractmethod
     def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Commit θ into the weights after each `optimizer.step()`, and carry its state when the choice changes.
+        """Check an optimizer now, rather than at its first step; from then on the plan follows it either way.
+
+        After each step of it θ is in the weights, and the step is counted. Its state follows a new choice, and its
+        `state_dict()` holds the plan's state too: loading that into a bound optimizer, or binding one that has loaded
+        it, goes on from there.
 
         Args:
             optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
@@ -211,12 +222,57 @@ class Plan(ABC):
 
         Raises:
             TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole (Adafactor,
-                Muon, LARS, L-BFGS …), which means nothing on a part of a tensor that changes.
+                Muon, LARS, L-BFGS …), which means nothing on a part of a tensor.
+        """
+        self._check_live()
+        self._optimizers.bind(optimizer, elementwise=elementwise)
+
+    def step(self) -> bool:
+        """Return whether the choice changed in the step that ended; a loop may leave this call out.
+
+        Steps are counted by the optimizer's own. Where there is no torch optimizer, or its step is compiled so that
+        torch calls no hook, this call counts the updates.
+        """
+        self._check_live()
+        self._optimizers.finish()
+        updated = self._commit()
+        if not self._optimizers.seen and (updated or not self._optimizers.bound):
+            self.finish_step()
+        changed, self._changed = self._changed, False
+        return changed
+
+    def _commit(self) -> bool:
+        """Write into the weights what an optimizer made of θ; returns whether θ had changed."""
+        return False
+
+    def finish_step(self) -> None:
+        """Count a step in which every optimizer had its turn, and choose where that is due."""
+        self.num_steps += 1
+
+    def frozen(self) -> set[int]:
+        """Return the ids of the parameters of the model that no optimizer trains."""
+        return {id(p) for p in self._floats.values()} - {id(p) for p in self.parameters()}
+
+    def check_optimizer(  # noqa: B027 - a plan may have nothing to check
+        self, optimizer: torch.optim.Optimizer, elementwise: bool | None
+    ) -> None:
+        """Refuse an optimizer that the plan cannot be trained with; see `bind`."""
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Get ready for an optimizer's step.
+
+        Raises:
+            TitheError: when the step would not train what the plan trains.
         """
 
-    @abstractmethod
-    def step(self) -> bool:
-        """Count a finished step, commit, and choose where that is due; returns whether the choice changed."""
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Take over what an optimizer's step changed."""
+
+    def _before_forward(self) -> None:
+        """Before the first forward pass that makes gradients: an optimizer may have loaded the plan's state."""
+        if not self._forward_began and torch.is_grad_enabled() and self.model.training:
+            self._forward_began = True
+            self._optimizers.search()
 
     @abstractmethod
     def end_epoch(self) -> bool:
@@ -295,9 +351,19 @@ class Plan(ABC):
             TitheError: when the state belongs to another model, head or place; the plan is left as it was.
         """
 
-    @abstractmethod
     def release(self) -> None:
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
+        if self._released:
+            return
+        self._let_go()
+        self._optimizers.stop()
+        if self._watching is not None:
+            self._watching.remove()
+        self._released = True
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Commit, and take everything off the model."""
 
     def _check_live(self) -> None:
         if self._released:

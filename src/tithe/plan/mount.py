@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
+from tithe.plan.follow import Followed, Place, list_carriers
 from tithe.rules import Binding, Carrier, FlatTheta, theta_key
 
 _COUNT = "num_parameters"
+
+
+_live: weakref.WeakSet[Binding] = weakref.WeakSet()
+"""The bindings of all plans: a carrier of another binding belongs to a copy of an attached model."""
 
 
 def _hide(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -30,46 +34,42 @@ def _hide_flat(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
     state.pop(prefix + theta_key(""), None)
 
 
-def _provide(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before loading: strict loading finds every θ that is registered here, with the values that it has."""
-    for key, parameter in module._parameters.items():
-        if key.endswith(theta_key("")) and parameter is not None:
-            state[prefix + key] = parameter.detach()
+class _Loading:
+    """Around `load_state_dict`: θ is no key that could be missing, and what was loaded has moved.
 
+    One object for a module, so that a deep copy of the module has its own.
+    """
 
-def _reload(module: nn.Module, keys: Any) -> None:
-    """After loading: θ takes its values from the weight that was loaded."""
-    for value in module.__dict__.values():
-        if isinstance(value, Carrier):
-            value.binding.refresh()
+    def __init__(self) -> None:
+        self.before: dict[str, tuple[Tensor, nn.Parameter | None]] = {}
+
+    def provide(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Before: strict loading finds every θ that is registered here, with the values that it has."""
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if key.endswith(theta_key("")):
+                state[prefix + key] = parameter.detach()
+                self.before[key] = parameter.detach(), parameter
+            elif prefix + key in state and isinstance(module.__dict__.get(key), Carrier):
+                self.before[key] = parameter.detach().clone(), parameter
+
+    def reload(self, module: nn.Module, keys: Any) -> None:
+        """After: θ takes its values from the weight, and stays the parameter that it was (`assign=True`)."""
+        before, self.before = self.before, {}
+        for key, (values, parameter) in before.items():
+            if key.endswith(theta_key("")):
+                module._parameters[key] = parameter
+                continue
+            carrier = module.__dict__.get(key)
+            if isinstance(carrier, Carrier) and module._parameters.get(key) is carrier.binding.weight:
+                carrier.binding.note_changes(values)
 
 
 def _evaluate(module: nn.Module, args: Any) -> None:
     """Before the forward of a frozen norm: `model.train()` does not reach its running statistics."""
     if module.training and not any(p is not None and p.requires_grad for p in module._parameters.values()):
         module.training = False
-
-
-class _Settle:
-    """Before the root's forward: what an optimizer moved is committed, and a model moved elsewhere is followed.
-
-    An object rather than a closure, so that a deep copy of the model settles its own weights.
-    """
-
-    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
-        self.places = places
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for owner, key in self.places:
-            carrier = owner.__dict__.get(key)
-            if isinstance(carrier, Carrier):
-                binding = carrier.binding
-                binding.commit()
-                if carrier.memory != binding.weight.untyped_storage()._cdata:
-                    binding.follow()
-                    owner.__dict__[key] = Carrier(binding, owner, key)
 
 
 class _CountWithoutTheta:
@@ -95,56 +95,81 @@ class Mount:
     Args:
         model: the model; its class, its forward and its `state_dict` keys stay as they are.
         weights: name → parameter, one for each distinct weight outside the head.
+        head: name → parameter trained whole; one that is replaced in the model is replaced here.
 
     Raises:
-        TitheError: when another plan is attached to the model.
+        TitheError: when another plan is attached to the model, or a weight is tied to one outside of the model.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        head: MutableMapping[str, nn.Parameter] | None = None,
+    ) -> None:
         self.model = model
+        check_free(model)
         self.bindings = {name: Binding(name, weight) for name, weight in weights.items()}
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._lists: dict[nn.Module, dict[str, Any]] = {}
         self._still: dict[nn.Module, tuple[RemovableHandle, bool]] = {}
-        self._required = {name: weight.requires_grad for name, weight in weights.items()}
-        for path, module in model.named_modules():
-            if any(isinstance(value, Carrier) for value in module.__dict__.values()):
-                raise TitheError(
-                    path or "model",
-                    found="a plan already attached",
-                    expected="a model without one",
-                    remedy="call release() on the first plan",
-                )
-        by_id = {id(weight): self.bindings[name] for name, weight in weights.items()}
+        head = {} if head is None else head
+        by_id: dict[int, Binding | str] = {id(weight): self.bindings[name] for name, weight in weights.items()}
+        by_id.update({id(weight): name for name, weight in head.items()})
         self._counting = [module for module in model.modules() if callable(getattr(type(module), _COUNT, None))]
-        for module in model.modules():
-            self._place(module, by_id)
+        places = [place for path, module in model.named_modules() for place in self._place(path, module, by_id)]
         for module in self._counting:
             module.__dict__[_COUNT] = _CountWithoutTheta(module)
-        places = [(m, key) for m in model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
-        self._handles.append(model.register_forward_pre_hook(_Settle(places)))
+        self._followed = Followed(model, places, head)
+        self._handles.append(model.register_forward_pre_hook(self._followed))
         for binding in self.bindings.values():
             binding.weight.requires_grad_(False)
             binding.weight.grad = None
+            _live.add(binding)
 
-    def _place(self, module: nn.Module, by_id: Mapping[int, Binding]) -> None:
+    def _place(self, path: str, module: nn.Module, by_id: Mapping[int, Binding | str]) -> Iterator[Place]:
         placed = False
         for key, parameter in module._parameters.items():
-            binding = by_id.get(id(parameter))
-            if parameter is None or binding is None:
+            found = by_id.get(id(parameter))
+            if found is None:
                 continue
-            module.__dict__[key] = Carrier(binding, module, key)
-            self._owner.setdefault(binding.name, (module, key))
+            if isinstance(found, str):
+                yield Place(module, key, found, None)
+                continue
+            module.__dict__[key] = Carrier(found, module, key)
+            self._owner.setdefault(found.name, (module, key))
             placed = True
+            yield Place(module, key, f"{path}.{key}".lstrip("."), found)
         if placed:
+            loading = _Loading()
             self._handles.append(module.register_state_dict_post_hook(_hide))
-            self._handles.append(module.register_load_state_dict_pre_hook(_provide))
-            self._handles.append(module.register_load_state_dict_post_hook(_reload))
+            self._handles.append(module.register_load_state_dict_pre_hook(loading.provide))
+            self._handles.append(module.register_load_state_dict_post_hook(loading.reload))
             if isinstance(module, nn.RNNBase):  # it reads its weights from a list instead of its attributes
                 self._lists[module] = {key: module.__dict__[key] for key in ("_flat_weights", "_flat_weight_refs")}
-                carriers = [getattr(module, key) for key in cast(list[str], module._flat_weights_names)]
-                module.__dict__.update(_flat_weights=carriers, _flat_weight_refs=[weakref.ref(c) for c in carriers])
+                list_carriers(module)
+
+    @property
+    def replaced(self) -> bool:
+        """Return whether an optimizer may lack a parameter now, since the head has another one."""
+        return self._followed.replaced
+
+    def follow(self) -> None:
+        """Follow what was changed in the model.
+
+        Raises:
+            TitheError: when it cannot be followed.
+        """
+        self._followed.follow()
+
+    def check(self) -> None:
+        """Compare modules, parameters and flags with those when attaching, but no values.
+
+        Raises:
+            TitheError: when a change cannot be followed.
+        """
+        self._followed.check()
 
     def join(self, bindings: Sequence[Binding], size: int) -> FlatTheta:
         """Put all θ into one flat parameter, registered on the model itself."""
@@ -156,7 +181,9 @@ class Mount:
         """Register a θ that weights have in common on the model itself."""
         self.model.register_parameter(theta_key(""), parameter)
         self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
-        self._handles.append(self.model.register_load_state_dict_pre_hook(_provide))
+        loading = _Loading()
+        self._handles.append(self.model.register_load_state_dict_pre_hook(loading.provide))
+        self._handles.append(self.model.register_load_state_dict_post_hook(loading.reload))
 
     def show(self, binding: Binding) -> None:
         """Register θ on its module while it holds values, so that `parameters()`, DDP and trainers find it."""
@@ -177,7 +204,7 @@ class Mount:
                 and not carriers
                 and any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
             )
-            trained = everything or whole_head or any(carrier.binding.theta.numel() for carrier in carriers)
+            trained = everything or whole_head or any(carrier.binding.selection.size for carrier in carriers)
             if trained and module in self._still:
                 self._wake(module)
             elif not trained and module not in self._still:
@@ -197,11 +224,13 @@ class Mount:
         places = [(m, key) for m in self.model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
         bound = [cast(nn.Parameter, module._parameters[key]) for module, key in places]
         plain = {id(weight): nn.Parameter(weight.detach()) for weight in bound}
+        self._followed.paused = True
         try:
             for (module, key), weight in zip(places, bound, strict=True):
                 module._parameters[key] = plain[id(weight)]
             yield
         finally:
+            self._followed.paused = False
             for (module, key), weight in zip(places, bound, strict=True):
                 module._parameters[key] = weight
 
@@ -211,14 +240,72 @@ class Mount:
             self._wake(module)
         for handle in self._handles:
             handle.remove()
-        self.model._parameters.pop(theta_key(""), None)
-        for module in self.model.modules():
-            for key in [key for key, value in module.__dict__.items() if isinstance(value, Carrier)]:
-                del module.__dict__[key]
-                module._parameters.pop(theta_key(key), None)
+        for owner, _ in self._owner.values():  # of a module that is no longer in the model too
+            _uncover(owner)
+        _uncover(self.model)
         for module in self._counting:
             module.__dict__.pop(_COUNT, None)
         for module, lists in self._lists.items():
             module.__dict__.update(lists)
-        for name, binding in self.bindings.items():
-            binding.weight.requires_grad_(self._required[name])
+        for binding in self.bindings.values():
+            binding.weight.requires_grad_(binding.required)
+            _live.discard(binding)
+
+
+def _uncover(model: nn.Module) -> None:
+    """Take carriers and θ off the modules."""
+    for module in model.modules():
+        module._parameters.pop(theta_key(""), None)
+        for key in [key for key, value in module.__dict__.items() if isinstance(value, Carrier)]:
+            del module.__dict__[key]
+            module._parameters.pop(theta_key(key), None)
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, Carrier):  # assigned from an attribute that showed one: the weights are tied
+                module._parameters[key] = parameter.binding.weight
+
+
+def check_free(model: nn.Module) -> None:
+    """Check that no plan is attached to the model; a copy of an attached model becomes a plain one.
+
+    Raises:
+        TitheError: naming the module that belongs to a plan.
+    """
+    found: dict[int, Binding] = {}
+    for path, module in model.named_modules():
+        carriers = [value for value in module.__dict__.values() if isinstance(value, Carrier)]
+        if any(carrier.binding in _live for carrier in carriers):
+            raise TitheError(
+                path or "model",
+                found="a plan already attached",
+                expected="a model without one",
+                remedy="call release() on the first plan",
+            )
+        found.update({id(carrier.binding): carrier.binding for carrier in carriers})
+    if found:
+        _clear_copy(model, list(found.values()))
+
+
+def _clear_copy(model: nn.Module, bindings: Sequence[Binding]) -> None:
+    """Make a deep copy of an attached model, or of a part of one, plain: trained values stay."""
+    for binding in bindings:
+        binding.commit()
+        binding.weight.requires_grad_(binding.required)
+    _uncover(model)
+    for module in model.modules():
+        for hooks in (
+            module._forward_pre_hooks,
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
+        ):
+            for number in [number for number, hook in hooks.items() if _ours(hook)]:
+                del hooks[number]
+        module.__dict__.pop(_COUNT, None)
+        if isinstance(module, nn.RNNBase):
+            list_carriers(module)
+
+
+def _ours(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)  # torch wraps hooks that are handed their module
+    owner = getattr(hook, "__self__", hook)
+    return isinstance(owner, (_Loading, Followed)) or hook in (_hide, _hide_flat, _evaluate)

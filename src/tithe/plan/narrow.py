@@ -37,7 +37,7 @@ from tithe.narrow import (
 )
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
-from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
 from tithe.selection import Grid, Selection
@@ -67,12 +67,10 @@ class NarrowPlan(Plan):
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
         self._difference: float | None = None
-        self._optimizers: list[torch.optim.Optimizer] = []
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
         self._parts = LiveWeights({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
-        self._handles: list[Any] = []
         self._inference = InferenceNetwork(self.stage, self.probabilities)
         self._inference.hook()
         self._draw()
@@ -139,6 +137,7 @@ class NarrowPlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
         """
         self._check_live()
+        self._before_forward()  # in the narrow network it is too late to load a state
         other = None
         if not torch.equal(*self._masks):
             other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
@@ -156,27 +155,37 @@ class NarrowPlan(Plan):
             self._difference = (self._difference or 0.0) + float(loss.detach()) - other
         return loss
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Let each `optimizer.step()` update what took part in the step, and nothing else; see `Plan.bind`."""
-        self._check_live()
-        optimizer = inner_optimizer(optimizer)
-        check_holds(optimizer, self.named_parameters())
+    def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
+        """Refuse an optimizer that is not elementwise: θ is another part of its tensors in each step."""
         if not elementwise:
             check_elementwise(optimizer)
-        self._optimizers.append(optimizer)
-        self._handles.append(optimizer.register_step_pre_hook(self._parts.before_update))
-        self._handles.append(optimizer.register_step_post_hook(self._parts.after_update))
 
-    def step(self) -> bool:
-        """Count a finished step, learn from its two losses, and draw again; returns whether the network changed."""
-        self._check_live()
-        if not self._optimizers and self._parts.moved:
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Show the optimizer what took part in the step.
+
+        Raises:
+            TitheError: when no part did, since backward ran without the plan.
+        """
+        if not self._parts.received:
             raise TitheError(
                 "plan",
-                found="a step of an optimizer that is not bound",
-                expected="one that knows which part of its state is live",
-                remedy="call plan.bind(optimizer) once, before training",
+                found="an optimizer's step after no plan.backward(...)",
+                expected="gradients of the drawn network, which takes two forward passes",
+                remedy="call loss = plan.backward(lambda: loss_fn(model, batch)) in place of loss.backward()",
             )
+        self._parts.before_update(optimizer)
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer update what took part in the step, and nothing else."""
+        self._parts.after_update(optimizer)
+
+    def _commit(self) -> bool:
+        moved = self._parts.moved
+        self._parts.close()
+        return moved
+
+    def finish_step(self) -> None:
+        """Count a finished step, learn from its two losses, and draw again."""
         self._parts.close()
         if not self._settled:
             self._learn()
@@ -184,7 +193,7 @@ class NarrowPlan(Plan):
         self.num_steps += 1
         before = self._masks[0]
         self._draw()
-        return not torch.equal(before, self._masks[0])
+        self._changed |= not torch.equal(before, self._masks[0])
 
     def _learn(self) -> None:
         difference = self._difference
@@ -197,7 +206,7 @@ class NarrowPlan(Plan):
 
     def _pace(self) -> float:
         """The present learning rate as a share of the highest, as far as a scheduler tells."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in self._optimizers.bound for group in optimizer.param_groups]
         return max((g["lr"] / g["initial_lr"] for g in groups if g.get("initial_lr")), default=1.0)
 
     def _draw(self) -> None:
@@ -223,6 +232,7 @@ class NarrowPlan(Plan):
         Weights, statistics and optimizer state get smaller for good. A group keeps its most probable unit.
         """
         self._check_live()
+        self._optimizers.finish()
         self._parts.close()
         self.num_epochs += 1
         if self._settled:
@@ -278,7 +288,7 @@ class NarrowPlan(Plan):
         grids = self.stage.grids(alive)
         self.stage.settle(grids)
         for name, part in self._parts.items():
-            part.shrink(grids[name], self._optimizers)
+            part.shrink(grids[name], self._optimizers.bound)
         coupling = self.stage.coupling.shrink(alive)
         self.probabilities.shrink(coupling, alive)
         self._alive[self._alive.nonzero().flatten()[~alive]] = False
@@ -317,7 +327,7 @@ class NarrowPlan(Plan):
         size = sum(parameter.nbytes for parameter in whole.values())
         absent = sum((1 - grid.size / grid.num_weights) * whole[name].nbytes for name, grid in live.items())
         copied = sum(grid.size * whole[name].element_size() for name, grid in live.items() if not grid.full)
-        states = max((num_states(optimizer) for optimizer in self._optimizers), default=2)
+        states = max((num_states(optimizer) for optimizer in self._optimizers.bound), default=2)
         return dataclasses.replace(
             found, theta=copied, gradients=round(size - absent), optimizer=states * size, index=self.index_bytes
         )
@@ -393,15 +403,9 @@ class NarrowPlan(Plan):
         self._settled, self._difference, self._checked = state["settled"], None, True
         self._draw()
 
-    def release(self) -> None:
-        """Give the model back, at the widths that are left: trained values stay, no attribute, hook or flag does."""
-        if self._released:
-            return
+    def _let_go(self) -> None:
         self._inference.unhook()
-        for handle in self._handles:
-            handle.remove()
         for part in self._parts.values():
             part.release()
         for name, required in self._frozen_head.items():
             self._floats[name].requires_grad_(required)
-        self._released = True

@@ -3,44 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tithe.errors import TitheError
-
-
-def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside a trainer's wrapper (accelerate keeps it as `.optimizer`).
-
-    Raises:
-        TitheError: when there is none.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, torch.optim.Optimizer):
-        raise TitheError(
-            "bind", found=f"a {type(inner).__name__}", expected="a torch.optim.Optimizer", remedy="pass the optimizer"
-        )
-    return inner
-
-
-def check_holds(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Check that an optimizer holds every one of these parameters.
-
-    Raises:
-        TitheError: naming the first that is missing.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in named if id(p) not in held]
-    if missing:
-        raise TitheError(
-            missing[0],
-            found=f"an optimizer without {len(missing)} of the plan's parameters",
-            expected="an optimizer over plan.parameters()",
-            remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
-        )
 
 
 def num_states(optimizer: torch.optim.Optimizer) -> int:

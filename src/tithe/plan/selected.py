@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tithe import distributed
 from tithe.plan.mount import Mount
@@ -20,25 +21,31 @@ class SelectedWeights:
     Args:
         mount: of the model.
         bindings: the weights to choose from, in the model's order.
+        optimizers: those that are bound, whose state goes with a new choice.
         changes: whether the choice will be made again.
     """
 
-    def __init__(self, mount: Mount, bindings: Sequence[Binding], *, changes: bool) -> None:
+    def __init__(
+        self, mount: Mount, bindings: Sequence[Binding], optimizers: Sequence[Optimizer], *, changes: bool
+    ) -> None:
         self.bindings, self.changes = bindings, changes
-        self.optimizers: list[torch.optim.Optimizer] = []
         self._mount = mount
+        self._optimizers = optimizers
         self._flat: FlatTheta | None = None
         self._resized = self._emptied = False
+        self._shown: set[str] = set()
 
     @property
     def capacity(self) -> int | None:
         """Return how many values the flat θ holds, or None where every choice is made to measure."""
         return None if self._flat is None else self._flat.parameter.numel()
 
-    @property
-    def unused_bytes(self) -> int:
-        """Return the bytes of the flat θ that the present choice leaves unused."""
-        return 0 if self._flat is None else self._flat.unused_bytes
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over θ: one flat parameter where the choice will change, else one for each tensor chosen."""
+        if self._flat is not None:
+            yield "theta", self._flat.parameter
+        elif not self.changes:
+            yield from ((b.name, b.theta) for b in self.bindings if b.selection.size or b.name in self._shown)
 
     def set_capacity(self, size: int) -> None:
         """Make one flat θ of `size` values where the choice will change."""
@@ -47,11 +54,12 @@ class SelectedWeights:
         elif self.changes:
             self._flat = self._mount.join(self.bindings, size)
 
-    def take(self, chosen: Mapping[str, Selection], max_positions: Tensor | None) -> bool:
+    def take(self, chosen: Mapping[str, Selection], max_positions: Tensor | None, *, carry: bool = True) -> bool:
         """Take over a choice; returns whether anything changed.
 
         Args:
             chosen: name → selection; what is not named is frozen.
+            carry: whether the optimizers' state follows it; not where theirs is loaded too.
             max_positions: int64, for each weight the values of an input channel that the choice was priced for, or
                 -1 for any.
 
@@ -67,12 +75,16 @@ class SelectedWeights:
         if self._flat is not None and (changed or self._emptied):
             self._flat.take(new)
             self._emptied = False
-        for binding in changed:
-            if self._flat is None:
+            if carry:
+                self._carry_flat(self._flat, old)
+        elif self._flat is None:
+            for binding in changed:
                 self._resized = self._resized or old[binding.name].size != new[binding.name].size
                 binding.select(new[binding.name])
                 self._mount.show(binding)
-            self._carry(binding, old[binding.name])
+                self._shown.add(binding.name)
+                if carry:
+                    self._carry(binding, old[binding.name])
         limits = [-1] * len(self.bindings) if max_positions is None else max_positions.tolist()
         for binding, limit in zip(self.bindings, limits, strict=True):
             binding.max_positions = None if limit < 0 else limit
@@ -80,21 +92,39 @@ class SelectedWeights:
         return bool(changed)
 
     def _carry(self, binding: Binding, old: Selection) -> None:
-        for optimizer in self.optimizers:
+        for optimizer in self._optimizers:
             if binding.theta in optimizer.state:
                 carry_state(optimizer.state[binding.theta], old, binding.selection)
             elif not any(binding.theta is p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.param_groups[0]["params"].append(binding.theta)
 
-    def link(self) -> None:
-        """Show each θ its part of the flat gradient."""
-        if self._flat is not None:
-            self._flat.link()
+    def _carry_flat(self, flat: FlatTheta, old: Mapping[str, Selection]) -> None:
+        """Rearrange the state of the flat θ part by part; the unused end starts at zero."""
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(flat.parameter, {})
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or value.shape != flat.parameter.shape:
+                    continue
+                before = value.split([*(old[b.name].size for b in self.bindings), value.numel() - _total(old)])
+                after = torch.zeros_like(value)
+                start = 0
+                for binding, part in zip(self.bindings, before, strict=False):
+                    was, size = old[binding.name], binding.selection.size
+                    if size:
+                        carried = {key: part.view(was.theta_shape)}
+                        carry_state(carried, was, binding.selection)
+                        after[start : start + size] = carried[key].reshape(-1)
+                    start += size
+                state[key] = after
 
-    def commit(self) -> None:
-        """Write every θ into its weight."""
-        for binding in self.bindings:
-            binding.commit(force=True)
+    def commit(self, *, force: bool = True) -> bool:
+        """Write every θ into its weight; returns whether any had changed.
+
+        Args:
+            force: also one whose version did not change, as after a fused kernel.
+        """
+        written = [binding.commit(force=force) for binding in self.bindings]
+        return any(written)
 
     @property
     def resized(self) -> bool:
@@ -108,9 +138,14 @@ class SelectedWeights:
             TitheError: on every rank, when it is not: a wrapper that fixed its buckets before did not follow.
         """
         if self._resized and distributed.world_size() > 1:
-            sums = torch.stack([b.theta.detach().double().sum() for b in self.bindings])
+            values = [b.theta.detach() if b.values is None else b.values for b in self.bindings]
+            sums = torch.stack([value.double().sum() for value in values])
             distributed.check_same("theta", sums.view(torch.int64), distributed.fixed_sizes_error())
         self._resized = False
+
+
+def _total(selections: Mapping[str, Selection]) -> int:
+    return sum(selection.size for selection in selections.values())
 
 
 def _same(old: Selection, new: Selection) -> bool:

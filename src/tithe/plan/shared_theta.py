@@ -82,7 +82,7 @@ class ThetaSharing:
         if not force and self._committed == self.shared.parameter._version:
             return False
         for binding, span in zip(self.bindings[: self.num_large], self.spans, strict=False):
-            span.scatter_(binding.weight, self.shared.values(binding.name))
+            span.scatter_(binding.weight, self.shared.row(binding.name))
         if self.kept is not None:
             self._write_kept(self.kept)
         self._committed = self.shared.parameter._version
@@ -91,9 +91,9 @@ class ThetaSharing:
     def _write_kept(self, kept: GradientBuffer) -> None:
         bindings, spans = self.bindings[self.num_large :], self.spans[self.num_large :]
         if self.shared.parameter.dim() == 1:  # one row of numbers for all
-            weights = spans[0].weights(self.shared.values(bindings[0].name))
+            weights = spans[0].weights(self.shared.row(bindings[0].name))
         else:
-            weights = torch.stack([s.weights(self.shared.values(b.name)) for b, s in zip(bindings, spans, strict=True)])
+            weights = torch.stack([s.weights(self.shared.row(b.name)) for b, s in zip(bindings, spans, strict=True)])
         entries = kept.entries(weights)
         for binding, span, strip in zip(bindings, spans, kept.strips, strict=True):
             start = (strip.first - kept.first) * BLOCK

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.method import Memory, SelectionContext, SparseMethod, Spending, first_batches
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
-from tithe.plan.optimizers import check_elementwise, check_holds, inner_optimizer, num_states
+from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.selected import SelectedWeights
 from tithe.plan.state import Buffers, PlanState
 from tithe.rules.lean.model import Lean, lean
@@ -24,6 +25,8 @@ from tithe.scoring import check_loss
 from tithe.selection import Channels, Selection
 
 _CPU = torch.device("cpu")
+_LONG_EPOCH = 1000
+"""Steps without an end of an epoch that are worth a warning, where the length of the data is not known."""
 
 
 class SparsePlan(Plan):
@@ -32,19 +35,19 @@ class SparsePlan(Plan):
     def __init__(self, model: nn.Module, method: SparseMethod, settings: Settings) -> None:
         super().__init__(model, settings)
         self.method, split = method, self._split
+        self._warned = False
         self._num_parameters = sum(p.numel() for p in split.floats.values())
         self._buffers = Buffers(model)
         if isinstance(settings.data, Iterator) and method.needs_data:
             self._data = first_batches(settings.data, method.samples)
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
-        self._mount = Mount(model, bound)
+        self._mount = Mount(model, bound, self._head)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
         changes = method.reselect is not None or method.warmup > 0
-        self._selected = SelectedWeights(self._mount, self._candidates, changes=changes)
-        self._handles: list[Any] = []
+        self._selected = SelectedWeights(self._mount, self._candidates, self._optimizers.bound, changes=changes)
         self._chosen = False
-        self._committed = False  # whether a bound optimizer's step has written θ since the last `step`
-        self._memory, self._num_states = Memory(), 0
+        self._memory = Memory()
+        self._num_states = 2 if method.optimizer_states is None else method.optimizer_states
         self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
             parameter.requires_grad_(True)
@@ -76,28 +79,21 @@ class SparsePlan(Plan):
         """Return the selection of every tensor of which something is selected, by name, the head apart."""
         return {b.name: b.selection for b in self._candidates if b.selection.size}
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over what the optimizer trains: θ of each selected tensor, then the head's parameters."""
-        self._link()
-        return (parameter for _, parameter in self.named_parameters())
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Iterate over the same with the model's own names; tensors chosen later are there, still empty."""
-        changes = self.method.reselect is not None or self.method.charges_state or not self._chosen
-        for binding in self._candidates:
-            if binding.selection.size or changes:
-                yield binding.name, binding.theta
+        """Iterate over what the optimizer trains: always the same parameters, however often it is chosen.
+
+        Where the choice is made once: θ of each tensor of which something is selected, by the model's own name. Where
+        it is made again: one flat θ, called "theta". Then the head's parameters.
+        """
+        if not self._released:
+            self._mount.check()
+        yield from self._selected.named_parameters()
         yield from self._head.items()
 
     @property
     def index_bytes(self) -> int:
         """Return the bytes of the tensors that say where the selected values belong."""
         return sum(b.index_bytes for b in self._candidates)
-
-    @property
-    def attached_bytes(self) -> int:
-        """Bytes that the plan keeps in memory beside the weights between two steps: θ, its unused slots, indices."""
-        return super().attached_bytes + self._selected.unused_bytes
 
     @property
     def warmup(self) -> int:
@@ -114,19 +110,12 @@ class SparsePlan(Plan):
         if self._loss is None:
             raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
         loss = self._loss
-        grads = [(binding.theta, binding.theta.grad) for binding in self._candidates]
-        try:
-            found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
-        finally:
-            # The parts of a flat θ are no parameters of the model. One that kept a predicted gradient would not look
-            # cleared, and the next backward would add to what the last one left.
-            for theta, grad in grads:
-                theta.grad = grad
-        trained = [p for p in self.parameters() if p.requires_grad]
-        size = sum(p.numel() * p.element_size() for p in trained)
-        held = size + self._selected.unused_bytes
-        states = self._num_states if self._selected.optimizers else 2
-        return dataclasses.replace(found, theta=held, gradients=held, optimizer=states * size, index=self.index_bytes)
+        self._selected.commit(force=False)
+        found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
+        size = sum(p.nbytes for p in self.parameters() if p.requires_grad)
+        return dataclasses.replace(
+            found, theta=size, gradients=size, optimizer=self._num_states * size, index=self.index_bytes
+        )
 
     def _predict_stock(self, batch: Any) -> ledger.Ledger:
         """Price the same step with all weights trained by torch's own operations."""
@@ -152,41 +141,68 @@ class SparsePlan(Plan):
             raise
         return loss
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Commit θ into the weights after each `optimizer.step()`, and carry its state when the choice changes.
+    def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
+        """Refuse an optimizer that is not elementwise, or keeps more state than the method's budget charges.
 
-        Args:
-            optimizer: any elementwise optimizer over `plan.parameters()`, unmodified.
-            elementwise: None tries it out on a few numbers; True takes your word for it.
-
-        Raises:
-            TitheError: when the optimizer lacks a parameter of the plan, or treats a tensor as a whole (Adafactor,
-                Muon, LARS, L-BFGS …), which means nothing on a flat list of single weights.
+        One that treats a tensor as a whole may do so where whole channels are selected once: θ is a matrix there.
         """
-        self._check_live()
-        optimizer = inner_optimizer(optimizer)
-        check_holds(optimizer, self.named_parameters())
-        if not elementwise and not all(isinstance(s, Channels) for s in self.selections.values()):
+        matrices = not self._selected.changes and all(isinstance(s, Channels) for s in self.selections.values())
+        if not elementwise and not matrices:
             check_elementwise(optimizer)
-        self._selected.optimizers.append(optimizer)
-        self._charge(num_states(optimizer))
-        self._handles.append(optimizer.register_step_pre_hook(self._link))
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        charged, kept = self.method.optimizer_states, num_states(optimizer)
+        if charged is not None and kept > charged:
+            raise TitheError(
+                type(optimizer).__name__,
+                found=f"{kept} tensors of θ's size in its state",
+                expected=f"at most {charged}, for which the budget was shared out",
+                remedy=f"write {type(self.method).__name__}(…, optimizer_states={kept})",
+            )
+        self._num_states = kept
 
-    def step(self) -> bool:
-        """Count a finished step, commit, and choose where that is due; returns whether the choice changed."""
-        self._check_live()
-        if not self._committed:
-            self._selected.commit()
-        self._committed = False
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compare the model with what it was, before it is too late."""
+        self._mount.check()
+        if self._mount.replaced:
+            self._optimizers.check_holds()
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write θ into the weights."""
+        self._selected.commit()
+        self._selected.check_ranks()
+
+    def finish_step(self) -> None:
+        """Count a finished step, and choose where that is due."""
         self.num_steps += 1
         if not self._chosen:
-            return self.num_steps >= self.method.warmup and self.reselect()
-        return self._due(step=self.num_steps) and self.reselect()
+            self._changed |= self.num_steps >= self.method.warmup and self.reselect()
+        elif self._due(step=self.num_steps):
+            self._changed |= self.reselect()
+        self._warn_of_epochs()
+
+    def _warn_of_epochs(self) -> None:
+        """Say once that the choice is to change with epochs that nobody counts."""
+        reselect = self.method.reselect
+        if reselect is None or reselect.unit != "epochs" or self.num_epochs or self._warned:
+            return
+        data: Any = self._data
+        # Data to choose by may be a part of an epoch: two lengths of it are rarely passed in one.
+        length = max(2 * len(data), 4) if isinstance(data, Sized) else _LONG_EPOCH
+        if self.num_steps > length:
+            self._warned = True
+            warnings.warn(
+                f"{type(self.method).__name__} chooses again every {reselect.period} epochs, and plan.end_epoch() was"
+                f" not called in {self.num_steps} steps; call it after each epoch, or the first choice stays",
+                TitheWarning,
+                stacklevel=2,
+            )
+
+    def _commit(self) -> bool:
+        return self._selected.commit(force=False)
 
     def end_epoch(self) -> bool:
         """Count a finished epoch, and choose where that is due; returns whether the choice changed."""
         self._check_live()
+        self._optimizers.finish()
         self.num_epochs += 1
         return self._chosen and self._due(epoch=self.num_epochs) and self.reselect()
 
@@ -216,7 +232,7 @@ class SparsePlan(Plan):
             seed=self.seed,
             step=self.num_steps,
             epoch=self.num_epochs,
-            num_states=self._num_states,
+            num_states=self.method.optimizer_states or 0,
             capacity=self._selected.capacity,
             memory=self._memory,
         )
@@ -237,6 +253,7 @@ class SparsePlan(Plan):
             TitheError: when the file cannot be written.
         """
         self._check_live()
+        self._mount.follow()
         self._selected.commit()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
@@ -246,6 +263,7 @@ class SparsePlan(Plan):
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
+        self._mount.follow()
         self._selected.commit()
         return PlanState(
             num_steps=self.num_steps,
@@ -253,7 +271,6 @@ class SparsePlan(Plan):
             seed=self.seed,
             chosen=self._chosen,
             capacity=self._selected.capacity or 0,
-            num_states=self._num_states,
             selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
             moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
             values={b.name: b.moved.gather(b.weight.detach()) for b in self._candidates},
@@ -280,49 +297,21 @@ class SparsePlan(Plan):
                 self._head[name].copy_(value)
             self._buffers.write(self.model, found.buffers)
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
-        self._chosen, self._num_states = found.chosen, found.num_states
+        self._chosen = found.chosen
         self._memory.tensors, self._memory.max_positions = dict(found.memory), found.max_positions
         self._selected.set_capacity(found.capacity)
-        self._selected.take(selected, self._memory.max_positions)
+        self._selected.take(selected, self._memory.max_positions, carry=False)
         for binding in self._candidates:
             binding.refresh()
             binding.moved = moved[binding.name].to(binding.weight.device)
 
-    def release(self) -> None:
-        """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
-        if self._released:
-            return
+    def _let_go(self) -> None:
         self._selected.commit()
-        for handle in self._handles:
-            handle.remove()
         self._mount.release()
         if self._lean is not None:
             self._lean.release()
         for name, parameter in self._head.items():
             parameter.requires_grad_(self._frozen_head[name])
-        self._released = True
 
     def _due(self, *, step: int | None = None, epoch: int | None = None) -> bool:
         return self.method.reselect is not None and self.method.reselect.due(step=step, epoch=epoch)
-
-    def _charge(self, states: int) -> None:
-        """Choose again within the budget when the optimizer's state leaves less of it."""
-        if states == self._num_states or not self.method.charges_state:
-            self._num_states = states
-            return
-        self._num_states = states
-        self._selected.commit()
-        context = self.context()
-        size = self.method.num_selected(context)
-        context.capacity = None if context.capacity is None else size
-        chosen = self.method.choose(context)  # before the capacity is another, while the present choice still runs
-        self._selected.set_capacity(size)
-        self._take(chosen)
-
-    def _link(self, *_: Any) -> None:
-        self._selected.link()
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._selected.commit()
-        self._committed = True
-        self._selected.check_ranks()

@@ -15,7 +15,7 @@ from tithe.selection import Selection, restore
 
 Selections = dict[str, Selection]
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class PlanState:
         seed: of the plan.
         chosen: whether the first choice was made.
         capacity: values that the flat θ holds; 0 for a plan that chooses once.
-        num_states: tensors of θ's size that the optimizer kept, which a budget may count.
         selected: name → state of the selection made now.
         moved: name → state of everything ever selected.
         values: name → the weight's values at `moved`.
@@ -43,7 +42,6 @@ class PlanState:
     seed: int
     chosen: bool
     capacity: int
-    num_states: int
     selected: dict[str, dict[str, Tensor]]
     moved: dict[str, dict[str, Tensor]]
     values: dict[str, Tensor]

@@ -19,7 +19,7 @@ from tithe.method import SubspaceMethod
 from tithe.plan.align import find_places, start_weights
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
-from tithe.plan.optimizers import check_holds, inner_optimizer, num_states
+from tithe.plan.optimizers import num_states
 from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.rules import SharedTheta
 from tithe.scoring import check_loss
@@ -59,7 +59,7 @@ class SubspacePlan(Plan):
             for name, tensor in found.rest.items():
                 tensor.copy_(values[name].view(tensor.shape))
         self._rest = tuple(found.rest)
-        self._mount = Mount(model, moving)
+        self._mount = Mount(model, moving, self._head)
         self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
         shared = SharedTheta(self.theta, list(moving))
         bindings = [self._mount.bindings[name] for name in moving]
@@ -67,8 +67,7 @@ class SubspacePlan(Plan):
             binding.common = shared
         self._mount.show_root(self.theta)
         self._sharing = ThetaSharing(shared, bindings, spans, self.basis)
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._sharing)]
-        self._bound = list[torch.optim.Optimizer]()
+        self._handle: Any = model.register_forward_pre_hook(self._sharing)
         for name, parameter in split.floats.items():
             parameter.requires_grad_(name in self._head)
         self._sharing.commit(force=True)
@@ -148,10 +147,10 @@ class SubspacePlan(Plan):
         if self._loss is None:
             raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
         loss = self._loss
-        self._commit()
+        self._write()
         found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
         size = sum(p.nbytes for p in self.parameters())
-        states = max((num_states(optimizer) for optimizer in self._bound), default=2)
+        states = max((num_states(optimizer) for optimizer in self._optimizers.bound), default=2)
         return dataclasses.replace(
             found, theta=self.theta.nbytes, gradients=size, optimizer=states * size, index=self.index_bytes
         )
@@ -171,28 +170,20 @@ class SubspacePlan(Plan):
                     distributed.mean_(parameter.grad)
         return loss
 
-    def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
-        """Write the weights after each `optimizer.step()`; any optimizer will do, θ is a plain vector.
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compare the model with what it was, before it is too late."""
+        self._mount.check()
+        if self._mount.replaced:
+            self._optimizers.check_holds()
 
-        Raises:
-            TitheError: when the optimizer lacks a parameter of the plan.
-        """
-        self._check_live()
-        optimizer = inner_optimizer(optimizer)
-        check_holds(optimizer, self.named_parameters())
-        self._bound.append(optimizer)
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def step(self) -> bool:
-        """Count a finished step, and write the weights; nothing is chosen again, so it returns False."""
-        self._check_live()
-        self._commit()
-        self.num_steps += 1
-        return False
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the weights where an optimizer moved θ."""
+        self._write(force=True)
 
     def end_epoch(self) -> bool:
         """Count a finished epoch; nothing is chosen again, so it returns False."""
         self._check_live()
+        self._optimizers.finish()
         self.num_epochs += 1
         return False
 
@@ -315,24 +306,21 @@ class SubspacePlan(Plan):
         self._sharing.commit(force=True)
         self._stale = state["stale"]
 
-    def release(self) -> None:
-        """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
-        if self._released:
-            return
+    def _let_go(self) -> None:
         self._settle()
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
         self._mount.release()
         for name, required in self._required.items():
             self._floats[name].requires_grad_(required)
-        self._released = True
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._commit(force=True)
+    def _commit(self) -> bool:
+        return self._write()
 
-    def _commit(self, *, force: bool = False) -> None:
-        if self._sharing.commit(force=force):
+    def _write(self, *, force: bool = False) -> bool:
+        written = self._sharing.commit(force=force)
+        if written:
             self._stale = self._norms > 0
+        return written
 
     def _settle(self) -> None:
         """What leaves the plan has statistics of its own weights, or a warning says that it has not."""

@@ -271,6 +271,8 @@ def raw(weight: Tensor) -> Tensor:
     """The parameter under a carrier, as its module holds it now; any other tensor as it is."""
     if not isinstance(weight, Carrier):
         return weight
+    if not torch.compiler.is_compiling():  # a block may be called apart from the model, whose hook commits otherwise
+        weight.binding.commit()
     return cast(Tensor, weight.owner._parameters.get(weight.key, weight.binding.weight))
 
 

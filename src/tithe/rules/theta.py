@@ -8,10 +8,9 @@ Shapes: W weights, K_w selected entries of one, m coefficients of a span.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,15 @@ def theta_key(parameter: str) -> str:
 class CommonTheta(ABC):
     """One parameter that stands for θ of several weights."""
 
+    parameter: nn.Parameter
+
     @abstractmethod
     def view(self, binding: Binding) -> Tensor:
         """What stands for θ of this weight in autograd."""
+
+    @abstractmethod
+    def values(self, binding: Binding) -> Tensor | None:
+        """The values that are this weight's alone, apart from autograd; None where weights share all of them."""
 
 
 class Binding:
@@ -49,7 +54,8 @@ class Binding:
     def __init__(self, name: str, weight: nn.Parameter) -> None:
         self.name = name
         self.weight = weight
-        self.theta = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
+        self.required = weight.requires_grad
+        self.theta = nn.Parameter(weight.detach().new_empty(0))
         self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
         self.max_positions: int | None = None
@@ -58,7 +64,7 @@ class Binding:
         self.common: CommonTheta | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
-        self.committed = self.theta._version
+        self._agreed(None)
 
     @property
     def indices(self) -> Tensor:
@@ -104,21 +110,32 @@ class Binding:
             return None
         return self.theta if self.common is None else self.common.view(self)
 
+    @property
+    def values(self) -> Tensor | None:
+        """θ's values apart from autograd; None where nothing is selected, or weights share all values."""
+        if not self.selection.size:
+            return None
+        return self.theta.detach() if self.common is None else self.common.values(self)
+
+    @property
+    def version(self) -> int:
+        """Rises with every change of θ that torch counts; not with one through `.data` or by a fused kernel."""
+        return (self.theta if self.common is None else self.common.parameter)._version
+
     def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
         self.selection = selection.to(self.weight.device)
         self.touch = self._touch()
         self.counted = False
+        if self.common is not None:  # it fetches the values of all its parts
+            return
         self.theta.grad = None
-        self.theta.requires_grad_(False)
         if self.theta.shape != selection.theta_shape:
             # A loss of an earlier step keeps autograd's accumulator for θ alive, which remembers the old size; torch
             # drops it when the dtype changes. A wrapper that holds it (DDP) is told at the next step to wrap again.
             self.theta.data = self.theta.data.to(torch.float32 if self.theta.dtype == torch.float64 else torch.float64)
         self.theta.data = self.selection.gather(self.weight.detach())
-        if self.selection.size:
-            self.theta.requires_grad_(True)
-        self.committed = self.theta._version
+        self.agree()
 
     def follow(self) -> None:
         """Follow the weight to other memory, perhaps on another device."""
@@ -141,69 +158,120 @@ class Binding:
             tensors += [] if self.touch.inner is None else [self.touch.inner]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def commit(self, *, force: bool = False) -> None:
+    def commit(self, *, force: bool = False) -> bool:
         """Write θ into the weight in place, w ← S θ; entries outside the selection keep their bits.
 
         Args:
             force: also when θ's version did not change, as after an update through `.data` or a foreign kernel.
+
+        Returns:
+            Whether it was written.
         """
-        if self.theta.numel() and (force or self.theta._version != self.committed):
-            self.selection.scatter_(self.weight, self.theta.detach())
-            self.committed = self.theta._version
-            if not self.counted:
-                self.moved = self.selection.union(self.moved)
-                self.counted = True
+        if not force and self.version == self._committed:
+            return False
+        values = self.values
+        if values is None:
+            return False
+        self.selection.scatter_(self.weight, values)
+        self._agreed(values)
+        if not self.counted:
+            self.moved = self.selection.union(self.moved)
+            self.counted = True
+        return True
 
     def refresh(self) -> None:
         """θ ← Sᵀ w, after the weight itself was loaded or changed; a θ that weights share follows none of them."""
-        if not self.theta.numel():
+        values = self.values
+        if values is not None:
+            with torch.no_grad():
+                values.copy_(self.selection.gather(self.weight))
+        self._agreed(values)
+
+    def settle(self) -> None:
+        """Bring θ and the weight together again, whichever of the two was changed since they last agreed.
+
+        Where torch counted no change, the values tell: one of k numbers is compared. A weight that was written from
+        outside has moved as a whole, which is saved with it.
+
+        Raises:
+            TitheError: when both were changed, and differ.
+        """
+        if isinstance(self.common, SharedTheta):
             return
-        with torch.no_grad():
-            self.theta.copy_(self.selection.gather(self.weight))
-        self.committed = self.theta._version
+        values = self.values
+        theta_changed, weight_changed = self.version != self._committed, self.weight._version != self._written
+        if values is None:
+            if weight_changed:
+                self._written_outside()
+            return
+        if theta_changed and not weight_changed:
+            self.commit()
+            return
+        there = self.selection.gather(self.weight.detach())
+        if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
+            if not theta_changed and not weight_changed:  # through `.data`
+                theta_changed = not torch.equal(_digest(values), self._digest)
+                weight_changed = not theta_changed
+            if theta_changed and weight_changed:
+                raise TitheError(
+                    self.name,
+                    found="a weight and its θ that were both written since the last step, with other values",
+                    expected="either of them to be written",
+                    remedy="write the weight and leave the plan's parameter, which follows it, alone",
+                )
+            if theta_changed:
+                self.commit(force=True)
+                return
+            self.refresh()
+        if weight_changed:
+            self._written_outside()
+
+    def replace(self, weight: nn.Parameter) -> None:
+        """Take another parameter of the same shape for the weight: what differs has moved, and θ follows."""
+        old, self.weight = self.weight, weight
+        self.note_changes(old.detach().to(weight.device, weight.dtype))
+        self.follow()
+
+    def note_changes(self, before: Tensor) -> None:
+        """Count every entry that differs from `before` as moved, as after loading a checkpoint, and refresh θ."""
+        changed = (_bits(self.weight.detach()) != _bits(before)).flatten().nonzero().flatten()
+        if changed.numel():
+            self.moved = Coordinates(tuple(self.weight.shape), changed).union(self.moved)
+        self.refresh()
+
+    def _written_outside(self) -> None:
+        self.moved = Coordinates.everything(tuple(self.weight.shape)).to(self.weight.device)
+        self.agree()
+
+    def agree(self) -> None:
+        """Note that θ and the weight hold the same values now."""
+        self._agreed(self.values)
+
+    def _agreed(self, values: Tensor | None) -> None:
+        self._committed, self._written = self.version, self.weight._version
+        self._digest = torch.zeros((), dtype=torch.int64) if values is None else _digest(values)
 
 
-class _Split(torch.autograd.Function):
-    """The flat parameter as one view for each part; backward joins their gradients in one copy."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-        """Views of the parts, in order."""
-        ctx.set_materialize_grads(False)
-        ctx.shapes, ctx.like = shapes, flat.detach()
-        return tuple(_parts(flat, shapes))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        """The gradient of the flat parameter; a part that was not used has none, nor has the unused end."""
-        like = cast(Tensor, ctx.like)
-        if torch.is_grad_enabled():  # a gradient of this gradient is asked for: nothing in place
-            parts = [like.new_zeros(s) if g is None else g for s, g in zip(ctx.shapes, grads, strict=True)]
-            flat = torch.cat([part.reshape(-1) for part in parts])
-            return torch.cat([flat, like.new_zeros(like.numel() - flat.numel())]), None
-        out = like.new_zeros(like.shape)
-        for part, grad in zip(_parts(out, ctx.shapes), grads, strict=True):
-            if grad is not None:
-                part.copy_(grad)
-        return out, None
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _parts(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Views of consecutive stretches of `flat`, one for each shape."""
-    sizes = [math.prod(shape) for shape in shapes]
-    parts = flat[: sum(sizes)].split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _bits(values: Tensor) -> Tensor:
+    """The bits of values as integers, so that nan equals itself and 0.0 is not -0.0."""
+    return values.contiguous().view(_INTEGERS[values.element_size()])
+
+
+def _digest(values: Tensor) -> Tensor:
+    """One number that another set of values is unlikely to share."""
+    return _bits(values).sum(dtype=torch.int64)
 
 
 class FlatTheta(CommonTheta):
-    """The flat parameter under all θ of a plan that chooses again: its size stays while its parts follow the choice.
+    """One parameter for all θ of a plan that chooses again: its size stays while its parts follow the choice.
 
         parameter (K,) ──split──> a view for each tensor ──> its rule
-          │ same memory
-          └──> θ of each tensor, the parameters that the optimizer holds
 
-    Autograd, and DistributedDataParallel with it, sees `parameter` alone: buckets, compiled graphs and wrappers made
-    before a new choice stay valid after it. The optimizer sees the parts, under the names that the model gives.
+    The optimizer, autograd and DistributedDataParallel see `parameter` alone: state, buckets, compiled graphs and
+    wrappers made before a new choice stay valid after it.
 
     Args:
         bindings: the weights whose θ are parts, in the model's order.
@@ -213,36 +281,46 @@ class FlatTheta(CommonTheta):
     def __init__(self, bindings: Sequence[Binding], size: int) -> None:
         self.bindings = list(bindings)
         self.parameter = nn.Parameter(bindings[0].weight.detach().new_zeros(size))
-        self.views: dict[str, Tensor] = {}
+        self._starts: dict[str, int] = {}
+        self._views: dict[str, Tensor] = {}
+        self._version = -1
         for binding in self.bindings:
             binding.common = self
-        self._listen()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "views"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.views = {}
-        self._listen()
-        # The bindings of a copy are complete only when the whole copy is: parts are tied when first asked for.
+        return {**self.__dict__, "_views": {}}
 
     def take(self, selections: dict[str, Selection]) -> None:
         """Take over a new choice for every part.
 
         Args:
             selections: name → selection, one for each binding.
+
+        Raises:
+            TitheError: when the choice has more values than there is room for.
         """
+        size = sum(selection.size for selection in selections.values())
+        if size > self.parameter.numel():
+            raise TitheError(
+                "num_selected",
+                found=f"a choice of {size} values",
+                expected=f"at most {self.parameter.numel()}, for which the method had asked room",
+                remedy="let the method's num_selected return the size of its largest choice",
+            )
+        start = 0
         for binding in self.bindings:
             binding.select(selections[binding.name])
-        values = torch.cat([binding.theta.detach().reshape(-1) for binding in self.bindings])
-        if values.numel() > self.parameter.numel():
-            self.parameter.data = values
-        else:
-            self.parameter.data.zero_()[: values.numel()].copy_(values)
+            self._starts[binding.name] = start
+            start += binding.selection.size
+        with torch.no_grad():
+            self.parameter.zero_()
+            if size:
+                chosen = [b.selection.gather(b.weight.detach()).reshape(-1) for b in self.bindings if b.selection.size]
+                self.parameter[:size].copy_(torch.cat(chosen))
         self.parameter.grad = None
-        self.views = {}
-        self._tie()
+        self._views = {}
+        for binding in self.bindings:
+            binding.agree()
 
     @property
     def unused_bytes(self) -> int:
@@ -257,57 +335,34 @@ class FlatTheta(CommonTheta):
         if size == self.parameter.numel():
             return False
         self.parameter.data = self.parameter.data.new_zeros(size)
-        self.parameter.grad, self.views = None, {}
+        self.parameter.grad, self._views = None, {}
         return True
+
+    def values(self, binding: Binding) -> Tensor:
+        """The part of this weight, sharing memory with the parameter."""
+        return self._part(self.parameter.detach(), binding)
 
     def view(self, binding: Binding) -> Tensor:
         """The part's view of the flat parameter; the plain values while the parameter asks for no gradient."""
         if not self.parameter.requires_grad:  # while scores are taken: a view kept from then would never be trained
-            return binding.theta.detach()
-        if not self.views:
+            return self.values(binding)
+        if torch.compiler.is_compiling():
+            return self._part(self.parameter, binding)
+        if not self._views or self._version != self.parameter._version:
+            # One backward node joins the gradients of all parts. An update in place makes views of several outputs
+            # invalid, so that every step has its own.
             used = [b for b in self.bindings if b.selection.size]
+            sizes = [b.selection.size for b in used]
             with _disable_current_modes(), torch.enable_grad():  # also when first asked for in a run on shapes alone
-                self._tie()
-                views = cast(tuple[Tensor, ...], _Split.apply(self.parameter, [b.selection.theta_shape for b in used]))
-            self.views = {b.name: view for b, view in zip(used, views, strict=True)}
-        return self.views[binding.name]
+                *parts, _ = self.parameter.split([*sizes, self.parameter.numel() - sum(sizes)])
+                views = [part.view(b.selection.theta_shape) for b, part in zip(used, parts, strict=True)]
+            self._views = {b.name: view for b, view in zip(used, views, strict=True)}
+            self._version = self.parameter._version
+        return self._views[binding.name]
 
-    def _tie(self) -> None:
-        used = [b for b in self.bindings if b.selection.size]
-        parts = _parts(self.parameter.data, [b.selection.theta_shape for b in used])
-        for binding, part in zip(used, parts, strict=True):
-            binding.theta.data = part
-            binding.committed = binding.theta._version
-
-    def link(self) -> None:
-        """Show each θ its part of the flat gradient, or none; the gradient of parts that were cleared is cleared."""
-        self._clear()
-        self._show()
-
-    def _show(self) -> None:
-        start = 0
-        for binding in self.bindings:
-            size = binding.selection.size
-            if size:
-                grad = self.parameter.grad
-                part = None if grad is None else grad[start : start + size]
-                binding.theta.grad = None if part is None else part.view(binding.theta.shape)
-            start += size
-
-    def _listen(self) -> None:
-        self.parameter.register_hook(self._before)
-        self.parameter.register_post_accumulate_grad_hook(self._after)
-
-    def _before(self, grad: Tensor) -> None:
-        """An optimizer that cleared its gradients cleared those of the parts: the sum starts anew."""
-        self._clear()
-
-    def _clear(self) -> None:
-        if any(b.theta.grad is None for b in self.bindings if b.selection.size):
-            self.parameter.grad = None
-
-    def _after(self, flat: Tensor) -> None:
-        self._show()
+    def _part(self, flat: Tensor, binding: Binding) -> Tensor:
+        start = self._starts[binding.name]
+        return flat[start : start + binding.selection.size].view(binding.selection.theta_shape)
 
 
 class SharedTheta(CommonTheta):
@@ -326,7 +381,11 @@ class SharedTheta(CommonTheta):
         """The vector itself, or the weight's row of it."""
         return self.parameter if self.parameter.dim() == 1 else self.parameter[self._rows[binding.name]]
 
-    def values(self, name: str) -> Tensor:
+    def values(self, binding: Binding) -> None:
+        """None: the coefficients are those of all weights."""
+        return None
+
+    def row(self, name: str) -> Tensor:
         """The values that a weight's θ has now, apart from autograd."""
         values = self.parameter.detach()
         return values if values.dim() == 1 else values[self._rows[name]]

@@ -57,6 +57,11 @@ class Terms:
     checkpoints: int = 100
     bits: int = 8
 
+    @property
+    def states(self) -> int:
+        """How many tensors of a parameter's size the optimizer keeps."""
+        return OPTIMIZERS[self.optimizer].states
+
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise TitheError(

@@ -116,7 +116,6 @@ class Run:
         """Make the optimizer of what was attached, and start the random draws of training."""
         self.optimizer = make_optimizer(self.course.optimizer, self.trainee.parameters())
         self.trainee.bind(self.optimizer)
-        # Not before: a budget charged with the optimizer's state leaves θ smaller than it was attached.
         # While a warm-up lasts, nothing but the head gets a gradient.
         self._wrap(waits=self.trainee.warmup > 0)
         set_seed(self.recipe.run.seed + 1 + self._share[0])

@@ -97,6 +97,11 @@ class OptimizerSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
 
+    @property
+    def states(self) -> int:
+        """How many tensors of a parameter's size it keeps."""
+        return 2 if self.name != "sgd" else int(self.momentum > 0)
+
     @model_validator(mode="after")
     def _fits_together(self) -> OptimizerSection:
         if self.momentum and self.name != "sgd":

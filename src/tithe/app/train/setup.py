@@ -153,6 +153,7 @@ def attach(
             network.model,
             folder=recipe.folder,
             steps=structure_steps,
+            states=recipe.optimizer.states,
             head=network.head,
             loss=loss,
             data=data,

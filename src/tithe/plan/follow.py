@@ -1,0 +1,208 @@
+"""Follows a model that is changed under its plan: what can be followed is, the rest is refused before the next step.
+
+another Parameter of the same shape (`assign=True`, a fresh `nn.Parameter`)     becomes the weight; what differs moved
+values written into a weight or into θ (`copy_`, `.data`, an average's swap)     the other one takes them over
+`requires_grad_` on a frozen weight                                              set back, with one warning
+a module replaced, a weight resized, parametrised, tied or untied                refused
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode  # pyright: ignore[reportPrivateUsage]
+
+from tithe.errors import TitheError, TitheWarning
+from tithe.rules import Binding, Carrier, theta_key
+
+
+class Place(NamedTuple):
+    """Where a module holds a weight.
+
+    Args:
+        owner: the module.
+        key: of the parameter on it.
+        name: the parameter's name in the model, spelled by way of this module.
+        binding: of the weight, or None for one that is trained whole.
+    """
+
+    owner: nn.Module
+    key: str
+    name: str
+    binding: Binding | None
+
+
+class Followed:
+    """The places of a model's weights, and the modules on the way to them.
+
+    An object that a deep copy of the model copies too: the copy follows its own weights.
+
+    Args:
+        model: the model.
+        places: where its weights are.
+        head: name → parameter trained whole; a replaced one is written here.
+    """
+
+    def __init__(self, model: nn.Module, places: Sequence[Place], head: MutableMapping[str, nn.Parameter]) -> None:
+        self.model, self.places, self.head = model, list(places), head
+        self.bindings = list({id(p.binding): p.binding for p in places if p.binding is not None}.values())
+        self.replaced = False
+        """Whether a head parameter became another one, which an optimizer made before does not hold."""
+        self.paused = False
+        """Whether forward passes go by unseen, while the weights stand for others."""
+        self._warned = False
+        owners = {place.owner for place in places}
+        self._links = _links(model, owners)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Before the root's forward."""
+        if not (self.paused or torch.compiler.is_compiling()):
+            self.follow()
+
+    def follow(self) -> None:
+        """Compare the model with what it was.
+
+        Raises:
+            TitheError: naming the module or weight that was changed in a way that cannot be followed.
+        """
+        self.check()
+        if _get_current_dispatch_mode() is not None:  # on shapes alone, or while bytes are counted
+            return
+        for binding in self.bindings:
+            binding.settle()
+
+    def check(self) -> None:
+        """Compare modules, parameters and flags, but no values.
+
+        Raises:
+            TitheError: as `follow`.
+        """
+        for parent, name, child, path in self._links:
+            if parent._modules.get(name) is not child:
+                found = parent._modules.get(name)
+                _refuse(path, f"another module, a {type(found).__name__}", "the one that was there when attaching")
+        first: dict[int, nn.Parameter] = {}
+        for place in self.places:
+            parameter = self._parameter(place)
+            if place.binding is not None and first.setdefault(id(place.binding), parameter) is not parameter:
+                _refuse(place.name, "a Parameter of its own", f"that of {place.binding.name}, to which it was tied")
+        for place in self.places:
+            self._take_over(place)
+        for binding in self.bindings:
+            self._check_flag(binding)
+        self._check_thetas()
+
+    def _parameter(self, place: Place) -> nn.Parameter:
+        """The parameter that is there now; one that was assigned from the shadowing attribute is what it stood for."""
+        parameter = place.owner._parameters.get(place.key)
+        if isinstance(parameter, Carrier):
+            parameter = place.owner._parameters[place.key] = parameter.binding.weight
+        if parameter is None:
+            _refuse(place.name, "no parameter of that name", "the one that was there when attaching")
+        return parameter
+
+    def _take_over(self, place: Place) -> None:
+        parameter = place.owner._parameters[place.key]
+        assert parameter is not None
+        before = self.head[place.name] if place.binding is None else place.binding.weight
+        if parameter is not before:
+            for other in self.places:
+                if other.binding not in (None, place.binding) and other.binding.weight is parameter:
+                    _refuse(place.name, f"the Parameter of {other.name}", "its own, as when attaching")
+            same = (tuple(parameter.shape), parameter.dtype, parameter.device)
+            expected = (tuple(before.shape), before.dtype, before.device)
+            if same != expected:
+                _refuse(place.name, " ".join(map(str, same)), " ".join(map(str, expected)))
+            if place.binding is None:
+                parameter.requires_grad_(True)
+                self.head[place.name] = parameter
+                self.replaced = True
+            else:
+                parameter.requires_grad_(False)
+                place.binding.replace(parameter)
+        if place.binding is None:
+            return
+        carrier = place.owner.__dict__.get(place.key)
+        moved = isinstance(carrier, Carrier) and carrier.memory != place.binding.weight.untyped_storage()._cdata
+        if moved:
+            place.binding.follow()
+        if moved or not isinstance(carrier, Carrier) or parameter is not before:
+            place.owner.__dict__[place.key] = Carrier(place.binding, place.owner, place.key)
+            if isinstance(place.owner, nn.RNNBase):
+                list_carriers(place.owner)
+
+    def _check_flag(self, binding: Binding) -> None:
+        weight = binding.weight
+        if not weight.requires_grad:
+            return
+        weight.requires_grad_(False)
+        weight.grad = None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{binding.name} and perhaps other weights were set to require a gradient while a plan is attached;"
+                " they stay frozen but for what is selected. To train weights whole, name them in head= of attach",
+                TitheWarning,
+                stacklevel=4,
+            )
+
+    def _check_thetas(self) -> None:
+        """θ is the parameter that an optimizer holds: no other one may take its place."""
+        shown = {id(p.binding): p for p in reversed(self.places) if p.binding is not None}
+        for place in shown.values():
+            binding = place.binding
+            assert binding is not None
+            owner, key = (place.owner, place.key) if binding.common is None else (self.model, "")
+            theta = binding.theta if binding.common is None else binding.common.parameter
+            if binding.selection.size and owner._parameters.get(theta_key(key), theta) is not theta:
+                _refuse(place.name, "another Parameter in the place of θ", "the one that plan.parameters() gives")
+
+
+def _links(model: nn.Module, owners: set[nn.Module]) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """Parent, name, child and path of every module that leads to an owner or is one."""
+    leads: dict[nn.Module, bool] = {}
+
+    def to_owner(module: nn.Module) -> bool:
+        if module not in leads:
+            leads[module] = module in owners  # a module inside itself leads nowhere else
+            below = [to_owner(child) for child in module._modules.values() if child is not None]
+            leads[module] = leads[module] or any(below)
+        return leads[module]
+
+    return [
+        (parent, name, child, f"{path}.{name}".lstrip("."))
+        for path, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if child is not None and to_owner(child)
+    ]
+
+
+def list_carriers(module: nn.RNNBase) -> None:
+    """Put what the module's attributes show into the list that a recurrent module reads its weights from."""
+    shown = [getattr(module, key) for key in module._flat_weights_names]  # pyright: ignore
+    module.__dict__.update(_flat_weights=shown, _flat_weight_refs=[weakref.ref(weight) for weight in shown])
+
+
+def _refuse(name: str, found: str, expected: str) -> NoReturn:
+    raise TitheError(
+        name,
+        found=f"{found}, since the plan was attached",
+        expected=expected,
+        remedy="call plan.release(), change the model, and attach again",
+    )
+
+
+def check_same(places: Mapping[str, tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Check that modules hold the parameters that they held.
+
+    Raises:
+        TitheError: naming the first that does not.
+    """
+    for name, (owner, key, parameter) in places.items():
+        if owner._parameters.get(key) is not parameter:
+            _refuse(name, "another Parameter", "the one that was there when attaching")

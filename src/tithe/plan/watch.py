@@ -1,0 +1,286 @@
+"""Watches the optimizers that train a plan's parameters, whoever made them: attaching is enough.
+
+any optimizer's step ──> does it hold parameters of a plan? ──> it is bound: checked once, followed from then on
+            bound    ──> before its step: the model is compared with what it was
+                     ──> after it: θ goes into the weights; when all bound optimizers had their step, it is counted
+
+torch calls process-wide hooks around the step of every optimizer, whatever kernel it uses, and not at all where a step
+is skipped.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tithe.errors import TitheError
+
+STATE_KEY = "tithe"
+"""Where the plan's state is in an optimizer's: `optimizer.state_dict()["state"]["tithe"]`."""
+
+
+class Watched(Protocol):
+    """What a plan does about its optimizers; each is called with one that holds a parameter of the plan."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Iterate over what optimizers train."""
+        ...
+
+    def frozen(self) -> set[int]:
+        """Return the ids of the parameters of the model that no optimizer trains."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plan's state."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        ...
+
+    def check_optimizer(self, optimizer: Optimizer, elementwise: bool | None) -> None:
+        """Refuse an optimizer that the plan cannot be trained with."""
+        ...
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Get ready for an optimizer's step, or refuse it."""
+        ...
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        """Take over what an optimizer's step changed."""
+        ...
+
+    def finish_step(self) -> None:
+        """Count a step in which every optimizer had its turn."""
+        ...
+
+
+class Optimizers:
+    """The optimizers of one plan.
+
+    Args:
+        plan: what they train.
+    """
+
+    def __init__(self, plan: Watched) -> None:
+        self._plan = weakref.ref(plan)
+        self.bound: list[Optimizer] = []
+        self.seen = False
+        """Whether a step of any of them came by: torch runs no hooks where a step is compiled."""
+        self._stepped: set[int] = set()
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """Meet every optimizer of the process before its next step."""
+        _watching.add(self)
+        if not _hook:
+            _hook.append(register_optimizer_step_pre_hook(_meet_all))
+
+    @property
+    def pending(self) -> bool:
+        """Return whether some optimizers had their step and others not yet."""
+        return bool(self._stepped)
+
+    def finish(self) -> None:
+        """Count the step that is going on, whichever optimizers took part in it."""
+        plan = self._plan()
+        if self._stepped and plan is not None:
+            self._stepped.clear()
+            plan.finish_step()
+
+    def bind(self, optimizer: Any, *, elementwise: bool | None = None) -> None:
+        """Check an optimizer, follow it from now on, and go on from a plan's state that it has loaded.
+
+        Raises:
+            TitheError: as `Plan.bind`.
+        """
+        plan = self._plan()
+        optimizer = inner_optimizer(optimizer)
+        if plan is None or any(optimizer is known for known in self.bound):
+            return
+        state = optimizer.state.pop(STATE_KEY, None)  # pyright: ignore
+        if state is not None:
+            plan.load_state_dict(state)  # θ of another size is made first
+        self.check_holds([optimizer, *self.bound])
+        plan.check_optimizer(optimizer, elementwise)
+        self.bound.append(optimizer)
+        post = optimizer.register_step_post_hook(self._after)
+        optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # a hook of the loop's sees the weights
+        self._handles += [
+            post,
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_state_dict_post_hook(self._add_state),
+            optimizer.register_load_state_dict_post_hook(self._take_state),
+        ]
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Bind an optimizer that is about to step, where it holds a parameter that the plan trains or froze.
+
+        Raises:
+            TitheError: as `bind`.
+        """
+        plan = self._plan()
+        if plan is None or any(optimizer is known for known in self.bound):
+            return
+        ours = {id(parameter) for _, parameter in plan.named_parameters()} | plan.frozen()
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            self.bind(optimizer)
+
+    def search(self) -> None:
+        """Bind every optimizer of this process that holds what the plan trains, before the first gradient is made.
+
+        One that has loaded a plan's state brings the choice that the gradient has to be taken for.
+        """
+        plan = self._plan()
+        if plan is None:
+            return
+        ours = {id(parameter) for _, parameter in plan.named_parameters()}
+        for optimizer in _find(ours):
+            if STATE_KEY in optimizer.state:  # pyright: ignore
+                self.bind(optimizer)
+
+    def check_holds(self, optimizers: list[Optimizer] | None = None) -> None:
+        """Check that every parameter of the plan is in an optimizer.
+
+        Args:
+            optimizers: these; by default those that are bound. Where they lack one, others of the process may have it.
+
+        Raises:
+            TitheError: naming the first parameter that is missing.
+        """
+        plan = self._plan()
+        assert plan is not None
+        optimizers = self.bound if optimizers is None else optimizers
+        named = [(name, p) for name, p in plan.named_parameters() if p.numel()]
+        held = _held(optimizers)
+        missing = [(name, p) for name, p in named if id(p) not in held]
+        if missing:
+            held = _held(_find({id(p) for _, p in missing}))
+            missing = [(name, p) for name, p in missing if id(p) not in held]
+        if missing:
+            raise TitheError(
+                missing[0][0],
+                found=f"an optimizer without {len(missing)} of the plan's parameters",
+                expected="an optimizer over plan.parameters()",
+                remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
+            )
+
+    def stop(self) -> None:
+        """Leave the optimizers alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.bound.clear()
+        _watching.discard(self)
+        while _hook and not _watching:
+            _hook.pop().remove()
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = self._plan()
+        if plan is None:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            plan.before_update(optimizer)
+            return None
+
+        def checked() -> Any:
+            loss = closure()
+            plan.before_update(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": checked}
+        return (optimizer, checked, *args[2:]), kwargs
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        plan = self._plan()
+        if plan is None:
+            return
+        self.seen = True
+        overflow = getattr(optimizer, "found_inf", None)  # a fused kernel skips its update by itself
+        plan.after_update(optimizer)
+        if isinstance(overflow, torch.Tensor) and bool(overflow):
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self.bound):
+            self.finish()
+
+    def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """In the state dict of the first optimizer: the plan's own."""
+        plan = self._plan()
+        if plan is not None and next(iter(self.bound), None) is optimizer:
+            state["state"] = {**state["state"], STATE_KEY: plan.state_dict()}
+
+    def _take_state(self, optimizer: Optimizer) -> None:
+        plan = self._plan()
+        state = optimizer.state.pop(STATE_KEY, None)  # pyright: ignore
+        if plan is not None and state is not None:
+            plan.load_state_dict(state)
+
+
+def inner_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside a trainer's wrapper (accelerate keeps it as `.optimizer`).
+
+    Raises:
+        TitheError: when there is none.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise TitheError(
+            "bind", found=f"a {type(inner).__name__}", expected="a torch.optim.Optimizer", remedy="pass the optimizer"
+        )
+    return inner
+
+
+def _held(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _find(parameters: set[int]) -> list[Optimizer]:
+    """Every optimizer of the process that holds one of these; torch keeps no list of them, the collector does."""
+    found = [item for item in gc.get_objects() if issubclass(type(item), Optimizer)]
+    return [optimizer for optimizer in found if "param_groups" in vars(optimizer) and parameters & _held([optimizer])]
+
+
+_watching: weakref.WeakSet[Optimizers] = weakref.WeakSet()
+_hook: list[Any] = []
+
+
+def _meet_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for optimizers in list(_watching):
+        optimizers.meet(optimizer)
+
+
+_Forward = Callable[[], None]
+
+
+class BeforeForward:
+    """Tells a plan that its model's forward begins; the model keeps the plan alive.
+
+    In a copy of the model it does nothing, since the copy has no plan.
+
+    Args:
+        tell: what to call, or None.
+    """
+
+    def __init__(self, tell: _Forward | None) -> None:
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Before the model's forward."""
+        if self._tell is not None and not torch.compiler.is_compiling():
+            self._tell()
+
+    def __deepcopy__(self, memo: Any) -> BeforeForward:
+        return BeforeForward(None)
+
+    def __reduce__(self) -> Any:
+        return BeforeForward, (None,)
