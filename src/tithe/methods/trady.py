@@ -52,6 +52,8 @@ class TraDy(SparseMethod):
         score: "uniform" is the paper's draw; "rgn" takes the channels of the largest RGN, measured before each choice
             (its oracle); "fisher" those of the most Fisher information for their cost.
         samples: over which a ranking and scores are measured, all ranks together.
+        optimizer_states: tensors of θ's size that the optimizer keeps, which the budget pays for: 2 for Adam, 1 for
+            SGD with momentum, 0 for SGD. One that keeps more is refused by its first step.
 
     Raises:
         TitheError: when a value is out of range.

@@ -235,9 +235,11 @@ class Plan(ABC):
         """
         self._check_live()
         self._optimizers.finish()
-        updated = self._commit()
-        if not self._optimizers.seen and (updated or not self._optimizers.bound):
-            self.finish_step()
+        if not self._optimizers.seen:
+            self._optimizers.search()
+            updated = self._commit()
+            if updated or not self._optimizers.bound:
+                self.finish_step()
         changed, self._changed = self._changed, False
         return changed
 
@@ -272,7 +274,7 @@ class Plan(ABC):
         """Before the first forward pass that makes gradients: an optimizer may have loaded the plan's state."""
         if not self._forward_began and torch.is_grad_enabled() and self.model.training:
             self._forward_began = True
-            self._optimizers.search()
+            self._optimizers.search(loaded=True)
 
     @abstractmethod
     def end_epoch(self) -> bool:

@@ -57,13 +57,12 @@ class _Loading:
     def reload(self, module: nn.Module, keys: Any) -> None:
         """After: θ takes its values from the weight, and stays the parameter that it was (`assign=True`)."""
         before, self.before = self.before, {}
-        for key, (values, parameter) in before.items():
+        for key, (_, parameter) in before.items():
             if key.endswith(theta_key("")):
                 module._parameters[key] = parameter
-                continue
-            carrier = module.__dict__.get(key)
+        for key, carrier in module.__dict__.items():
             if isinstance(carrier, Carrier) and module._parameters.get(key) is carrier.binding.weight:
-                carrier.binding.note_changes(values)
+                carrier.binding.note_changes(before[key][0] if key in before else None)
 
 
 def _evaluate(module: nn.Module, args: Any) -> None:
@@ -236,6 +235,8 @@ class Mount:
 
     def release(self) -> None:
         """Take everything off: no attribute, no hook and no flag is left."""
+        for binding in self.bindings.values():
+            binding.settle()
         for module in list(self._still):
             self._wake(module)
         for handle in self._handles:

@@ -38,6 +38,7 @@ from tithe.narrow import (
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
 from tithe.plan.optimizers import check_elementwise, num_states
+from tithe.plan.watch import loss_scale
 from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
 from tithe.selection import Grid, Selection
@@ -67,6 +68,7 @@ class NarrowPlan(Plan):
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
         self._difference: float | None = None
+        self._loss_scale = 1.0
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
@@ -138,6 +140,8 @@ class NarrowPlan(Plan):
         """
         self._check_live()
         self._before_forward()  # in the narrow network it is too late to load a state
+        if self._parts.received and all(parameter.grad is None for parameter in self.parameters()):
+            self._difference = None  # cleared without a step, as after an overflow: the sum of losses starts anew
         other = None
         if not torch.equal(*self._masks):
             other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
@@ -174,6 +178,7 @@ class NarrowPlan(Plan):
                 remedy="call loss = plan.backward(lambda: loss_fn(model, batch)) in place of loss.backward()",
             )
         self._parts.before_update(optimizer)
+        self._loss_scale = loss_scale(optimizer)
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer update what took part in the step, and nothing else."""
@@ -181,7 +186,8 @@ class NarrowPlan(Plan):
 
     def _commit(self) -> bool:
         moved = self._parts.moved
-        self._parts.close()
+        if moved:
+            self._parts.close()
         return moved
 
     def finish_step(self) -> None:
@@ -196,7 +202,7 @@ class NarrowPlan(Plan):
         self._changed |= not torch.equal(before, self._masks[0])
 
     def _learn(self) -> None:
-        difference = self._difference
+        difference = None if self._difference is None else self._difference / self._loss_scale
         if difference is not None:
             difference = distributed.mean_number(difference, next(self.parameters()).device)
         if difference is None or not math.isfinite(difference):

@@ -110,7 +110,7 @@ class SparsePlan(Plan):
         if self._loss is None:
             raise TitheError("predict", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)")
         loss = self._loss
-        self._selected.commit(force=False)
+        self._mount.follow()
         found = ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
         size = sum(p.nbytes for p in self.parameters() if p.requires_grad)
         return dataclasses.replace(
@@ -213,7 +213,7 @@ class SparsePlan(Plan):
         value. Returns whether anything changed.
         """
         self._check_live()
-        self._selected.commit()
+        self._mount.follow()
         return self._take(self.method.choose(self.context()))
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
@@ -254,7 +254,6 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._mount.follow()
-        self._selected.commit()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
@@ -264,7 +263,6 @@ class SparsePlan(Plan):
         """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
         self._mount.follow()
-        self._selected.commit()
         return PlanState(
             num_steps=self.num_steps,
             num_epochs=self.num_epochs,
@@ -306,7 +304,6 @@ class SparsePlan(Plan):
             binding.moved = moved[binding.name].to(binding.weight.device)
 
     def _let_go(self) -> None:
-        self._selected.commit()
         self._mount.release()
         if self._lean is not None:
             self._lean.release()

@@ -133,17 +133,18 @@ class Optimizers:
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             self.bind(optimizer)
 
-    def search(self) -> None:
-        """Bind every optimizer of this process that holds what the plan trains, before the first gradient is made.
+    def search(self, *, loaded: bool = False) -> None:
+        """Bind the optimizers of this process that hold what the plan trains, where none is bound yet.
 
-        One that has loaded a plan's state brings the choice that the gradient has to be taken for.
+        Args:
+            loaded: only those that have loaded a plan's state, which brings the choice to take the gradient for.
         """
         plan = self._plan()
-        if plan is None:
+        if plan is None or self.bound:
             return
         ours = {id(parameter) for _, parameter in plan.named_parameters()}
         for optimizer in _find(ours):
-            if STATE_KEY in optimizer.state:  # pyright: ignore
+            if not loaded or STATE_KEY in optimizer.state:  # pyright: ignore
                 self.bind(optimizer)
 
     def check_holds(self, optimizers: list[Optimizer] | None = None) -> None:
@@ -238,6 +239,21 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
             "bind", found=f"a {type(inner).__name__}", expected="a torch.optim.Optimizer", remedy="pass the optimizer"
         )
     return inner
+
+
+_scalers: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[torch.amp.GradScaler]]] = weakref.WeakKeyDictionary()
+
+
+def loss_scale(optimizer: Optimizer) -> float:
+    """Return what a `GradScaler` multiplied the loss by whose gradient this optimizer is about to step with; else 1."""
+    if optimizer not in _scalers:
+        found = [item for item in gc.get_objects() if issubclass(type(item), torch.amp.GradScaler)]
+        _scalers[optimizer] = [weakref.ref(scaler) for scaler in found]
+    for reference in _scalers[optimizer]:
+        scaler = reference()
+        if scaler is not None and scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states:
+            return scaler.get_scale()
+    return 1.0
 
 
 def _held(optimizers: Iterable[Optimizer]) -> set[int]:

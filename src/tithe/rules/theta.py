@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
 from tithe.errors import TitheError
@@ -64,6 +65,7 @@ class Binding:
         self.common: CommonTheta | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
+        self._rest = _digest(weight.detach())  # of the entries that are not selected
         self._agreed(None)
 
     @property
@@ -124,9 +126,11 @@ class Binding:
 
     def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
+        self._rest += self._digest_selected()
         self.selection = selection.to(self.weight.device)
         self.touch = self._touch()
         self.counted = False
+        self._rest -= self._digest_selected()
         if self.common is not None:  # it fetches the values of all its parts
             return
         self.theta.grad = None
@@ -198,11 +202,14 @@ class Binding:
         """
         if isinstance(self.common, SharedTheta):
             return
+        if self.weight.is_meta or isinstance(self.weight, FakeTensor):  # there are no values to compare
+            self.commit()
+            return
         values = self.values
         theta_changed, weight_changed = self.version != self._committed, self.weight._version != self._written
         if values is None:
             if weight_changed:
-                self._written_outside()
+                self._note_written()
             return
         if theta_changed and not weight_changed:
             self.commit()
@@ -223,8 +230,9 @@ class Binding:
                 self.commit(force=True)
                 return
             self.refresh()
-        if weight_changed:
-            self._written_outside()
+            self.moved = self.selection.union(self.moved)
+        if theta_changed or weight_changed:
+            self._note_written()
 
     def replace(self, weight: nn.Parameter) -> None:
         """Take another parameter of the same shape for the weight: what differs has moved, and θ follows."""
@@ -232,16 +240,32 @@ class Binding:
         self.note_changes(old.detach().to(weight.device, weight.dtype))
         self.follow()
 
-    def note_changes(self, before: Tensor) -> None:
-        """Count every entry that differs from `before` as moved, as after loading a checkpoint, and refresh θ."""
-        changed = (_bits(self.weight.detach()) != _bits(before)).flatten().nonzero().flatten()
-        if changed.numel():
+    def note_changes(self, before: Tensor | None) -> None:
+        """Take over what was loaded into the weight: θ ← Sᵀ w, and what differs has moved.
+
+        Args:
+            before: the weight as it was; None where it is not known any more, and nothing else need be written.
+        """
+        if before is not None:
+            changed = (_bits(self.weight.detach()) != _bits(before)).flatten().nonzero().flatten()
             self.moved = Coordinates(tuple(self.weight.shape), changed).union(self.moved)
+            self._rest = _digest(self.weight.detach()) - self._digest_selected()
+        elif self.weight._version != self._written:
+            self.moved = self.selection.union(self.moved)
+            self._note_written()
         self.refresh()
 
-    def _written_outside(self) -> None:
-        self.moved = Coordinates.everything(tuple(self.weight.shape)).to(self.weight.device)
+    def _note_written(self) -> None:
+        """Note that torch counted writes into the weight: where they left other values, all of it has moved."""
+        rest = _digest(self.weight.detach()) - self._digest_selected()
+        if not torch.equal(rest, self._rest):
+            self.moved, self._rest = Coordinates.everything(tuple(self.weight.shape)).to(self.weight.device), rest
         self.agree()
+
+    def _digest_selected(self) -> Tensor:
+        if not self.selection.size:
+            return torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        return _digest(self.selection.gather(self.weight.detach()))
 
     def agree(self) -> None:
         """Note that θ and the weight hold the same values now."""
@@ -257,7 +281,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _bits(values: Tensor) -> Tensor:
     """The bits of values as integers, so that nan equals itself and 0.0 is not -0.0."""
-    return values.contiguous().view(_INTEGERS[values.element_size()])
+    return values.view(_INTEGERS[values.element_size()])
 
 
 def _digest(values: Tensor) -> Tensor:
