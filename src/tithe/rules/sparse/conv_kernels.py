@@ -118,7 +118,7 @@ def input_grad(gy: Tensor, weight: Tensor, shape: Sequence[int], strides: Sequen
     options = gy.dtype, gy.device
     num_elements, element = torch.Size(shape).numel(), gy.element_size()
     if not torch.compiler.is_compiling() and gy.untyped_storage().nbytes() >= num_elements * element:
-        like = gy.as_strided(shape, strides, 0)
+        like = gy.detach().as_strided(shape, strides, 0)
     elif _turns(gy, weight, shape, strides, geometry):
         return _turned(gy, weight, shape, geometry)
     else:

@@ -22,7 +22,12 @@ class Probe(ABC):
 
     Args:
         weight: the weight; only its shape, dtype and device are used.
+
+    Attributes:
+        deaf: while a loss is computed: what it differentiates within itself is no gradient of the loss.
     """
+
+    deaf: bool = False
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -86,6 +91,11 @@ class Probe(ABC):
             grown = sums.new_zeros(merged.numel(), sums.shape[1])
             sums = grown.index_copy_(0, place[: held.numel()], sums)
         self._rows = merged, sums.index_add_(0, place[held.numel() :], values)
+
+    @property
+    def hears(self) -> bool:
+        """Whether gradients that arise now count: not within a loss, nor while they are recorded themselves."""
+        return not self.deaf and not torch.is_grad_enabled()
 
     def used(self, usage: Usage) -> None:
         """A rule ran forward with this weight; most probes need not know how."""
