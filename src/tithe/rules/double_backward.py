@@ -32,6 +32,11 @@ def differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def uncaught() -> Any:
+    """A context in which operations run as they are, also where a model differentiates within its own forward pass."""
+    return torch._C.DisableTorchFunction()
+
+
 class _StandIn(torch.autograd.Function):
     """A tensor of x's shape and place in the graph, of one element in memory: `apply(x)`; gx = gy."""
 

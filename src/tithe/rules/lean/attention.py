@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from tithe.rules.dispatch import autocast
-from tithe.rules.double_backward import differentiated, missing, refusal, stand_in
+from tithe.rules.double_backward import differentiated, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 
@@ -208,7 +208,7 @@ class Fused(torch.autograd.Function):
                 None,
             )
         inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), ctx.needs_input_grad[2:5], strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), uncaught():
             y = ctx.attention.stock(*inputs, mask)
         asked = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(y, asked, grads[0]))
@@ -259,7 +259,8 @@ def _recorded(ctx: Any, gy: Tensor) -> list[Tensor | None]:
         inputs = [t.view_as(t) for t in (q, k, v)]  # one tensor may be two of them
     else:
         inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), needs, strict=True)]
-    y = ctx.attention.whole(*inputs, mask, packed[0] if packed else None)
+    with uncaught():
+        y = ctx.attention.whole(*inputs, mask, packed[0] if packed else None)
     asked = [t for t, need in zip(inputs, needs, strict=True) if need]
     found: Sequence[Tensor | None] = torch.autograd.grad(y, asked, gy, create_graph=True)
     if ctx.likes is not None:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tithe.errors import TitheError
 from tithe.rules.base import saved_tensors
 from tithe.rules.dispatch import Carrier, Graft, asking, raw
-from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in
+from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 from tithe.rules.theta import Binding
@@ -254,7 +254,7 @@ def _recorded(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
         else:
             traced.append(None if parameter is None else parameter.view_as(parameter))
     asked = [x, *(t for t in traced if t is not None and t.requires_grad)]
-    with torch.autocast(gy.device.type, enabled=False):
+    with uncaught(), torch.autocast(gy.device.type, enabled=False):
         y = norm.smooth(x, *(None if t is None else t.to(x.dtype) for t in traced))
         found: Sequence[Tensor | None] = torch.autograd.grad(y, asked, gy.to(x.dtype), create_graph=True)
     if ctx.coded:

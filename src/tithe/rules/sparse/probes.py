@@ -6,7 +6,8 @@ Shapes: N samples, T positions within a sample, O and I the two sides of a matri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -143,6 +144,23 @@ class Probe(ABC):
     @abstractmethod
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Add the statistic of an embedding's gradient; `ids` (...), `gy` (..., D), samples along the first axis."""
+
+
+@contextmanager
+def deaf(probes: Iterable[Probe]) -> Generator[None]:
+    """Hear no gradient inside: a loss is computed there, and what it differentiates within itself is no gradient of it.
+
+    Where it differentiates its own gradient (a penalty on it, forces), that reaches a probe afterwards as one more use
+    of its weight.
+    """
+    silent = list(probes)
+    for probe in silent:
+        probe.deaf = True
+    try:
+        yield
+    finally:
+        for probe in silent:
+            probe.deaf = False
 
 
 class SquareProbe(Probe):
