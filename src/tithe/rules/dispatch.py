@@ -200,7 +200,8 @@ def _unrecorded(selection: Selection) -> TitheError:
     return refusal(
         type(selection).__name__,
         "θ's gradient out of the graph",
-        "differentiate again by inputs alone, or release the plan and differentiate by the model's own weights",
+        "call plan.release(), and take second derivatives by the model's own weights; those of a derivative by inputs, as in"
+        " a gradient penalty, are right as it is",
     )
 
 

@@ -120,8 +120,8 @@ class _Instead(torch.autograd.Function):
         return None, grads[0].to(ctx.dtype)
 
 
-def instead(value: Tensor, graph: Tensor | None) -> Tensor:
-    """`value` where `graph` has a gradient to ask for: `value` itself, differentiated as `graph` is."""
+def instead(value: Any, graph: Tensor | None) -> Any:
+    """Return `value`, a tensor or None, differentiated as `graph` is, where that has a gradient to ask for."""
     if graph is None or not graph.requires_grad:
         return value
     return cast(Tensor, _Instead.apply(value, graph))

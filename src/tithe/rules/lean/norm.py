@@ -179,23 +179,31 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x, of plain scale and shift, and of the selected entries of bound ones."""
-        if differentiated():
-            return _recorded(ctx, grads[0])
-        norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
-        gy = norm.laid(grads[0])
-        known, rstd, scale, weight, bias = _known(ctx, gy)
-        gx = torch.empty(gy.shape, dtype=ctx.dtype, device=gy.device)
-        gw, gb = _gradients(norm, gy, known, rstd, scale, gx, any(needs[3:7]))
-        out: list[Any] = [None, None, gx.view(ctx.shape), None, None, None, None, None, None]
-        for at, value, parameter, binding in ((3, gw, weight, ctx.of_weight), (4, gb, bias, ctx.of_bias)):
-            if value is None or parameter is None:
-                continue
-            value = value.to(parameter.dtype)
-            if needs[at]:
-                out[at] = value.view(parameter.shape)
-            if needs[at + 2]:
-                out[at + 2] = value.index_select(0, binding.indices)
-        return tuple(out)
+        kept = saved_tensors(ctx, _stale)
+        if not differentiated():
+            return _once(ctx, kept, grads[0])
+        with torch.no_grad():
+            values = _once(ctx, kept, grads[0])
+        return tuple(map(instead, values, _recorded(ctx, kept, grads[0])))
+
+
+def _once(ctx: Any, kept: Sequence[Any], given: Tensor) -> tuple[Any, ...]:
+    """Gradients in the order of what `apply` is given."""
+    norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
+    gy = norm.laid(given)
+    known, rstd, scale, weight, bias = _known(ctx, kept, gy)
+    gx = torch.empty(gy.shape, dtype=ctx.dtype, device=gy.device)
+    gw, gb = _gradients(norm, gy, known, rstd, scale, gx, any(needs[3:7]))
+    out: list[Any] = [None, None, gx.view(ctx.shape), None, None, None, None, None, None]
+    for at, value, parameter, binding in ((3, gw, weight, ctx.of_weight), (4, gb, bias, ctx.of_bias)):
+        if value is None or parameter is None:
+            continue
+        value = value.to(parameter.dtype)
+        if needs[at]:
+            out[at] = value.view(parameter.shape)
+        if needs[at + 2]:
+            out[at + 2] = value.index_select(0, binding.indices)
+    return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -218,10 +226,12 @@ class _Normal:
         return xhat
 
 
-def _known(ctx: Any, gy: Tensor) -> tuple[_Normal, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _known(
+    ctx: Any, saved: Sequence[Any], gy: Tensor
+) -> tuple[_Normal, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Where x̂ comes from, 1/σ, and the scale as it broadcasts, of what `ctx` has kept; scale and shift as they are."""
     norm = cast(Norm, ctx.norm)
-    rstd, weight, bias, positions, *kept = saved_tensors(ctx, _stale)
+    rstd, weight, bias, positions, *kept = saved
     wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
     scale = None if weight is None else norm.spread(weight.to(wide) + norm.offset)
     if ctx.coded:
@@ -236,14 +246,14 @@ def _known(ctx: Any, gy: Tensor) -> tuple[_Normal, Tensor, Tensor | None, Tensor
     return known, rstd.to(wide), scale, weight, bias
 
 
-def _recorded(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+def _recorded(ctx: Any, kept: Sequence[Any], gy: Tensor) -> tuple[Any, ...]:
     """Gradients that may be differentiated in their turn; along codes they may not.
 
     The norm runs on x̂ σ, which is x or, but for its mean, x: all its derivatives are those at x.
     """
     norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
     with torch.no_grad():
-        known, rstd, _, *parameters = _known(ctx, norm.laid(gy))
+        known, rstd, _, *parameters = _known(ctx, kept, norm.laid(gy))
         xhat = known.of(slice(None), rstd.dtype)
         source = (norm.rows(xhat) / rstd).view(ctx.shape)
     x = source.detach().requires_grad_() if ctx.coded else instead(source, ctx.x)
