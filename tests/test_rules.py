@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tithe
 from tithe.rules.sparse import linear
 from tithe.rules.sparse.sparse_gradient import Touch, ways
 from tithe.selection import Coordinates

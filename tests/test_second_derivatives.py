@@ -1,7 +1,7 @@
 """A second derivative is right, or a TitheError says what to do: for every row of the table of rules, and whole models.
 
-A rule is compared with stock's operation of which the selected weights are variables: gradients, the gradients of what is
-made of them, and once more.
+A rule is compared with stock's operation of which the selected weights are variables: gradients, the gradients of what
+is made of them, and once more.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ SCALE, SHIFT, CHANNELS = _randn(5) + 3, _randn(5), _randn(4) + 3
 TWO, SMOOTH = "two derivatives, in place too", "smooth activation, in place too"
 NORMS = "layer norm, RMS norm (also those that models write themselves)"
 PRODUCT = "product of such an activation and a tensor (SwiGLU, GeGLU)"
-FROZEN = "convolution with a frozen kernel"
+FROZEN, AFFINE = "convolution with a frozen kernel", "batch norm with a frozen scale in evaluation mode"
 MAXIMUM, MEANS = "maximum over windows", "mean over windows"
 MAPS = "linear map with a plan's columns of an input in codes"
 
@@ -280,9 +280,7 @@ LEAN = [
     Lean(FROZEN, lambda x: F.conv2d(x, KERNEL, padding=1), (IMAGES,)),
     Lean(FROZEN, lambda x, b: F.conv2d(x, KERNEL, b, stride=2), (IMAGES, _randn(3))),
     Lean(FROZEN, lambda x: F.conv_transpose2d(x, BACK_KERNEL, stride=2), (IMAGES,)),
-    Lean(
-        "batch norm with a frozen scale in evaluation mode", lambda x: F.batch_norm(x, MEAN, SPREAD, CHANNELS), (IMAGES,)
-    ),
+    Lean(AFFINE, lambda x: F.batch_norm(x, MEAN, SPREAD, CHANNELS), (IMAGES,)),
     Lean(NORMS, lambda x, w, b: F.layer_norm(x, (5,), w, b), (ROWS, SCALE, SHIFT)),
     Lean(NORMS, lambda x: F.layer_norm(x, (5,)), (ROWS,)),
     Lean(NORMS, lambda x: F.layer_norm(x, (5,), SCALE * torch.tensor([1, 0, 1, 1, 1])), (ROWS,)),  # kept in part
@@ -348,145 +346,75 @@ def test_every_row_of_the_table_has_a_case() -> None:
     assert rows == {case.key for case in SPARSE} | {(case.family, "") for case in LEAN}
 
 
-# --- whole models
+# --- a rule of a stranger's own
 
 
-def penalty(model: Callable[..., Any], batch: Any) -> Tensor:
-    """A loss with a penalty on the gradient by the input, as of WGAN-GP."""
-    x, y = batch
-    x = x.clone().requires_grad_()
-    out = model(x)
-    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    return F.mse_loss(out, y) + (grad.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-class Forces(nn.Module):
-    """An energy, and forces as its gradient, taken inside of the forward pass."""
-
-    def __init__(self, energy: nn.Module) -> None:
-        super().__init__()
-        self.energy = energy
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        positions = positions.clone().requires_grad_()
-        energy = self.energy(positions).sum()
-        (grad,) = torch.autograd.grad(energy, positions, create_graph=True)
-        return energy, -grad
-
-
-def forces(model: nn.Module, batch: Any) -> Tensor:
-    energy, found = model(batch[0])
-    return (found - batch[0].roll(1, 0)).square().mean() + 0.01 * energy.square()
-
-
-class Block(nn.Module):
-    """A block of a transformer that is checkpointed or not."""
-
-    def __init__(self, size: int, *, checkpointed: bool) -> None:
-        super().__init__()
-        self.norm, self.inner, self.out = nn.LayerNorm(size), nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.drop, self.checkpointed = nn.Dropout(0.3), checkpointed
-
-    def _run(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.inner(self.norm(x)).chunk(3, -1))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
-        return x + self.drop(F.leaky_relu(self.out(attended), 0.3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.checkpointed:
-            return self._run(x)
-        return torch.utils.checkpoint.checkpoint(self._run, x, use_reentrant=False)
-
-
-def _dense() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(6, 16), nn.LeakyReLU(0.2), nn.LayerNorm(16), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
-    )
-
-
-def _encoder(*, checkpointed: bool = False) -> nn.Module:
-    blocks = [Block(8, checkpointed=checkpointed) for _ in range(2)]
-    return nn.Sequential(nn.Linear(6, 8), *blocks, nn.RMSNorm(8), nn.Linear(8, 3))
-
-
-def _images() -> nn.Module:
-    convolutions = [nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU6(), nn.MaxPool2d(2)]
-    deeper = [nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.Tanh(), nn.ConvTranspose2d(6, 4, 2), nn.AdaptiveAvgPool2d(2)]
-    return nn.Sequential(*convolutions, *deeper, nn.Flatten(), nn.Linear(16, 3)).eval()
-
-
-class Recurrent(nn.Module):
-    """A map that is used at each step, and a table that is used in a loss too."""
+class Cubes(nn.Module):
+    """The product x w³, as `torch.fmod` stands for it while a rule says so."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell, self.out = nn.Linear(6 + 4, 4), nn.Linear(4, 3)
+        self.weight = nn.Parameter(_randn(5).abs() + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(len(x), 4)
-        for _ in range(3):
-            state = torch.relu_(self.cell(torch.cat([x, state], 1)))
-        return self.out(state) + self.cell.weight.square().sum()
+        return torch.fmod(x, self.weight)
 
 
-DENSE = _randn(7, 6), _randn(7, 3, seed=1)
-TOKENS = _randn(3, 4, 6), _randn(3, 4, 3, seed=1)
-PICTURES = _randn(3, 2, 6, 6), _randn(3, 3, seed=1)
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[Tensor, Tensor]]] = {
-    "dense": (_dense, penalty, DENSE),
-    "encoder": (_encoder, penalty, TOKENS),
-    "checkpointed": (lambda: _encoder(checkpointed=True), penalty, TOKENS),
-    "images": (_images, penalty, PICTURES),
-    "recurrent": (Recurrent, penalty, DENSE),
-    "forces": (lambda: Forces(_dense()), forces, DENSE),
-    "forces of an encoder": (lambda: Forces(_encoder()), forces, TOKENS),
-}
-WAYS: dict[str, Callable[[nn.Module, Any, Any], tithe.Plan]] = {
-    "FISH": lambda model, loss, data: tithe.attach(model, tithe.FISH(density=0.2, score="random")),
-    "FISH, lean": lambda model, loss, data: (tithe.lean(model), WAYS["FISH"](model, loss, data))[1],
-    "FISH by score": lambda model, loss, data: tithe.attach(model, tithe.FISH(density=0.2), loss=loss, data=[data]),
-    "TraDy": lambda model, loss, data: tithe.attach(
-        model, tithe.TraDy(tithe.Budget(fraction=0.4)), loss=loss, data=[data]
-    ),
-    "TraDy, not lean": lambda model, loss, data: tithe.attach(
-        model, tithe.TraDy(tithe.Budget(fraction=0.4), lean=False), loss=loss, data=[data]
-    ),
-    "bottom alone": lambda model, loss, data: (
-        tithe.lean(model),
-        tithe.attach(model, Given({next(n for n, p in model.named_parameters() if p.dim() > 1): torch.arange(5)})),
-    )[1],
-}
+class Cubed(Rule):
+    """Keeps the square of x, and nothing says what that has to do with x; the first 4 of 5 are selected."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x * weight**3, ()
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        return (x.square(),)
+
+    def kept(self, kept: tuple[Tensor, ...]) -> Tensor:
+        return kept[0].sqrt()
+
+    def backward(
+        self, gy: Tensor, weight: Tensor, kept: tuple[Tensor, ...], need_x: bool, need_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return gy * weight**3, None, (3 * weight**2 * gy * self.kept(kept)).sum(0)[:4], None
 
 
-def _model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name][0]().to(D)
+class CubedTwice(Cubed):
+    """Keeps the columns of x."""
+
+    twice = True
+
+    def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
+        return (x[:, :4].clone(),)
+
+    def kept(self, kept: tuple[Tensor, ...]) -> Tensor:
+        return F.pad(kept[0], (0, 1))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MODELS)
-def test_a_penalty_on_a_gradient_trains_as_stock_does(name: str, way: str) -> None:
-    """Every θ has Sᵀ of stock's gradient, whose loss holds a derivative."""
-    _, loss, data = MODELS[name]
-    stock, model = _model(name), _model(name)
-    with sdpa_kernel(SDPBackend.MATH):
-        torch.manual_seed(1)
-        expected = loss(stock, data)
-        expected.backward()
-    attending = "encoder" in name or name == "checkpointed"
-    with sdpa_kernel(SDPBackend.MATH if attending and "FISH" in way or "not" in way else SDPBackend.FLASH_ATTENTION):
-        plan = WAYS[way](model, loss, data)
-        torch.manual_seed(1)
-        found = loss(model, data)
-        found.backward()
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-    dense = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in stock.named_parameters()}
-    scale = max(float(grad.abs().max()) for grad in dense.values())
-    checked = 0
-    for key, theta in plan.named_parameters():
-        if theta.numel():
-            want = plan.selections[key].gather(dense[key])
-            got = torch.zeros_like(want) if theta.grad is None else theta.grad
-            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10 * scale)
-            checked += 1
-    assert checked
+@pytest.fixture
+def cubes() -> Iterator[tuple[Cubes, Tensor, list[type[Rule]]]]:
+    """A layer under a plan, its θ, and the kind of rule that it runs by."""
+    kind: list[type[Rule]] = [Cubed]
+    register(torch.fmod, keeps="x²", stock="x")(
+        lambda input, other: Call(lambda x, weight, bias: kind[0](), input, other)
+    )
+    layer = Cubes()
+    plan = tithe.attach(layer, Given({"weight": torch.arange(4)}))
+    yield layer, dict(plan.named_parameters())["weight"], kind
+    _RULES.pop(torch.fmod)
+
+
+def test_a_strangers_rule_is_refused_until_it_says_that_it_may_be_differentiated(
+    cubes: tuple[Cubes, Tensor, list[type[Rule]]],
+) -> None:
+    layer, theta, kind = cubes
+    x = (_randn(6, 5).abs() + 0.5).requires_grad_()
+    error = _refused(lambda x: layer(x), x)
+    assert error.place == "weight"
+    assert "twice = True" in error.remedy
+    (grad,) = torch.autograd.grad(layer(x).sum(), theta, create_graph=True)
+    for asked in (x, theta):
+        with pytest.raises(TitheError, match="second derivative"):
+            torch.autograd.grad(grad.sum(), asked, retain_graph=True)
+    kind[0] = CubedTwice
+    last = layer.get_parameter("weight").detach()[4:]
+    assert_alike(lambda theta, x: layer(x), lambda theta, x: x * torch.cat([theta, last]) ** 3, theta, x)

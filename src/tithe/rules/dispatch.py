@@ -200,8 +200,8 @@ def _unrecorded(selection: Selection) -> TitheError:
     return refusal(
         type(selection).__name__,
         "θ's gradient out of the graph",
-        "call plan.release(), and take second derivatives by the model's own weights; those of a derivative by inputs, as in"
-        " a gradient penalty, are right as it is",
+        "call plan.release(), and differentiate by the model's own weights; a penalty on a derivative by inputs is"
+        " right as it is",
     )
 
 
