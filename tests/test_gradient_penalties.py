@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tithe
+from narrow_plans import drawn, live_entries
 from oracles import Given
+from slicing import zeroed
 from tithe import TitheError
 
 D = torch.float64
@@ -351,3 +353,28 @@ def test_a_span_takes_penalties_and_refuses_a_second_derivative_of_theta(tmp_pat
     grads = torch.autograd.grad(model(DENSE[0]).square().sum(), weights, create_graph=True)
     sum((g.square().sum() for g in grads), start=torch.zeros((), dtype=D)).backward()
     assert all(weight.grad is not None for weight in weights)
+
+
+def test_a_narrow_network_takes_a_penalty_in_the_closure() -> None:
+    """Its gradient is that of the dense network whose absent units are zero; `attach` says where it belongs."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Softplus(), nn.Linear(8, 3)).to(D)
+
+    def plain(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    with pytest.raises(TitheError, match=r"loss: found a gradient taken within the loss.*plan\.backward a closure"):
+        tithe.attach(model, tithe.VRPGE(keep=0.5), loss=penalty, data=[DENSE])
+    unattached = copy.deepcopy(model)
+    plan = tithe.attach(model, tithe.VRPGE(keep=0.5), loss=plain, data=[DENSE])
+    mask = drawn(plan)[0]
+    live, masked = live_entries(plan, mask), zeroed(unattached, plan.stage.coupling, mask)
+    expected = penalty(masked, DENSE)
+    expected.backward()
+    found = plan.backward(lambda: penalty(model, DENSE))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    grads = {name: parameter.grad for name, parameter in masked.named_parameters()}
+    for name, theta in plan.named_parameters():
+        grad, want = theta.grad, grads[name]
+        if grad is not None and want is not None:
+            want = want[live[name]].view(grad.shape) if name in live else want
+            torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-11)

@@ -20,6 +20,7 @@ from tithe.coupling import couple
 from tithe.errors import TitheError
 from tithe.forward import RandomStates, evaluating
 from tithe.narrow.stage import Stage
+from tithe.narrow.subnet_loss import NO_GRADIENT
 
 _SAMPLES = 2
 """Batch norms refuse a single one."""
@@ -41,7 +42,7 @@ def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, na
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
     few = slice_batch(batch, 0, _SAMPLES)
-    stage = Stage(model, couple(model, lambda: loss(model, few), names, num_samples(few)))
+    stage = Stage(model, couple(model, lambda: _forward_alone(lambda: loss(model, few)), names, num_samples(few)))
     if not stage.coupling.groups:
         kept = [f"{path}: {reason}" for path, reason in stage.coupling.whole.items()]
         raise TitheError(
@@ -52,6 +53,21 @@ def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, na
         )
     _check_runs_narrow(stage, lambda: loss(model, few))
     return stage
+
+
+def _forward_alone(run: Callable[[], Any]) -> Any:
+    """Run a loss without gradients; one that takes a gradient within itself is told what to do."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if NO_GRADIENT not in str(error):
+            raise
+        raise TitheError(
+            "loss",
+            found="a gradient taken within the loss that attach is given",
+            expected="a loss of the model's output, by which channels that belong together are found",
+            remedy="pass attach the loss without that term, and plan.backward a closure with it",
+        ) from error
 
 
 def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:

@@ -15,6 +15,8 @@ from tithe.forward import RandomStates, evaluating, training
 from tithe.narrow.stage import Stage
 
 Loss = Callable[[Any, Any], Tensor]
+NO_GRADIENT = "does not require grad"
+"""What autograd says where a gradient is asked of what was computed without."""
 
 
 def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any], *, twice: bool) -> float:
@@ -34,7 +36,7 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     with torch.no_grad():
         for _ in range(1 + twice):
             with stage.run(fit.read, stage.filled(fit), spare=True):
-                found.append(_number(closure()))
+                found.append(_number(_value(closure, states)))
             states.restore()
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
@@ -44,6 +46,18 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
             remedy="draw the batch and its augmentation before the closure, and keep no state between forwards",
         )
     return found[0]
+
+
+def _value(closure: Callable[[], Any], states: RandomStates) -> Any:
+    """The loss, with gradients enabled only where it takes one within itself, as a penalty on it does."""
+    try:
+        return closure()
+    except RuntimeError as error:
+        if NO_GRADIENT not in str(error):
+            raise
+    states.restore()
+    with torch.enable_grad():
+        return closure()
 
 
 def _number(loss: Any) -> float:
