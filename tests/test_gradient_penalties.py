@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tithe
 from narrow_plans import drawn, live_entries
-from oracles import Given
+from oracles import Given, largest
 from slicing import zeroed
 from tithe import TitheError
 
@@ -378,3 +378,67 @@ def test_a_narrow_network_takes_a_penalty_in_the_closure() -> None:
         if grad is not None and want is not None:
             want = want[live[name]].view(grad.shape) if name in live else want
             torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-11)
+
+
+def sharp(model: nn.Module, batch: Any) -> Tensor:
+    """A loss at inputs that were moved along its own gradient, as in adversarial training."""
+    x, y = batch
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.mse_loss(model(x), y) * len(x), x)
+    return F.mse_loss(model(x.detach() + 0.3 * grad.sign()), y)
+
+
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    """The same penalty as above, for a mean over samples whatever the model."""
+    x, y = batch
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.mse_loss(out, y) + grad.square().mean()
+
+
+@pytest.mark.parametrize("score", ["fisher", "gradient"])
+@pytest.mark.parametrize("loss", [sharp, squares])
+def test_scores_of_a_loss_that_differentiates_are_those_of_the_loss(loss: Callable[..., Tensor], score: str) -> None:
+    """What is differentiated inside of the loss is no gradient of it; a penalty's own gradient is."""
+    totals: dict[str, Tensor] = {}
+    model = _model("dense")
+    for n in range(len(DENSE[0])):
+        model.zero_grad()
+        loss(model, (DENSE[0][n : n + 1], DENSE[1][n : n + 1])).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            grad = parameter.grad.square() if score == "fisher" else parameter.grad
+            totals[name] = totals.get(name, torch.zeros_like(grad)) + grad
+    scores = {name: total.abs() for name, total in totals.items()}
+    plan = tithe.attach(_model("dense"), tithe.FISH(k=40, samples=7, score=score), loss=loss, data=[DENSE])
+    expected = {name: chosen for name, chosen in largest(scores, 40).items() if chosen}
+    assert {name: s.indices.tolist() for name, s in plan.selections.items() if s.size} == expected
+
+
+class Steered(nn.Module):
+    """Attention that is added to its own gradient, which no graph is recorded for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(8), nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.inner(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        return y.sum() + grad.sum()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_model_may_differentiate_within_its_forward_pass(exact: bool) -> None:
+    """Where lean operations are caught, and their backward is not."""
+    stock = Steered().to(D)
+    model = copy.deepcopy(stock)
+    tithe.lean(model, exact=exact)
+    x = _randn(2, 5, 8)
+    for one in (stock, model):
+        one(x).backward()
+    for one, two in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-11)

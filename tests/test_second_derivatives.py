@@ -25,6 +25,7 @@ from oracles import Given
 from tithe import Channels, TitheError
 from tithe.rules import Catch, Leanness, Rule, register, table
 from tithe.rules.dispatch import _RULES, Call
+from tithe.rules.sparse.sparse_gradient import Sampled, Touch
 from tithe.selection import Coordinates, Selection
 
 D = torch.float64
@@ -197,6 +198,18 @@ def test_a_gradient_asks_for_one_where_stock_does(case: Sparse) -> None:
         return
     (one,), (two,) = (torch.autograd.grad(f(*inputs).sum(), inputs[-1], create_graph=True) for f in (ours, stock))
     assert one.requires_grad or not two.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sampled_product_is_differentiated_too(transposed: bool) -> None:
+    """The way of a large scattered selection, whose operator autograd does not know."""
+    way = Sampled(Touch.of(torch.tensor([0, 3, 7, 13]), (4, 5)), transposed)
+    left = _randn(6, 5 if transposed else 4).requires_grad_()
+    right = _randn(6, 4 if transposed else 5, seed=1).requires_grad_()
+    with torch.no_grad():
+        expected = way.grad(left, right)
+    torch.testing.assert_close(way.grad(left, right), expected)
+    assert gradgradcheck(way.grad, (left, right), fast_mode=True)
 
 
 # --- the lean wing: every row

@@ -51,9 +51,9 @@ class Rule(ABC):
         held: x outlives the forward pass whatever the rule keeps, so that a copy of a part of it would be kept besides.
         watch: is told in backward whether x, of which the rule kept a copy at most, was still alive; None where nobody
             asks.
-        twice: its backward may be differentiated: it is made of operations that autograd differentiates, and what it
-            keeps is x itself and what follows from x in another way than through x's values, or all of it is affine in
-            x, as a part of x is. Else a second derivative is refused.
+        twice: its backward may be differentiated: it is made of operations that autograd differentiates, and `keep`
+            returns either x itself, from which a backward that is recorded computes what else it needs of x anew, or
+            tensors that are affine in x, as a part of x is. Else a second derivative is refused.
         copies: whether what it keeps depends on x, where that is not x itself.
         place: what an error names: the weight, or the operation.
         keeps: what an error says that it keeps.
