@@ -442,3 +442,20 @@ def test_a_model_may_differentiate_within_its_forward_pass(exact: bool) -> None:
         one(x).backward()
     for one, two in zip(model.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_statistics_are_taken_with_a_loss_that_holds_a_derivative(tmp_path: Any) -> None:
+    """A pass without gradients cannot run it: a span's statistics are those of the same passes with them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(D)
+    history = tithe.History(tmp_path / "run")
+    for step in range(2):
+        model[0].weight.data.add_(0.1 * step)
+        history.record(model, step)
+    plan = tithe.attach(model, tithe.TWA(history), loss=penalty)
+    data = [DENSE, (DENSE[0] * 2, DENSE[1])]
+    assert plan.refresh_statistics(data) == 2
+    with torch.no_grad():
+        inner = [model[0](x) for x, _ in data]
+    want = torch.stack([y.mean(0) for y in inner]).mean(0), torch.stack([y.var(0) for y in inner]).mean(0)
+    torch.testing.assert_close((model[1].running_mean, model[1].running_var), want)

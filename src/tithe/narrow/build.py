@@ -18,9 +18,8 @@ from torch import nn
 from tithe.batch import num_samples, slice_batch
 from tithe.coupling import couple
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, evaluating
+from tithe.forward import RandomStates, asked_for_gradient, evaluating
 from tithe.narrow.stage import Stage
-from tithe.narrow.subnet_loss import NO_GRADIENT
 
 _SAMPLES = 2
 """Batch norms refuse a single one."""
@@ -60,7 +59,7 @@ def _forward_alone(run: Callable[[], Any]) -> Any:
     try:
         return run()
     except RuntimeError as error:
-        if NO_GRADIENT not in str(error):
+        if not asked_for_gradient(error):
             raise
         raise TitheError(
             "loss",

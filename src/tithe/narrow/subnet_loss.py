@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from tithe.batch import num_samples
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, evaluating, training
+from tithe.forward import RandomStates, asked_for_gradient, evaluating, training
 from tithe.narrow.stage import Stage
 
 Loss = Callable[[Any, Any], Tensor]
-NO_GRADIENT = "does not require grad"
-"""What autograd says where a gradient is asked of what was computed without."""
 
 
 def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any], *, twice: bool) -> float:
@@ -53,7 +51,7 @@ def _value(closure: Callable[[], Any], states: RandomStates) -> Any:
     try:
         return closure()
     except RuntimeError as error:
-        if NO_GRADIENT not in str(error):
+        if not asked_for_gradient(error):
             raise
     states.restore()
     with torch.enable_grad():
