@@ -385,12 +385,3 @@ def test_gradients_accumulate_over_micro_batches() -> None:
     for part in x.split(1):
         bound[0](part).square().sum().backward()
     torch.testing.assert_close(binding.theta.grad, whole, rtol=1e-9, atol=1e-11)
-
-
-@each_layer
-def test_second_derivatives_are_refused_rather_than_wrong(name: str) -> None:
-    layer, x = LAYERS[name]
-    bound, binding = _bind(layer.float(), [*_some(layer)][2], by_graft=False)
-    (grad,) = torch.autograd.grad(bound(x.clone().requires_grad_()).square().sum(), [binding.theta], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"twice|once_differentiable|derivative|does not require grad"):
-        grad.square().sum().backward()

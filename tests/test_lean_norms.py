@@ -188,15 +188,6 @@ def test_an_output_changed_in_place_is_named() -> None:
         y.sum().backward()
 
 
-def test_second_derivatives_are_refused() -> None:
-    x = torch.randn(3, 8, requires_grad=True)
-    with Catch(Leanness()):
-        y = F.layer_norm(x, (8,))
-    (gx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gx.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_frozen_batch_norm_in_evaluation_mode_keeps_no_activation(dtype: torch.dtype) -> None:
     """Also where autocast hands bfloat16 to a norm in float32."""

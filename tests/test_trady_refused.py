@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tithe
 from models import CASES, Case
@@ -151,21 +151,6 @@ def test_a_budget_in_elements_is_for_any_batch() -> None:
     model = DEPTHWISE.model()
     plan = _attach(DEPTHWISE, model, TraDy(Budget(fraction=0.3)))
     plan.backward(lambda: DEPTHWISE.loss(model, DEPTHWISE.batch(32)))
-
-
-def test_second_derivatives_are_refused() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
-
-    def loss(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).square().mean()
-
-    plan = tithe.attach(model, TraDy(Budget(elements=40), layers="all", lean=False), loss=loss, data=[x])
-    used = [p for p in plan.parameters() if p.numel()]
-    flat = model.get_parameter("@theta")
-    assert used
-    (grad,) = torch.autograd.grad(loss(model, x), [flat], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"twice|once_differentiable|derivative|does not require grad"):
-        grad.square().sum().backward()
 
 
 def test_a_released_plan_does_nothing_more() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from tithe.errors import TitheError
+from tithe.forward.gradients import asked_for_gradient
 from tithe.forward.modes import training
 from tithe.forward.rng import RandomStates
 
@@ -52,7 +53,15 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
                 norm.momentum = None  # the mean over all batches
             count = 0
             for batch in itertools.chain([first], batches):
-                run(model, batch)
+                try:
+                    run(model, batch)
+                except RuntimeError as error:
+                    if count or not asked_for_gradient(error):
+                        raise
+                    torch.set_grad_enabled(True)
+                    for norm in norms:
+                        norm.reset_running_stats()
+                    run(model, batch)
                 count += 1
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -18,7 +18,7 @@ from torch import nn
 from tithe.batch import num_samples, slice_batch
 from tithe.coupling import couple
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, evaluating
+from tithe.forward import RandomStates, asked_for_gradient, evaluating
 from tithe.narrow.stage import Stage
 
 _SAMPLES = 2
@@ -41,7 +41,7 @@ def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, na
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
     few = slice_batch(batch, 0, _SAMPLES)
-    stage = Stage(model, couple(model, lambda: loss(model, few), names, num_samples(few)))
+    stage = Stage(model, couple(model, lambda: _forward_alone(lambda: loss(model, few)), names, num_samples(few)))
     if not stage.coupling.groups:
         kept = [f"{path}: {reason}" for path, reason in stage.coupling.whole.items()]
         raise TitheError(
@@ -52,6 +52,21 @@ def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, na
         )
     _check_runs_narrow(stage, lambda: loss(model, few))
     return stage
+
+
+def _forward_alone(run: Callable[[], Any]) -> Any:
+    """Run a loss without gradients; one that takes a gradient within itself is told what to do."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if not asked_for_gradient(error):
+            raise
+        raise TitheError(
+            "loss",
+            found="a gradient taken within the loss that attach is given",
+            expected="a loss of the model's output, by which channels that belong together are found",
+            remedy="pass attach the loss without that term, and plan.backward a closure with it",
+        ) from error
 
 
 def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:

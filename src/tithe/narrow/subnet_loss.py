@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tithe.batch import num_samples
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, evaluating, training
+from tithe.forward import RandomStates, asked_for_gradient, evaluating, training
 from tithe.narrow.stage import Stage
 
 Loss = Callable[[Any, Any], Tensor]
@@ -34,7 +34,7 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     with torch.no_grad():
         for _ in range(1 + twice):
             with stage.run(fit.read, stage.filled(fit), spare=True):
-                found.append(_number(closure()))
+                found.append(_number(_value(closure, states)))
             states.restore()
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
@@ -44,6 +44,18 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
             remedy="draw the batch and its augmentation before the closure, and keep no state between forwards",
         )
     return found[0]
+
+
+def _value(closure: Callable[[], Any], states: RandomStates) -> Any:
+    """The loss, with gradients enabled only where it takes one within itself, as a penalty on it does."""
+    try:
+        return closure()
+    except RuntimeError as error:
+        if not asked_for_gradient(error):
+            raise
+    states.restore()
+    with torch.enable_grad():
+        return closure()
 
 
 def _number(loss: Any) -> float:

@@ -3,6 +3,7 @@
 table     what each rule keeps, and what stock keeps            sparse/  operations with a weight × kinds of selections
 base      the frame: `Rule`, `Cost`, one `autograd.Function`    lean/    what the other operations keep
 dispatch  how a rule reaches an operation; graft                theta    a weight, its selection, its θ
+double_backward  how backward is differentiated itself, or refused
 """
 
 from tithe.rules.base import Cost, Rule

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tithe.errors import TitheError
 from tithe.rules.base import Rule, Ruled
+from tithe.rules.double_backward import differentiated, missing, refusal
 from tithe.rules.sparse.probes import Probe, SquareProbe
 from tithe.rules.table import CHANNELS, ENTRIES, SPARSE, WINGS, Handler, state
 from tithe.rules.theta import Binding
@@ -188,22 +190,34 @@ class Graft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """The gradient of θ: ∇θ = Sᵀ ∇w."""
-        return None, ctx.selection.gather(grads[0]), None
+        grad = ctx.selection.gather(grads[0])
+        if differentiated() and grads[0].requires_grad and not grad.requires_grad:
+            (grad,) = missing((grad,), grads, partial(_unrecorded, ctx.selection))
+        return None, grad, None
+
+
+def _unrecorded(selection: Selection) -> TitheError:
+    return refusal(
+        type(selection).__name__,
+        "θ's gradient out of the graph",
+        "call plan.release(), and differentiate by the model's own weights; a penalty on a derivative by inputs is"
+        " right as it is",
+    )
 
 
 class ProbeGraft(torch.autograd.Function):
-    """Graft for a probe: `apply(weight, anchor, probe)`.
+    """Graft for a probe: `apply(weight, anchor, probe, expand)`.
 
     A parameter of leading size 1 (a class token, position embeddings) is handed out once per sample, because its
     gradient then arrives sample by sample. Any other use mixes samples, and the probe is told so.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, anchor: Tensor, probe: Probe) -> Tensor:
-        """The weight, expanded over samples where that separates them."""
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, probe: Probe, expand: bool) -> Tensor:
+        """The weight, expanded over samples where that may be and separates them."""
         ctx.probe = probe
         ctx.stacked = isinstance(probe, SquareProbe) and probe.num_samples > 1
-        if ctx.stacked and not (weight.dim() > 1 and weight.shape[0] == 1 and probe.expand):
+        if ctx.stacked and not (weight.dim() > 1 and weight.shape[0] == 1 and expand):
             probe.separable = False
             ctx.stacked = False
         return weight.expand(probe.num_samples, *weight.shape[1:]) if ctx.stacked else weight.view_as(weight)
@@ -211,8 +225,9 @@ class ProbeGraft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Hands the gradient to the probe."""
-        ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(grads[0])
-        return None, None, None
+        if ctx.probe.hears:
+            ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(grads[0])
+        return None, None, None, None
 
 
 class Carrier(Tensor):
@@ -284,7 +299,7 @@ def graft(weight: Tensor) -> Tensor:
     if binding is None:
         return raw(weight)
     if binding.probe is not None:
-        return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe))
+        return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe, binding.probe.expand))
     return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.selection))
 
 
@@ -311,18 +326,22 @@ def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def apply_rule(rule: Rule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run `rule` on the parameters under the carriers."""
-    asked_weight, asked_bias = asking(weight), asking(bias)
+    of_weight, of_bias = asking(weight), asking(bias)
+    theta_weight = None if of_weight is None else of_weight.asked
+    theta_bias = None if of_bias is None else of_bias.asked
+    if of_weight is not None and theta_weight is not None:
+        rule.place = of_weight.name
+        rule.carried = partial(_carried, of_weight.probe, theta_weight, of_weight.selection)
     return cast(
-        Tensor,
-        Ruled.apply(
-            rule,
-            x,
-            raw(weight),
-            None if bias is None else raw(bias),
-            None if asked_weight is None else asked_weight.asked,
-            None if asked_bias is None else asked_bias.asked,
-        ),
+        Tensor, Ruled.apply(rule, x, raw(weight), None if bias is None else raw(bias), theta_weight, theta_bias)
     )
+
+
+def _carried(probe: Probe | None, theta: Tensor, selection: Selection, weight: Tensor) -> Tensor:
+    """A weight as the function of its θ that it was in forward."""
+    if probe is not None:
+        return cast(Tensor, ProbeGraft.apply(weight, theta, probe, False))
+    return cast(Tensor, Graft.apply(weight, theta, selection))
 
 
 def needs_no_rule(weight: Any, bias: Any) -> bool:

@@ -15,6 +15,7 @@ from tithe.batch import num_samples
 from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
 from tithe.rules.sparse.channel_probes import ChannelProbe, Meter
+from tithe.rules.sparse.probes import deaf
 from tithe.scoring.passes import check_loss
 from tithe.select.channel_costs import Layer
 
@@ -44,7 +45,9 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
             for meter in meters.values():
                 meter.usages.clear()
             with _quiet(model):
-                check_loss(loss(model, batch)).backward()
+                with deaf(meters.values()):
+                    found = check_loss(loss(model, batch))
+                found.backward()
     unruled = [b.name for b in bindings if _only_unruled(b, meters[b.name])]
     if unruled:
         named = ", ".join(unruled[:4]) + (" …" if len(unruled) > 4 else "")
@@ -113,7 +116,9 @@ def channel_norms(
         for batch in batches:
             for probe in probes.values():
                 probe.begin(num_samples(batch))
-            check_loss(loss(model, batch)).backward()
+            with deaf(probes.values()):
+                found = check_loss(loss(model, batch))
+            found.backward()
             for probe in probes.values():
                 probe.end()
             seen += num_samples(batch)

@@ -18,7 +18,7 @@ from tithe.batch import leaves, map_batch, num_samples, slice_batch
 from tithe.errors import TitheError
 from tithe.ledger import measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
-from tithe.rules.sparse.probes import Listener, SampleProbe
+from tithe.rules.sparse.probes import Listener, SampleProbe, deaf
 from tithe.scoring.likelihood import Likelihood
 
 Loss = Callable[[Any, Any], Tensor]
@@ -226,14 +226,16 @@ class Passes:
             return
         for binding in group:
             _probe(binding).begin(size)
-        (check_loss(self.loss(self.model, batch)) * size).backward()
+        with deaf(map(_probe, group)):
+            loss = check_loss(self.loss(self.model, batch))
+        (loss * size).backward()
         for binding in group:
             _probe(binding).end()
 
     def _true_backward(self, group: Sequence[Binding], batch: Any, size: int) -> None:
         for binding in group:
             _probe(binding).begin(size)
-        with Likelihood() as likelihood:
+        with Likelihood() as likelihood, deaf(map(_probe, group)):
             check_loss(self.loss(self.model, batch))
         for root in likelihood.roots(size):
             for binding in group:

@@ -7,16 +7,17 @@ n bytes for GELU, SiLU, Hardswish, Mish and ELU.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tithe.rules.double_backward import differentiated, entrywise, mark, marked, missing, refusal, stand_in
 from tithe.rules.lean.bitpack import layout
 from tithe.rules.lean.derivative_codes import GATES, SLOPES
-from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.lean.dispatch import IN_FULL, Leanness, catch
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -27,7 +28,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str, low: float, high: float, inplace: bool) -> Tensor:
         """Stock's output, in place where asked for."""
-        ctx.settings = kind, low, high, layout(x)
+        ctx.settings, ctx.mark = (kind, low, high, layout(x)), mark(x)
         ctx.save_for_backward(torch.ops.tithe.gate_bits.default(x, kind, low, high))
         if inplace:
             ctx.mark_dirty(x)
@@ -35,10 +36,11 @@ class Gated(torch.autograd.Function):
         return GATES[kind].forward(x, low, high)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Stock's gradient, bit for bit: gx = gy d with d the derivative that the bit names."""
-        return torch.ops.tithe.gate_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None, None
+        (bits,), settings = ctx.saved_tensors, ctx.settings
+        gx = entrywise(grads[0], lambda gy: torch.ops.tithe.gate_grad.default(gy, bits, *settings))
+        return marked(gx, ctx.mark), None, None, None, None
 
 
 class Sloped(torch.autograd.Function):
@@ -48,7 +50,7 @@ class Sloped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: str, alpha: float, inplace: bool) -> Tensor:
         """Stock's output, in place where asked for."""
         slope = SLOPES[kind]
-        ctx.settings = kind, alpha, layout(x)
+        ctx.settings, ctx.x = (kind, alpha, layout(x)), stand_in(x)
         ctx.save_for_backward(torch.ops.tithe.slope_codes.default(x, kind, alpha))
         if inplace and slope.forward_ is not None:
             ctx.mark_dirty(x)
@@ -56,10 +58,14 @@ class Sloped(torch.autograd.Function):
         return slope.forward(x, alpha)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """The gradient gx = gy d̂ by the coded derivative: |gx − stock's| ≤ |gy| / (2 N), rounding apart."""
-        return torch.ops.tithe.slope_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None
+        (codes,), settings = ctx.saved_tensors, ctx.settings
+        gx = entrywise(grads[0], lambda gy: torch.ops.tithe.slope_grad.default(gy, codes, *settings))
+        if differentiated():
+            error = partial(refusal, f"{settings[0]} in a lean model", "a code of its derivative", IN_FULL)
+            (gx,) = missing((gx,), (ctx.x,), error)
+        return gx, None, None, None
 
 
 def _gate(x: Any, kind: str, low: float, high: float, inplace: bool) -> Any:

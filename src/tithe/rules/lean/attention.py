@@ -25,17 +25,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from tithe.rules.dispatch import autocast
+from tithe.rules.double_backward import differentiated, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
-from tithe.rules.lean.dispatch import Leanness, asks, catch, ordinary
+from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 
 _AT_ONCE = 1 << 18
 """Probabilities that are worked on at a time."""
@@ -103,6 +104,16 @@ class Attention:
         if q.shape[1] != k.shape[1]:
             return query, _spread(key, query.shape[1]).transpose(-2, -1)
         return query, _laid(key.transpose(-2, -1), k)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bits: Tensor | None) -> Tensor:
+        """The operation in steps that autograd differentiates as often as one likes, all of it at once."""
+        part = slice(None), slice(None), slice(None)
+        with torch.autocast(q.device.type, enabled=False):
+            p = probabilities(*self.scaled(q, k, part), self.bias(q, k, mask))
+            if bits is not None:
+                factor = unpack_mask(bits, 0, p.numel()).view(p.shape).to(p.dtype)
+                p = p * factor.div_(1 - self.dropout)
+            return torch.matmul(p, _values(v, part, p)).to(q.dtype)
 
     def bias(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
         """What is added to the scores, (B or 1, H or 1, T or 1, S or 1), in q's dtype."""
@@ -184,9 +195,10 @@ class Fused(torch.autograd.Function):
         return attention.stock(q, k, v, mask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of q, k, v: stock's bits where the kernel runs again, else its steps' within its rounding."""
+        if differentiated():
+            return None, None, *_recorded(ctx, grads[0]), None
         q, k, v, mask = _kept(ctx)
         if not ctx.attention.fused:
             return (
@@ -196,7 +208,7 @@ class Fused(torch.autograd.Function):
                 None,
             )
         inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), ctx.needs_input_grad[2:5], strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), uncaught():
             y = ctx.attention.stock(*inputs, mask)
         asked = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(y, asked, grads[0]))
@@ -230,12 +242,33 @@ class Composed(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Stock's gradients of q, k, v, bit for bit, from probabilities that are computed again."""
+        if differentiated():
+            return None, None, *_recorded(ctx, grads[0]), None
         q, k, v, mask, *packed = _kept(ctx)
         bits = packed[0] if packed else None
         return None, None, *gradients(ctx.attention, (q, k, v), mask, bits, grads[0], ctx.needs_input_grad[2:5]), None
+
+
+def _recorded(ctx: Any, gy: Tensor) -> list[Tensor | None]:
+    """Gradients of q, k and v that may be differentiated in their turn; along codes they may not."""
+    q, k, v, mask, *packed = _kept(ctx)
+    needs = ctx.needs_input_grad[2:5]
+    if ctx.likes is None:
+        inputs = [t.view_as(t) for t in (q, k, v)]  # one tensor may be two of them
+    else:
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((q, k, v), needs, strict=True)]
+    with uncaught():
+        y = ctx.attention.whole(*inputs, mask, packed[0] if packed else None)
+    asked = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found: Sequence[Tensor | None] = torch.autograd.grad(y, asked, gy, create_graph=True)
+    if ctx.likes is not None:
+        found = missing(
+            found, ctx.inputs, partial(refusal, "attention in a lean model", "codes of q, k and v", IN_FULL)
+        )
+    left = iter(found)
+    return [next(left) if need else None for need in needs]
 
 
 def gradients(
@@ -309,6 +342,7 @@ def _part(
 
 
 def _keep(ctx: Any, bits: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *more: Tensor) -> None:
+    ctx.inputs = () if bits is None else [stand_in(t) for t in (q, k, v)]
     ctx.likes = None if bits is None else [torch.empty_like(t, device="meta") for t in (q, k, v)]
     codes = (q, k, v) if bits is None else [part for t in (q, k, v) for part in encode(t, BLOCK)]
     ctx.save_for_backward(*codes, mask, *more)

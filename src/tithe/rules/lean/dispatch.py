@@ -37,6 +37,12 @@ class Leanness:
     exact: bool = False
 
 
+IN_FULL = (
+    "call tithe.lean(model, exact=True) without bits, attach the method with lean=False, or release() what is lean,"
+    " before the forward pass"
+)
+"""What to do where codes do not tell a second derivative."""
+
 _KIN: dict[Handler, tuple[bool, bool, bool]] = {}
 
 

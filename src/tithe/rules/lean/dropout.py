@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tithe.rules.double_backward import entrywise
 from tithe.rules.lean.bitpack import chunks, flat, layout, num_bits, pack, same_layout, unpack
 from tithe.rules.lean.dispatch import Leanness, catch
 
@@ -95,10 +95,11 @@ class Dropped(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Stock's gradient, bit for bit: gx = gy D."""
-        return torch.ops.tithe.dropout_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None
+        (bits,), settings = ctx.saved_tensors, ctx.settings
+        gx = entrywise(grads[0], lambda gy: torch.ops.tithe.dropout_grad.default(gy, bits, *settings))
+        return gx, None, None
 
 
 @catch(F.dropout, keeps="n / 8", stock="4 n; on a GPU n", note="=, with the same random numbers", asked=True)

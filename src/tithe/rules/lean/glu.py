@@ -8,15 +8,16 @@ the code of act′ that the activation keeps, three bytes an element are kept wh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tithe.rules.double_backward import differentiated, entrywise, missing, refusal, stand_in
 from tithe.rules.lean.activation import Sloped
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
-from tithe.rules.lean.dispatch import Leanness, asks, catch
+from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch
 
 
 class Product(torch.autograd.Function):
@@ -25,17 +26,21 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, u: Tensor) -> Tensor:
         """Stock's output y = a u."""
+        ctx.factors = stand_in(a), stand_in(u)
         ctx.likes = [torch.empty_like(t, device="meta") for t in (a, u)]
         ctx.save_for_backward(*encode(a, BLOCK), *encode(u, BLOCK))
         return a * u
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients ga = gy û and gu = gy â, each off by |gy| times at most 1/254 of the block's largest."""
         codes, (a, u) = ctx.saved_tensors, ctx.likes
-        ga = decode(codes[2], codes[3], BLOCK, u).mul_(grads[0]) if ctx.needs_input_grad[0] else None
-        gu = decode(codes[0], codes[1], BLOCK, a).mul_(grads[0]) if ctx.needs_input_grad[1] else None
+        need_a, need_u = ctx.needs_input_grad
+        ga = entrywise(grads[0], lambda gy: decode(codes[2], codes[3], BLOCK, u).mul_(gy)) if need_a else None
+        gu = entrywise(grads[0], lambda gy: decode(codes[0], codes[1], BLOCK, a).mul_(gy)) if need_u else None
+        if differentiated():
+            error = partial(refusal, "a product in a lean model", "codes of its factors", IN_FULL)
+            (ga,), (gu,) = missing((ga,), ctx.factors[1:], error), missing((gu,), ctx.factors[:1], error)
         return ga, gu
 
 

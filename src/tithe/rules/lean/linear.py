@@ -17,13 +17,17 @@ from torch import Tensor
 
 from tithe.rules.dispatch import Served, asking, autocast, outlives
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
-from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.lean.dispatch import IN_FULL, Leanness, catch
 from tithe.rules.lean.glu import coded
 from tithe.rules.sparse.linear import LinearRule, linear_call
 
 
 class _Coded(LinearRule):
     """Keeps codes of what the way keeps."""
+
+    twice = False
+    keeps = "codes of the columns of its input"
+    remedy = IN_FULL
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
         """Codes and scales of what the way keeps."""

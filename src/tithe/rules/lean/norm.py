@@ -14,21 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
 from tithe.rules.base import saved_tensors
-from tithe.rules.dispatch import Carrier, asking, raw
+from tithe.rules.dispatch import Carrier, Graft, asking, raw
+from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
-from tithe.rules.lean.dispatch import Leanness, asks, catch, ordinary
+from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 from tithe.rules.theta import Binding
 
 _AT_ONCE = 1 << 18
@@ -100,6 +101,15 @@ class Norm:
             rstd = self._root(x)
         return y, rstd.reshape(-1, 1)
 
+    def smooth(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output by operations that autograd differentiates as often as one likes, in x's dtype."""
+        weight = weight if weight is None or not self.offset else weight + self.offset
+        if self.kind == "layer":
+            return F.layer_norm(x, self.shape, weight, bias, self.eps)
+        if self.kind == "group":
+            return F.group_norm(x, self.groups, weight, bias, self.eps)
+        return F.rms_norm(x, self.shape, weight, self.eps)
+
     def _root(self, x: Tensor) -> Tensor:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         length = torch.linalg.vector_norm(x.reshape(-1, math.prod(self.shape)), dim=1, dtype=wide)
@@ -149,6 +159,8 @@ class _Lean(torch.autograd.Function):
         y, rstd = norm.run(x, weight, bias)
         ctx.norm, ctx.of_weight, ctx.of_bias = norm, of_weight, of_bias
         ctx.shape, ctx.dtype, ctx.normal = x.shape, x.dtype, True
+        ctx.x, ctx.thetas = stand_in(x), (theta_weight, theta_bias)
+        ctx.coded = bits is not None
         if bits is not None:
             ctx.save_for_backward(rstd, weight, bias, None, *encode(norm.laid(norm.plain(x)), BLOCK))
             return y
@@ -165,37 +177,33 @@ class _Lean(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of x, of plain scale and shift, and of the selected entries of bound ones."""
-        norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
-        rstd, weight, bias, positions, *kept = saved_tensors(ctx, _stale)
-        wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        gy = norm.laid(grads[0])
-        coded = positions is None and len(kept) == 2
-        source = (
-            decode(kept[0], kept[1], BLOCK, gy.new_empty(gy.shape, dtype=wide, device="meta"))
-            if coded
-            else norm.laid(kept[0])
-        )
-        scale = None if weight is None else norm.spread(weight.to(wide) + norm.offset)
-        known = _Normal(source, None, None, None, None)
-        if scale is not None and not ctx.normal:
-            inverse = 1 / scale
-            shift = None if bias is None else norm.spread(-bias.to(wide)) * inverse
-            known = _Normal(source, inverse, shift, positions, None if positions is None else kept[1])
-        gx = torch.empty(gy.shape, dtype=ctx.dtype, device=gy.device)
-        gw, gb = _gradients(norm, gy, known, rstd.to(wide), scale, gx, any(needs[3:7]))
-        out: list[Any] = [None, None, gx.view(ctx.shape), None, None, None, None, None, None]
-        for at, value, parameter, binding in ((3, gw, weight, ctx.of_weight), (4, gb, bias, ctx.of_bias)):
-            if value is None or parameter is None:
-                continue
-            value = value.to(parameter.dtype)
-            if needs[at]:
-                out[at] = value.view(parameter.shape)
-            if needs[at + 2]:
-                out[at + 2] = value.index_select(0, binding.indices)
-        return tuple(out)
+        kept = saved_tensors(ctx, _stale)
+        if not differentiated():
+            return _once(ctx, kept, grads[0])
+        with torch.no_grad():
+            values = _once(ctx, kept, grads[0])
+        return tuple(map(instead, values, _recorded(ctx, kept, grads[0])))
+
+
+def _once(ctx: Any, kept: Sequence[Any], given: Tensor) -> tuple[Any, ...]:
+    """Gradients in the order of what `apply` is given."""
+    norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
+    gy = norm.laid(given)
+    known, rstd, scale, weight, bias = _known(ctx, kept, gy)
+    gx = torch.empty(gy.shape, dtype=ctx.dtype, device=gy.device)
+    gw, gb = _gradients(norm, gy, known, rstd, scale, gx, any(needs[3:7]))
+    out: list[Any] = [None, None, gx.view(ctx.shape), None, None, None, None, None, None]
+    for at, value, parameter, binding in ((3, gw, weight, ctx.of_weight), (4, gb, bias, ctx.of_bias)):
+        if value is None or parameter is None:
+            continue
+        value = value.to(parameter.dtype)
+        if needs[at]:
+            out[at] = value.view(parameter.shape)
+        if needs[at + 2]:
+            out[at + 2] = value.index_select(0, binding.indices)
+    return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -216,6 +224,63 @@ class _Normal:
         if self.positions is not None and self.exact is not None:
             xhat.index_copy_(1, self.positions, self.exact[part].to(dtype))
         return xhat
+
+
+def _known(
+    ctx: Any, saved: Sequence[Any], gy: Tensor
+) -> tuple[_Normal, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Where x̂ comes from, 1/σ, and the scale as it broadcasts, of what `ctx` has kept; scale and shift as they are."""
+    norm = cast(Norm, ctx.norm)
+    rstd, weight, bias, positions, *kept = saved
+    wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+    scale = None if weight is None else norm.spread(weight.to(wide) + norm.offset)
+    if ctx.coded:
+        source = decode(kept[0], kept[1], BLOCK, gy.new_empty(gy.shape, dtype=wide, device="meta"))
+    else:
+        source = norm.laid(kept[0])
+    known = _Normal(source, None, None, None, None)
+    if scale is not None and not ctx.normal:
+        inverse = 1 / scale
+        shift = None if bias is None else norm.spread(-bias.to(wide)) * inverse
+        known = _Normal(source, inverse, shift, positions, None if positions is None else kept[1])
+    return known, rstd.to(wide), scale, weight, bias
+
+
+def _recorded(ctx: Any, kept: Sequence[Any], gy: Tensor) -> tuple[Any, ...]:
+    """Gradients that may be differentiated in their turn; along codes they may not.
+
+    The norm runs on x̂ σ, which is x or, but for its mean, x: all its derivatives are those at x.
+    """
+    norm, needs = cast(Norm, ctx.norm), ctx.needs_input_grad
+    with torch.no_grad():
+        known, rstd, _, *parameters = _known(ctx, kept, norm.laid(gy))
+        xhat = known.of(slice(None), rstd.dtype)
+        source = (norm.rows(xhat) / rstd).view(ctx.shape)
+    x = source.detach().requires_grad_() if ctx.coded else instead(source, ctx.x)
+    bindings, traced = (ctx.of_weight, ctx.of_bias), list[Tensor | None]()
+    for parameter, theta, binding in zip(parameters, ctx.thetas, bindings, strict=True):
+        if binding is not None:
+            traced.append(cast(Tensor, Graft.apply(parameter, theta, binding.selection)))
+        else:
+            traced.append(None if parameter is None else parameter.view_as(parameter))
+    asked = [x, *(t for t in traced if t is not None and t.requires_grad)]
+    with uncaught(), torch.autocast(gy.device.type, enabled=False):
+        y = norm.smooth(x, *(None if t is None else t.to(x.dtype) for t in traced))
+        found: Sequence[Tensor | None] = torch.autograd.grad(y, asked, gy.to(x.dtype), create_graph=True)
+    if ctx.coded:
+        error = partial(refusal, "a norm in a lean model", "codes of its normalised input", IN_FULL)
+        found = missing(found, (ctx.x, *traced), error)
+    gx, *rest = cast("list[Tensor]", found)
+    out: list[Any] = [None, None, gx.to(ctx.dtype), None, None, None, None, None, None]
+    for at, parameter, binding in zip((3, 4), traced, bindings, strict=True):
+        if parameter is None or not parameter.requires_grad:
+            continue
+        value = rest.pop(0).to(parameter.dtype)
+        if needs[at]:
+            out[at] = value
+        if needs[at + 2]:
+            out[at + 2] = value.index_select(0, binding.indices)
+    return tuple(out)
 
 
 def _gradients(

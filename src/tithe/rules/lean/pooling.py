@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import once_differentiable
 
+from tithe.rules.double_backward import mark, marked
 from tithe.rules.lean.dispatch import Leanness, catch
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
@@ -115,19 +115,18 @@ class MaxPooled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
         """Stock's output, and a byte for the place of each maximum in its window."""
         y, places = window.forward(x)
-        ctx.window, ctx.shape, ctx.memory_format = window, x.shape, suggest_memory_format(x)
+        ctx.window, ctx.shape, ctx.memory_format, ctx.mark = window, x.shape, suggest_memory_format(x), mark(x)
         base, offsets = window.places(x.shape[2:], y.shape[2:], x.device)
         ctx.save_for_backward(torch.ops.tithe.window_codes.default(places, base, offsets))
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Stock's gradient, bit for bit, on places that are made again."""
         (codes,), gy = ctx.saved_tensors, grads[0]
         base, offsets = ctx.window.places(ctx.shape[2:], codes.shape[2:], gy.device)
         places = torch.ops.tithe.window_places.default(codes, base, offsets)
-        return ctx.window.backward(gy, _like(gy, ctx.shape, ctx.memory_format), places), None
+        return marked(ctx.window.backward(gy, _like(gy, ctx.shape, ctx.memory_format), places), ctx.mark), None
 
 
 class Averaged(torch.autograd.Function):
@@ -136,16 +135,15 @@ class Averaged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Any, back: Any, settings: tuple[Any, ...]) -> Tensor:
         """Stock's output; of x only the shape is kept."""
-        ctx.back, ctx.shape, ctx.memory_format = back, x.shape, suggest_memory_format(x)
+        ctx.back, ctx.shape, ctx.memory_format, ctx.mark = back, x.shape, suggest_memory_format(x), mark(x)
         ctx.settings = settings if back in (_aten.avg_pool2d_backward, _aten.avg_pool3d_backward) else ()
         return run.default(x, *settings)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Stock's gradient, bit for bit: gy spread evenly over each window."""
         like = _like(grads[0], ctx.shape, ctx.memory_format)
-        return ctx.back.default(grads[0], like, *ctx.settings), None, None, None
+        return marked(ctx.back.default(grads[0], like, *ctx.settings), ctx.mark), None, None, None
 
 
 def _per_axis(value: Sizes, axes: int) -> list[int]:

@@ -122,6 +122,8 @@ class ConvRule(Rule):
         geometry: the convolution's settings.
     """
 
+    twice = True
+
     def __init__(self, x: Tensor, weight: Binding | None, bias: Binding | None, geometry: Geometry) -> None:
         self.geometry, self.bias = geometry, bias
         self.shape, self.strides = x.shape, layout(x)
@@ -170,7 +172,7 @@ class ConvRule(Rule):
                 gtw = self.cut.grad(geometry.weight_gradient, gy, kept[0])
             elif self.cut is not None:
                 gtw = self.cut.grad(geometry, gy, kept[0], weight)
-            elif self.probe is not None:
+            elif self.probe is not None and self.probe.hears:
                 x = kept[0]
                 self.probe.per_sample(
                     lambda rows: geometry.backward(gy[rows], x[rows], weight, (False, True, False))[1], x.shape[0]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tithe.rules.double_backward import differentiated
+
 
 class Geometry(NamedTuple):
     """The settings of a convolution, in the order of `torch.convolution`."""
@@ -117,7 +119,8 @@ def input_grad(gy: Tensor, weight: Tensor, shape: Sequence[int], strides: Sequen
     """
     options = gy.dtype, gy.device
     num_elements, element = torch.Size(shape).numel(), gy.element_size()
-    if not torch.compiler.is_compiling() and gy.untyped_storage().nbytes() >= num_elements * element:
+    plain = not (torch.compiler.is_compiling() or differentiated())
+    if plain and gy.untyped_storage().nbytes() >= num_elements * element:
         like = gy.as_strided(shape, strides, 0)
     elif _turns(gy, weight, shape, strides, geometry):
         return _turned(gy, weight, shape, geometry)

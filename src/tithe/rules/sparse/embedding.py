@@ -23,6 +23,8 @@ class EmbeddingRule(Rule):
         padding_idx: the row that gets no gradient, or None.
     """
 
+    twice = True
+
     def __init__(self, binding: Binding, padding_idx: int | None) -> None:
         self.binding, self.padding_idx = binding, padding_idx
 
@@ -43,7 +45,8 @@ class EmbeddingRule(Rule):
         probe, touch = self.binding.probe, self.binding.touch
         if probe is not None:
             gy_ND = gy_ND if self.padding_idx is None else gy_ND * (ids != self.padding_idx)[:, None]
-            probe.rows(kept[0], gy_ND.view_as(gy))
+            if probe.hears:
+                probe.rows(kept[0], gy_ND.view_as(gy))
             return None, None, None, None
         assert touch is not None, "a rule is only built for a selected or a probed table"
         # Every untouched row shares one spare slot at the end, so that no shape depends on the ids.

@@ -34,6 +34,8 @@ class LinearRule(Rule):
         transposed: the weight is stored as (I, O).
     """
 
+    twice = True
+
     def __init__(self, x: Tensor, weight: Binding | None, bias: Binding | None, *, transposed: bool) -> None:
         self.transposed = transposed
         self.probe: Probe | None = weight.probe if weight is not None else None
@@ -72,7 +74,8 @@ class LinearRule(Rule):
         gy_NO = gy.reshape(-1, gy.shape[-1])
         if self.probe is not None:
             left, right = (kept[0], gy) if self.transposed else (gy, kept[0])
-            self.probe.matrix(left, right)
+            if self.probe.hears:
+                self.probe.matrix(left, right)
         elif self.way is not None:
             gtw = self.way.grad(gy_NO, self.way.keep(kept[0]) if self.held else kept[0])
         gb = gy_NO.sum(0) if need_bias else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tithe.rules.base import Rule
 from tithe.rules.dispatch import Call, asking, register
+from tithe.rules.double_backward import differentiated
 from tithe.rules.sparse.reductions import selected_sum
 from tithe.rules.theta import Binding
 
@@ -31,6 +32,8 @@ class LayerNormRule(Rule):
         weight: the scale's binding, or None when it is frozen.
         bias: the shift's binding, or None when it is frozen, absent or trained whole.
     """
+
+    twice = True
 
     def __init__(self, shape: list[int], eps: float, weight: Binding | None, bias: Binding | None) -> None:
         self.shape, self.eps, self.weight, self.bias = shape, eps, weight, bias
@@ -91,14 +94,18 @@ class RMSNormRule(Rule):
         weight: the scale's binding, or None when it is frozen.
     """
 
+    twice = True
+
     def __init__(self, shape: list[int], eps: float, weight: Binding | None) -> None:
         self.shape, self.eps, self.weight = shape, eps, weight
         self.width = math.prod(shape)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output of the stock operation; 1/σ of each position."""
-        square = _wide(x).reshape(-1, self.width).square().mean(1, keepdim=True)
-        return F.rms_norm(x, self.shape, weight, self.eps), (torch.rsqrt(square + self.eps),)
+        return F.rms_norm(x, self.shape, weight, self.eps), (self._root(x),)
+
+    def _root(self, x: Tensor) -> Tensor:
+        return torch.rsqrt(_wide(x).reshape(-1, self.width).square().mean(1, keepdim=True) + self.eps)
 
     def keep(self, x: Tensor, extra: tuple[Tensor, ...], need_x: bool) -> tuple[Tensor, ...]:
         """(x, 1/σ) for an input gradient; otherwise x̂ at the selected entries, or nothing."""
@@ -117,7 +124,7 @@ class RMSNormRule(Rule):
         if len(kept) == 1 and self.weight is not None:
             gtw = (gy_ND.index_select(1, self.weight.indices) * kept[0]).sum(0)
         elif kept:
-            x, rstd = kept[0], kept[-1]
+            x, rstd = kept[0], self._root(kept[0]) if differentiated() else kept[-1]
             xhat, gy_ND = _wide(x).reshape(-1, self.width) * rstd, _wide(gy_ND)
             if need_x:
                 scaled = gy_ND * weight.reshape(-1)
@@ -140,10 +147,13 @@ class BatchNormRule(Rule):
         bias: the shift's binding, or None when it is frozen, absent or trained whole.
     """
 
+    twice = True
+
     def __init__(
         self, mean: Tensor, variance: Tensor, eps: float, weight: Binding | None, bias: Binding | None
     ) -> None:
         self.mean, self.variance, self.eps, self.weight, self.bias = mean, variance, eps, weight, bias
+        self.copies = weight is not None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output of the stock operation, with running statistics."""
@@ -188,6 +198,8 @@ class ScaleRule(Rule):
     Args:
         weight: the vector's binding.
     """
+
+    twice = True
 
     def __init__(self, weight: Binding) -> None:
         self.weight = weight

@@ -6,7 +6,8 @@ Shapes: N samples, T positions within a sample, O and I the two sides of a matri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ class Probe(ABC):
 
     Args:
         weight: the weight; only its shape, dtype and device are used.
+
+    Attributes:
+        deaf: while a loss is computed: what it differentiates within itself is no gradient of the loss.
     """
+
+    deaf: bool = False
 
     def __init__(self, weight: Tensor) -> None:
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -87,6 +93,11 @@ class Probe(ABC):
             sums = grown.index_copy_(0, place[: held.numel()], sums)
         self._rows = merged, sums.index_add_(0, place[held.numel() :], values)
 
+    @property
+    def hears(self) -> bool:
+        """Whether gradients that arise now count: not within a loss, nor while they are recorded themselves."""
+        return not self.deaf and not torch.is_grad_enabled()
+
     def used(self, usage: Usage) -> None:
         """A rule ran forward with this weight; most probes need not know how."""
         del usage
@@ -133,6 +144,23 @@ class Probe(ABC):
     @abstractmethod
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Add the statistic of an embedding's gradient; `ids` (...), `gy` (..., D), samples along the first axis."""
+
+
+@contextmanager
+def deaf(probes: Iterable[Probe]) -> Generator[None]:
+    """Hear no gradient inside: a loss is computed there, and what it differentiates within itself is no gradient of it.
+
+    Where it differentiates its own gradient (a penalty on it, forces), that reaches a probe afterwards as one more use
+    of its weight.
+    """
+    silent = list(probes)
+    for probe in silent:
+        probe.deaf = True
+    try:
+        yield
+    finally:
+        for probe in silent:
+            probe.deaf = False
 
 
 class SquareProbe(Probe):

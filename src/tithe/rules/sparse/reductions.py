@@ -19,7 +19,8 @@ def selected_sum(binding: Binding, terms: Tensor, factor: Tensor | None = None) 
         (K,), in the order of the flat indices; None for a probe.
     """
     if binding.probe is not None:
-        binding.probe.vector(terms if factor is None else terms * factor)
+        if binding.probe.hears:
+            binding.probe.vector(terms if factor is None else terms * factor)
         return None
     # A few columns are cheaper to copy out than all are to sum; summing all first is bitwise what stock does.
     few = binding.indices.numel() * 4 < terms.shape[-1]

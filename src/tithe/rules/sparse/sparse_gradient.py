@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tithe.rules.base import Cost
+from tithe.rules.double_backward import differentiated
 
 _SAMPLED_SLOWNESS = 16.0
 """Time of one multiply-add in `sampled_addmm` against one in a dense product (2048 × 384 … 4096², one core)."""
@@ -170,6 +171,9 @@ class Sampled(Way):
     def grad(self, left: Tensor, kept: Tensor) -> Tensor:
         """The sampled entries of the product."""
         touch, kept = self.touch, kept.reshape(left.shape[0], self.num_right)
+        if differentiated():  # autograd does not know the sampled product
+            product = kept.t() @ left if self.transposed else left.t() @ kept
+            return product.reshape(-1).index_select(0, touch.at(False, False))
         row, column = touch.rows.index_select(0, touch.row), touch.columns.index_select(0, touch.column)
         starts = torch.searchsorted(row, torch.arange(touch.shape[0] + 1, device=row.device))
         a, b = (kept, left) if self.transposed else (left, kept)
