@@ -21,7 +21,7 @@ REFUSED = "refused"
 class Section(BaseModel):
     """One section: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True, allow_inf_nan=False)
 
     def given(self, *names: str) -> list[str]:
         """List those of these keys that have a value."""
@@ -228,7 +228,11 @@ class AttachedSection(MethodSection):
             if field.name in type(self).model_fields:
                 value = getattr(self, field.name)
                 told[field.name] = value.make() if field.name in TABLES and value is not None else value
-        told |= {key: load(folder / told[key]) for key, load in self.files.items() if told[key] is not None}
+        told |= {
+            key: load(folder / Path(told[key]).expanduser())
+            for key, load in self.files.items()
+            if told[key] is not None
+        }
         return self.of(**self.spell(told, steps))
 
     def attach(self, model: Any, *, folder: Path, steps: int, head: Sequence[str], **settings: Any) -> tithe.Plan:

@@ -1,4 +1,4 @@
-"""The examples of a run: read, split, checked before any model is loaded, and made into batches."""
+"""The examples of a run made into batches: encoded, put into order, moved to a device; `examples` reads them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, cast, final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tithe.app.train.images import Images, read_folder, read_hub_images, read_npz
-from tithe.app.train.recipe import Recipe
-from tithe.app.train.tables import Table, read_hub_table, read_table
-from tithe.errors import TitheError
-
-_SPLITS = ("train", "validation", "test")
+from tithe.app.train.images import Images
+from tithe.app.train.tables import Table
 
 
 class Batch(TypedDict):
@@ -37,155 +32,6 @@ class Tokenizer(Protocol):
     def pad(self, encoded: Any, **settings: Any) -> Any:
         """Pad encoded texts to one length."""
         ...
-
-
-@dataclass(frozen=True)
-class Examples:
-    """All splits of a run with their targets.
-
-    Args:
-        splits: the rows of train, validation and, where there is one, test.
-        targets: a tensor (N,) for each split: int64 classes, or float32 values of a regression.
-        labels: the class names in the order of the model's outputs; empty for a regression.
-    """
-
-    splits: Mapping[str, Table | Images]
-    targets: Mapping[str, Tensor]
-    labels: tuple[str, ...]
-
-    def fingerprint(self) -> str:
-        """A digest of every row in order: a run may only be resumed on the same data."""
-        digest = hashlib.sha256()
-        for name, rows in self.splits.items():
-            digest.update(f"{name}{len(rows.label)}".encode())
-            digest.update(self.targets[name].numpy().tobytes())
-            if isinstance(rows, Table):
-                digest.update("\0".join(rows.text + (rows.text_pair or ())).encode())
-            elif rows.pixels is not None:
-                digest.update(np.ascontiguousarray(rows.pixels).data)
-            else:
-                digest.update("\0".join(f"{file.parent.name}/{file.name}" for file in rows.files).encode())
-        return digest.hexdigest()[:16]
-
-
-def read_examples(recipe: Recipe) -> Examples:
-    """Read every split that the recipe names, carve a validation split where none is given, and check the labels.
-
-    Raises:
-        TitheError: a file, a column or a label is not what was expected; it names the line.
-    """
-    splits = _read_splits(recipe)
-    if "validation" not in splits:
-        splits = _carve(recipe, splits, "validation", ("data", "validation_fraction"), recipe.data.validation_fraction)
-    labels: tuple[str, ...] = ()
-    if recipe.data.task != "text-regression":
-        labels = recipe.data.labels or _order(splits["train"].label)
-        _check_count(recipe, splits["train"], labels)
-    if recipe.method.holds_out is not None:
-        splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.holds_out)
-    if recipe.average is not None and recipe.average.on == "held_out":
-        splits = _carve(recipe, splits, "average", ("average", "held_out"), recipe.average.held_out)
-    if not labels:
-        return Examples(splits, {name: _values(rows) for name, rows in splits.items()}, ())
-    return Examples(splits, {name: _classes(recipe, rows, labels) for name, rows in splits.items()}, labels)
-
-
-def _read_splits(recipe: Recipe) -> dict[str, Table | Images]:
-    data, images = recipe.data, recipe.data.task == "image-classification"
-    if data.npz is not None:
-        path = recipe.data_path("npz")
-        if not images or path is None:
-            raise TitheError(
-                recipe.place("data", "npz"),
-                found=f"task {data.task!r}",
-                expected="image-classification",
-                remedy="set the task",
-            )
-        return dict(read_npz(recipe, path))
-    if data.dataset is not None:
-        wanted = {"train": data.train or "train", "validation": data.validation, "test": data.test}
-        read_hub = read_hub_images if images else read_hub_table
-        return {split: read_hub(recipe, split, name) for split, name in wanted.items() if name is not None}
-    # Every path is looked at before the first file is read.
-    paths = {split: path for split in _SPLITS if (path := recipe.data_path(split)) is not None}
-    read = read_folder if images else read_table
-    return {split: read(recipe, split, path) for split, path in paths.items()}
-
-
-def _carve(
-    recipe: Recipe, splits: dict[str, Table | Images], name: str, key: tuple[str, str], fraction: float
-) -> dict[str, Table | Images]:
-    """Take a part of the training rows away, as a split of its own; `key` of the recipe says how large it is."""
-    train = splits["train"]
-    num, held = len(train.label), round(fraction * len(train.label))
-    if held == 0 or held == num:
-        raise TitheError(
-            recipe.place(*key),
-            found=f"{held} of {num} training examples for {name}",
-            expected="at least one in both",
-            remedy=f"change {key[1]}" + (", or give a validation split" if name == "validation" else ""),
-        )
-    rows = torch.randperm(num, generator=torch.Generator().manual_seed(recipe.data.split_seed)).tolist()
-    carved = {"train": train.take(sorted(rows[held:])), name: train.take(sorted(rows[:held]))}
-    return {**carved, **{name: split for name, split in splits.items() if name != "train"}}
-
-
-def _order(labels: Sequence[str]) -> tuple[str, ...]:
-    names = set(labels)
-    if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
-
-
-def _check_count(recipe: Recipe, train: Table | Images, labels: Sequence[str]) -> None:
-    if len(labels) < 2:
-        raise TitheError(
-            train.place(0),
-            found=f"only the label {labels[0]!r}",
-            expected="at least two classes",
-            remedy="check [data] label",
-        )
-    num_labels = recipe.model.num_labels
-    if num_labels is not None and len(labels) > num_labels:
-        row = next(row for row, label in enumerate(train.label) if label == labels[num_labels])
-        raise TitheError(
-            train.place(row),
-            found=f"label {labels[num_labels]!r}, class number {num_labels + 1} of {len(labels)}",
-            expected=f"{num_labels} classes ({recipe.place('model', 'num_labels')})",
-            remedy="raise num_labels, or correct the label",
-        )
-
-
-def _classes(recipe: Recipe, rows: Table | Images, labels: tuple[str, ...]) -> Tensor:
-    number = {label: index for index, label in enumerate(labels)}
-    for row, label in enumerate(rows.label):
-        if label not in number:
-            known = ", ".join(labels[:12]) + (", …" if len(labels) > 12 else "")
-            origin = recipe.place("data", "labels") if recipe.data.labels else "the training split"
-            raise TitheError(
-                rows.place(row),
-                found=f"label {label!r}",
-                expected=f"one of {known} ({origin})",
-                remedy="correct the line, or list every label in [data] labels",
-            )
-    return torch.tensor([number[label] for label in rows.label], dtype=torch.int64)
-
-
-def _values(rows: Table | Images) -> Tensor:
-    values: list[float] = []
-    for row, label in enumerate(rows.label):
-        try:
-            values.append(float(label))
-        except ValueError:
-            values.append(float("nan"))
-        if not np.isfinite(values[-1]):
-            raise TitheError(
-                rows.place(row),
-                found=f"label {label!r}",
-                expected="a finite number (regression)",
-                remedy="correct the line",
-            )
-    return torch.tensor(values, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
