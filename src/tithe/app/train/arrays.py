@@ -70,16 +70,17 @@ def _refused(recipe: Recipe, found: str, expected: str, remedy: str) -> TitheErr
 
 def _load(recipe: Recipe, path: Path) -> dict[str, Array]:
     try:
-        file: Any = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise _refused(
-                recipe,
-                f"one array of shape {tuple(file.shape)} (.npy) in {path.name}",
-                "a .npz file of numbers: several arrays, each with its name",
-                f"save it with {_SAVE}",
-            )
-        with file:
-            return {str(name): file[name] for name in file.files}
+        with path.open("rb") as handle:  # numpy leaves its own open where the file is damaged
+            file: Any = np.load(handle, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise _refused(
+                    recipe,
+                    f"one array of shape {tuple(file.shape)} (.npy) in {path.name}",
+                    "a .npz file of numbers: several arrays, each with its name",
+                    f"save it with {_SAVE}",
+                )
+            with file:
+                return {str(name): file[name] for name in file.files}
     except TitheError:
         raise
     # numpy and zipfile raise what a damaged file makes them stumble over: BadZipFile, EOFError, MemoryError …

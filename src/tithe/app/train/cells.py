@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 ABSENT = object()
 """The value of a key that a row does not have."""
@@ -18,7 +19,7 @@ _NOTHING = {"NULL", "null", "None", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "
 _WHOLE = re.compile(r"[+-]?\d+\.0*")
 _LARGEST = 3.4028234663852886e38
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_KINDS: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes", bytearray: "bytes"}
+_KINDS: dict[type[Any], str] = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes", bytearray: "bytes"}
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,5 @@ def _plain(value: object) -> str | Fault:
         return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
     if isinstance(value, bool | int):
         return str(value)
-    return Fault(_KINDS.get(type(value), f"a value of type {type(value).__name__}"))
+    kind = type(value)
+    return Fault(_KINDS.get(kind, f"a value of type {kind.__name__}"))

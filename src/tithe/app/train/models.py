@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from tithe.app.train.data import Batch, Encoder, ImageEncoder, TextEncoder
 from tithe.app.train.examples import Examples
-from tithe.app.train.hub import NO_NETWORK, find_folder, no_retries
+from tithe.app.train.hub import NO_NETWORK, find_folder, is_reachable, no_retries
 from tithe.app.train.images import Images
 from tithe.app.train.paths import expand
 from tithe.app.train.recipe import Recipe
@@ -171,11 +171,11 @@ def quiet() -> Generator[None]:
 @contextlib.contextmanager
 def _loading(recipe: Recipe, key: str, expected: str) -> Generator[None]:
     """Inside, a model or tokenizer is loaded by name: at once where there is no network, and without a report."""
-    online = True
     try:
-        with quiet(), no_retries() as online:
+        with quiet(), no_retries():
             yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        online = is_reachable()
         told = str(getattr(recipe.model, key))
         is_id = not told.startswith("package:") and not (recipe.folder / expand(told)).is_dir()
         found = str(error).strip().splitlines()[0]

@@ -87,7 +87,8 @@ def _as_8_bits(image: Any, kind: str) -> Any:
     if image.mode in {"I", "F"}:
         pixels = np.asarray(image, dtype=np.float64)
         if image.mode == "I" or not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
-            low, high = np.nanmin(pixels), np.nanmax(pixels)
+            finite = pixels[np.isfinite(pixels)]
+            low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
             what = "32-bit integers" if image.mode == "I" else "floats that are not from 0 to 1"
             raise ValueError(f"{what} (from {low:g} to {high:g}): convert it to 8 or 16 bits")
         return Image.fromarray(np.round(pixels * 255).astype(np.uint8))
