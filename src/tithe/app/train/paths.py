@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from tithe.app.section import refuse
@@ -72,7 +73,10 @@ def exists(path: Path) -> bool:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Say what keeps a folder from being made and written to, without making it; None where nothing does."""
+    """Say what keeps a folder from being made and written to, without making it; None where nothing does.
+
+    A file without a name is written to the folder above it that there is: permissions alone do not tell.
+    """
     for ancestor in (folder, *folder.parents):
         try:
             os.lstat(ancestor)
@@ -83,7 +87,9 @@ def unwritable(folder: Path) -> str | None:
         if not os.path.isdir(ancestor):
             kind = "a link to nothing" if not os.path.exists(ancestor) else "a file"
             return f"{kind} at {ancestor}"
-        if not os.access(ancestor, os.W_OK | os.X_OK):
-            return f"a folder at {ancestor} that you may not write to"
-        return None
+        try:
+            with tempfile.TemporaryFile(dir=ancestor):
+                return None
+        except OSError as error:
+            return f"a folder at {ancestor} that cannot be written to ({(error.strerror or 'no reason given').lower()})"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import tomllib
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -339,6 +340,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise explain_toml(text, path.name, error) from error
+    except RecursionError as error:
+        raise TitheError(
+            path.name, found="brackets inside brackets without end", expected="TOML", remedy="close them"
+        ) from error
     changed = [_override(settings, override) for override in overrides]
     lines = locate(text, path.name, changed)
     return _validate(settings, lines, path.resolve().parent)
@@ -408,11 +413,13 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
     if kind == "extra_forbidden":
         known = _known(path, method)
         close = difflib.get_close_matches(path[-1], known, n=1)
+        home = [name for name, section in _SECTIONS.items() if len(path) > 1 and path[-1] in section.model_fields]
+        elsewhere = f"move it to [{home[0]}]" if home else "remove it or correct its name"
         return TitheError(
             place,
             found=f"unknown key {path[-1]!r}",
             expected=f"one of {', '.join(known)}",
-            remedy=f"did you mean {close[0]}?" if close else "remove it or correct its name",
+            remedy=f"did you mean {close[0]}?" if close and not home else elsewhere,
         )
     if kind in {"missing", "union_tag_not_found"}:
         name = "name" if kind == "union_tag_not_found" else path[-1]
@@ -429,7 +436,25 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         error["input"] = cast(Mapping[str, Any], error["input"]).get("name")
     if kind == "string_pattern_mismatch":
         expected = "package.module:callable"
-    return TitheError(place, found=repr(error["input"]), expected=expected, remedy="correct the value")
+    return TitheError(
+        place, found=repr(error["input"]), expected=expected, remedy=_corrected(kind, path[-1] if path else "", error)
+    )
+
+
+def _corrected(kind: str, key: str, error: ErrorDetails) -> str:
+    """Say how to write a value of a wrong type."""
+    value: object = error["input"]
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'write {key} = "{value}"'
+    if kind in {"tuple_type", "list_type"} and isinstance(value, str):
+        return f'write {key} = ["{value}"]'
+    if kind in {"float_parsing", "int_parsing"}:
+        return "write a number, without quotes and units"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+        close = difflib.get_close_matches(str(value).lower(), known, n=1)
+        return f'write {key} = "{close[0]}"' if close else "correct the value"
+    return "correct the value"
 
 
 def _known(path: Sequence[str], method: str | None) -> list[str]:

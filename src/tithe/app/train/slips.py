@@ -76,6 +76,8 @@ def _gets_further(lines: list[str], number: int, repaired: str, before: float) -
     """Whether the text is TOML up to the lines after a repaired one, or what follows it is."""
     try:
         tomllib.loads("\n".join([*lines[: number - 1], repaired, *lines[number:]]))
+    except RecursionError:
+        return False
     except tomllib.TOMLDecodeError as error:
         at, _ = _position(error)
         return at > before or (math.isinf(before) and number < at < math.inf) or _is_twice(str(error))
@@ -156,7 +158,8 @@ def _values(value: str) -> Iterator[str]:
     yield from _numbers(value)
     if match := re.match(r"^[rRbBuUfF]{1,2}(?=[\"'])", value):
         value = value[match.end() :]
-        yield value
+        if "\\" not in value:
+            yield value
     if value[0] in "[({":
         yield from _collections(value)
         return
@@ -199,7 +202,7 @@ def _written(item: str) -> str:
     for written in _values(item):
         try:
             tomllib.loads(f"value = {written}")
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             continue
         return written
     return item
