@@ -113,9 +113,9 @@ def test_outputs(images_recipe: Callable[[str], Path]) -> None:
     assert error.expected == "3: 3 classes in the data"
     assert "num_labels = 5 in [model]" in error.remedy
     assert run(path, "model.num_labels=5")["steps"] == 1
-    error = _refused(images_recipe("two"))
+    error = _refused(images_recipe("two"), "run.output=other")
     assert (error.found, error.expected) == ("a model with 2 outputs", "3: 3 classes in the data")
-    assert "(2, 3, 6, 6)" in _refused(images_recipe("unpooled")).found
+    assert "(2, 3, 6, 6)" in _refused(images_recipe("unpooled"), "run.output=other").found
 
 
 def test_sizes(images_recipe: Callable[[str], Path], tmp_path: Path) -> None:

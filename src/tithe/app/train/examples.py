@@ -170,13 +170,14 @@ def _carve(
             held.append(row)
             left[train.label[row]] -= 1
     if not held or len(held) == num:
-        single = is_class and wanted > 0
+        single = is_class and wanted > 0 and not held
         raise TitheError(
             recipe.place(*key),
             found=f"{len(held)} of {num} training examples for {name}"
-            + (": every class has a single one" if single and not held else ""),
+            + (": every class has a single one" if single else ""),
             expected="at least one in both",
-            remedy=f"change {key[1]}" + (", or give a validation split" if name == "validation" else ""),
+            remedy=("add examples" if single else f"change {key[1]}")
+            + (", or give a validation split" if name == "validation" else ""),
         )
     taken = set(held)
     rest = [row for row in range(num) if row not in taken]
