@@ -329,7 +329,7 @@ def test_a_recipe_without_a_test_split_says_so(tmp_path: Path) -> None:
 def _text_checkpoints(folder: Path, write: Callable[[Any, Path], None]) -> None:
     """Two perturbed copies of the recipe's model."""
     from histories import checkpoints
-    from tithe.app.train.examples import read_examples
+    from tithe.app.train.data import read_examples
     from tithe.app.train.models import build
 
     recipe = read_recipe(folder / "recipe.toml")

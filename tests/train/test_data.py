@@ -14,8 +14,7 @@ from PIL import Image
 
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe, read_recipe
-from tithe.app.train.data import ImageEncoder, Samples, chunks, epoch_order
-from tithe.app.train.examples import read_examples
+from tithe.app.train.data import ImageEncoder, Samples, chunks, epoch_order, read_examples
 from tithe.app.train.images import Images
 from tithe.app.train.tables import Table
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe
 from tithe.app.train import hub as hub_module
-from tithe.app.train.examples import Examples, read_examples
+from tithe.app.train.data import Examples, read_examples
 from tithe.app.train.models import find_model
 
 Edit = Callable[..., Path]

@@ -15,7 +15,7 @@ from PIL import Image
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe
 from tithe.app.train import images as images_module
-from tithe.app.train.examples import Examples, read_examples
+from tithe.app.train.data import Examples, read_examples
 from tithe.app.train.images import Images
 from tithe.app.train.pictures import open_picture
 

@@ -18,7 +18,7 @@ import pytest
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe
 from tithe.app.train.cells import likeness, read_label
-from tithe.app.train.examples import Examples, read_examples
+from tithe.app.train.data import Examples, read_examples
 from tithe.app.train.tables import Table
 
 Write = Callable[[Path], None]

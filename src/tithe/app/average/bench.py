@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import tithe
 from tithe import History, TitheError
-from tithe.app.train.data import Batches, Samples, chunks, epoch_order, even_chunks
-from tithe.app.train.examples import read_examples
+from tithe.app.train.data import Batches, Samples, chunks, epoch_order, even_chunks, read_examples
 from tithe.app.train.metrics import chosen_metrics, score
 from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
 from tithe.app.train.recipe import Recipe

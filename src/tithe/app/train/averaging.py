@@ -8,8 +8,7 @@ from typing import Any
 
 import tithe
 from tithe.app.train.course import AverageCourse, Course, OwnCourse
-from tithe.app.train.data import Batches
-from tithe.app.train.examples import Examples
+from tithe.app.train.data import Batches, Examples
 from tithe.app.train.models import Loss, Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import FOLDER

@@ -47,7 +47,7 @@ def kind_of(content: bytes) -> tuple[str, str] | None:
 
 
 def read_bytes(path: Path, place: str | None = None) -> bytes:
-    """Read a file.
+    """Read all bytes of a file.
 
     Raises:
         TitheError: the system refuses.

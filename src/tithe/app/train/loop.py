@@ -21,8 +21,7 @@ import tithe
 from tithe.app.terminal import Bar
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, to_device
-from tithe.app.train.examples import read_examples
+from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
 from tithe.app.train.fitting import check_fits
 from tithe.app.train.metrics import chosen_metrics, score
 from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss

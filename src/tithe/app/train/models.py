@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tithe.app.train.data import Batch, Encoder, ImageEncoder, TextEncoder
-from tithe.app.train.examples import Examples
+from tithe.app.train.data import Batch, Encoder, Examples, ImageEncoder, TextEncoder
 from tithe.app.train.hub import NO_NETWORK, find_folder, is_reachable, no_retries
 from tithe.app.train.images import Images
 from tithe.app.train.paths import expand

@@ -11,8 +11,7 @@ from accelerate.state import AcceleratorState
 
 import tithe
 from tithe.app.train.checkpoints import Checkpoints
-from tithe.app.train.data import Batch
-from tithe.app.train.examples import Examples
+from tithe.app.train.data import Batch, Examples
 from tithe.app.train.models import Loss, Network
 from tithe.app.train.paths import expand, unwritable
 from tithe.app.train.recipe import Recipe
