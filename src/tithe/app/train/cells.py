@@ -112,7 +112,8 @@ def likeness(label: str) -> object:
 
     Single letters differ by case: they are classes of their own where letters are recognised.
     """
-    bare = " ".join(unicodedata.normalize("NFKC", label).split()).strip("\"'")
+    seen = "".join(char for char in unicodedata.normalize("NFKC", label) if unicodedata.category(char) != "Cf")
+    bare = " ".join(seen.split()).strip("\"'")
     if _NUMBER.fullmatch(bare):
         return float(bare)
     return bare.casefold() if len(bare) > 1 else bare

@@ -18,7 +18,7 @@ import torch
 
 from tithe.app.train.cells import Fault, read_label
 from tithe.app.train.hub import class_names, load_split
-from tithe.app.train.pictures import SUFFIXES, UNREADABLE, is_hidden, open_picture
+from tithe.app.train.pictures import SUFFIXES, UNREADABLE, is_hidden, is_picture, open_picture
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.skipping import Unusable
 from tithe.errors import TitheError
@@ -105,9 +105,11 @@ def read_folder(recipe: Recipe, split: str, path: Path, progress: Progress) -> I
     if not folders:
         raise TitheError(
             place,
-            found=f"no class folders in {path}",
+            found=f"no class folders in {path}" if path.is_dir() else f"a file {path}",
             expected="a folder with one subfolder of images for each class",
-            remedy="move the images of each class to a folder of its name",
+            remedy="move the images of each class to a folder of its name"
+            if path.is_dir()
+            else "unpack it, and name the folder",
         )
     if {folder.name.casefold() for folder in folders} <= _SPLIT_NAMES and any(
         entry.is_dir() for folder in folders for entry in _visible(folder)
@@ -120,7 +122,7 @@ def read_folder(recipe: Recipe, split: str, path: Path, progress: Progress) -> I
             remedy=f"name the split's own folder, such as {getattr(recipe.data, split)}/{own}",
         )
     unusable = Unusable(recipe)
-    if loose := [entry.name for entry in _visible(path) if not entry.is_dir() and _is_picture(entry)]:
+    if loose := [entry.name for entry in _visible(path) if not entry.is_dir() and is_picture(entry)]:
         unusable.add(
             TitheError(
                 str(path / loose[0]),
@@ -169,6 +171,13 @@ def read_hub_images(recipe: Recipe, split: str, name: str, progress: Progress) -
         )
     source, num = f"{recipe.data.dataset} ({name})", len(rows)
     names = class_names(rows.features.get(recipe.data.label))
+    if system := [name for name in names if is_hidden(name)]:
+        raise TitheError(
+            recipe.place("data", "dataset"),
+            found=f"a class {system[0]!r}, a folder of the system",
+            expected="folders of the classes only",
+            remedy="remove it, or name the folder as train = ..., which passes over such",
+        )
     values = list(rows[recipe.data.label]) if recipe.data.label in kinds else [None] * num
     labels = [read_label(value, names, set(recipe.data.labels or ())) for value in values]
     labelled = not all(isinstance(label, Fault) and label.missing for label in labels)
@@ -224,16 +233,12 @@ def _visible(folder: Path) -> list[Path]:
         ) from error
 
 
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES | UNREADABLE
-
-
 def _class_files(place: str, folder: Path) -> list[Path]:
     """The pictures of one class, those included that turn out not to be any."""
     entries = _visible(folder)
-    files = [entry for entry in entries if _is_picture(entry)]
-    inside = [entry for entry in entries if entry.is_dir() and not _is_picture(entry)]
-    deeper = [entry for entry in inside if any(_is_picture(file) for file in entry.rglob("*"))]
+    files = [entry for entry in entries if is_picture(entry)]
+    inside = [entry for entry in entries if entry.is_dir() and entry not in files]
+    deeper = [entry for entry in inside if any(is_picture(file) for file in entry.rglob("*"))]
     if deeper:
         raise TitheError(
             place,
@@ -241,7 +246,7 @@ def _class_files(place: str, folder: Path) -> list[Path]:
             expected="the pictures of a class in its own folder",
             remedy="move them up into it, or name the folder that holds the class folders",
         )
-    if not any(file.suffix.lower() in SUFFIXES for file in files):
+    if all(file.suffix.lower() in UNREADABLE for file in files):
         endings = Counter(entry.suffix.lower() or "(none)" for entry in entries if not entry.is_dir())
         told = ", ".join(f"{count} ending in {ending}" for ending, count in endings.most_common(4))
         raise TitheError(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,11 +172,12 @@ def _loading(recipe: Recipe, key: str, expected: str) -> Generator[None]:
     try:
         with quiet(), no_retries():
             yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # Their readers raise what damaged files make them stumble over: SafetensorError, UnpicklingError, ImportError …
+    except Exception as error:
         online = is_reachable()
         told = str(getattr(recipe.model, key))
         is_id = not told.startswith("package:") and not (recipe.folder / expand(told)).is_dir()
-        found = str(error).strip().splitlines()[0]
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if not online and is_id:
             found = f"{NO_NETWORK} {told!r} is no folder beside the recipe and was not downloaded before"
         raise TitheError(
@@ -273,6 +273,13 @@ def _text_encoder(recipe: Recipe, model: nn.Module) -> TextEncoder:
         tokenizer: Any = cast(Any, transformers.AutoTokenizer).from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise TitheError(
+            recipe.place("model", key),
+            found="a tokenizer without a token that pads or ends a text",
+            expected="one, to make texts of a batch equally long",
+            remedy='add "pad_token" to its tokenizer_config.json, or choose another with tokenizer = "..."',
+        )
     if isinstance(model, transformers.PreTrainedModel):
         cast(Any, model.config).pad_token_id = tokenizer.pad_token_id
     return TextEncoder(tokenizer, _length(recipe, model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -39,6 +40,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
+_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is meant to be a picture: by its ending, or else by how it begins."""
+    ending = file.suffix.lower()
+    if ending in SUFFIXES or ending in UNREADABLE:
+        return True
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(12)
+    except OSError:
+        return False
+    return start.startswith(_MARKS) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+
+
 def open_picture(source: Path | bytes) -> Any:
     """Read a picture whole as 8-bit grey ("L") or colour ("RGB"), upright, the transparent parts white.
 
@@ -61,7 +78,9 @@ def open_picture(source: Path | bytes) -> Any:
             if file.width * file.height > _MAX_PIXELS:
                 raise ValueError(f"{file.width} × {file.height} pixels, more than {_MAX_PIXELS:,}")
             file.load()
-            upright: Any = ImageOps.exif_transpose(file)
+            upright: Any = file
+            with contextlib.suppress(Exception):  # what is wrong with what a camera says leaves the picture as it is
+                upright = ImageOps.exif_transpose(file)
     except UnidentifiedImageError as error:
         raise ValueError(_instead(source)) from error
     except ValueError:
