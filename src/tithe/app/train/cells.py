@@ -116,6 +116,8 @@ def likeness(label: str) -> object:
     bare = " ".join(seen.split()).strip("\"'")
     if _NUMBER.fullmatch(bare):
         return float(bare)
+    if bare.casefold() in {"true", "false"}:  # which JSON and spreadsheets write for 1 and 0
+        return float(bare.casefold() == "true")
     return bare.casefold() if len(bare) > 1 else bare
 
 
@@ -134,7 +136,9 @@ def _plain(value: object) -> str | Fault:
     if isinstance(value, float | Decimal):
         if math.isnan(value):
             return Fault("NaN", missing=True)
-        return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
+        if math.isinf(value):
+            return Fault("an infinite number")
+        return str(int(value)) if value == int(value) else str(value)
     if isinstance(value, bool | int):
         return str(value)
     kind = type(value)

@@ -77,12 +77,12 @@ def decode(content: bytes, source: str, *, encoding: str | None = None, key: str
     """
     marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
     name = marked or encoding or "utf-8"
-    if marked is None and encoding is not None and _is_other_utf8(content, encoding):
+    if marked is None and encoding is not None and _is_utf8_instead(content, encoding):
         raise TitheError(
             source,
             found=f"UTF-8, which reads as garbage in {encoding}",
             expected=f"{encoding}, as {key} says",
-            remedy=f"save all files in one encoding, or remove {key}",
+            remedy="save all files in one encoding, or remove encoding",
         )
     try:
         text = content.decode(name)
@@ -93,24 +93,27 @@ def decode(content: bytes, source: str, *, encoding: str | None = None, key: str
     return text
 
 
-def _is_other_utf8(content: bytes, encoding: str) -> bool:
-    """Whether bytes that are valid UTF-8, with more than ASCII in them, are said to be in a code of single bytes."""
-    if content.isascii() or codecs.lookup(encoding).name.startswith("utf"):
+def _is_utf8_instead(content: bytes, encoding: str) -> bool:
+    """Whether bytes are UTF-8 beyond doubt, and would be other text in the encoding that is told."""
+    if 0 in content:
         return False
     try:
-        content.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError:
         return False
     try:
-        return "é".encode(encoding) != "é".encode() and len("é".encode(encoding)) == 1
-    except UnicodeEncodeError:
+        return content.decode(encoding) != text
+    except UnicodeDecodeError:
         return True
 
 
 def _undecodable(content: bytes, source: str, name: str, start: int, key: str | None) -> TitheError:
     likely = _likely(content)
     before = content[:start]
-    if likely is None:
+    is_marked = content.startswith(tuple(mark for mark, _ in _MARKS))
+    if is_marked:
+        place, found, likely = source, f"{name.removesuffix('-sig').upper()} that is damaged or cut off", None
+    elif likely is None:
         line, begin = before.count(b"\n") + 1, before.rfind(b"\n") + 1
         place, found = f"{source} line {line} column {start - begin + 1}", f"a byte 0x{content[start]:02x}"
     elif likely.startswith("utf-16"):
@@ -121,7 +124,7 @@ def _undecodable(content: bytes, source: str, name: str, start: int, key: str | 
         column = len(content[begin:start].decode(name, errors="replace")) + 1
         place = f"{source} line {line} column {column}"
         found = f"a byte 0x{content[start]:02x} that is not {name.upper()}; in {likely} the line reads {word[:60]!r}"
-    remedy = "save the file as UTF-8"
+    remedy = "save the file again" if is_marked else "save the file as UTF-8"
     if key is not None and likely is not None:
         remedy = f'add encoding = "{likely}" to [data] if that is what it is, or save the file as UTF-8'
     return TitheError(place, found=found, expected=f"text in {name.upper()}", remedy=remedy)

@@ -31,7 +31,7 @@ def read_delimited(
     Raises:
         TitheError: a row has other fields than the header, or a quoted field does not end.
     """
-    first_line = 1
+    first_line, text = 1, text.removesuffix("\x1a")  # the mark that DOS put at the end of a file
     if match := _SEPARATOR_LINE.match(text):  # a hint to spreadsheets that they write themselves
         usual, text, first_line = match[1], text[match.end() :], 2
     delimiter, header = _header(text, usual, wanted)
@@ -48,6 +48,8 @@ def read_delimited(
     )
     with _long_fields():
         for line, row in _numbered(reader, source, delimiter, first_line):
+            if delimiter == "|" and not rows and all(set(field.strip()) <= {"-", ":"} for field in row):
+                continue  # the rule below the header of a table in Markdown
             extra = row[len(header) :]
             if len(row) >= len(header) and not any(field.strip() for field in extra):
                 rows.append(row[: len(header)])

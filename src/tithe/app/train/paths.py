@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tithe.app.section import refuse
 
+# A folder after a backslash, as TOML reads it in "…"; the letter stands for itself here.
+_ESCAPES = {"\b": "/b", "\t": "/t", "\n": "/n", "\f": "/f", "\r": "/r", "\x1b": "/e"}
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
@@ -21,12 +23,12 @@ def check_path(value: str) -> str:
     """
     controls = sorted({char for char in value if ord(char) < 32 or ord(char) == 127})
     if controls:
-        spelt = "".join(_ESCAPES.get(char, f"\\x{ord(char):02x}") if char in controls else char for char in value)
+        spelt = "".join(_ESCAPES.get(char, char) for char in value)
         raise refuse(
             None,
-            found=f"the control character {', '.join(repr(char) for char in controls)} in {value!r}",
+            found=f"the control character {', '.join(map(repr, controls))} in {value!r}",
             expected='a path; in "…" a backslash begins an escape',
-            remedy=f'write "{spelt.replace(chr(92), "/")}"',
+            remedy=f'write "{spelt}"' if set(controls) <= set(_ESCAPES) else "write the path without it",
         )
     if not value.strip():
         raise refuse(None, found="an empty text", expected="a path", remedy="write a path, or remove the key")
@@ -52,9 +54,6 @@ def check_path(value: str) -> str:
             None, found=f"no such user in {value!r}", expected="~/… or ~user/…", remedy="write the whole path"
         ) from error
     return value
-
-
-_ESCAPES = {"\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r", "\x1b": "\\e"}
 
 
 def expand(value: str) -> Path:

@@ -40,7 +40,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
-_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 def is_picture(file: Path) -> bool:
@@ -53,7 +53,8 @@ def is_picture(file: Path) -> bool:
             start = opened.read(12)
     except OSError:
         return False
-    return start.startswith(_MARKS) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+    is_bitmap = start.startswith(b"BM") and start[6:10] == bytes(4)
+    return start.startswith(_MARKS) or (start[:4], start[8:]) == (b"RIFF", b"WEBP") or is_bitmap
 
 
 def open_picture(source: Path | bytes) -> Any:
@@ -138,4 +139,4 @@ def _instead(source: Path | bytes) -> str:
         return f"{kind[0]}, not a picture"
     if b"ftyphei" in start[:32] or b"ftypmif1" in start[:32]:
         return "a picture in HEIC, which cannot be read here: convert it to JPEG or PNG"
-    return f"no picture (it begins {start[:16]!r})"
+    return f"no picture that can be read (it begins {start[:16]!r})"

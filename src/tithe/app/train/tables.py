@@ -23,6 +23,7 @@ from tithe.app.train.skipping import Unusable
 from tithe.errors import TitheError
 
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+_JSON: dict[type[Any], str] = {int: "number", float: "number", str: "text", bool: "truth value", type(None): "null"}
 _LINES = "(pandas: df.to_json(path, orient='records', lines=True))"
 
 
@@ -92,9 +93,7 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
             remedy="write the file again, or correct the path",
         )
     if (kind := kind_of(content)) is not None:
-        raise TitheError(
-            str(path), found=f"{kind[0]}, not text", expected=f"text, as {suffix} says", remedy=f"{kind[1]} first"
-        )
+        raise TitheError(str(path), found=f"{kind[0]}, not text", expected=f"text, as {suffix} says", remedy=kind[1])
     key = None if recipe.data.encoding is None else recipe.place("data", "encoding")
     text = decode(content, path.name, encoding=recipe.data.encoding, key=key or "[data] encoding")
     if suffix in {".tsv", ".csv"}:
@@ -271,6 +270,13 @@ def _read_json(
         numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         items = [(f"{source} line {number}", _parse(line, wanted)) for number, line in numbered]
         lines = [number for number, _ in numbered]
+    if items and isinstance(items[0][1], ValueError) and isinstance(_parse(text, wanted), dict):
+        raise TitheError(
+            f"{source} line 1",
+            found="one JSON object over several lines",
+            expected="one JSON object a line, or a list of them",
+            remedy=f"write the rows as lines {_LINES}",
+        )
     rows: list[dict[str, object]] = []
     kept: list[int] = []
     for row, (place, item) in enumerate(items):
@@ -278,7 +284,7 @@ def _read_json(
             rows.append(cast("dict[str, object]", item))
             kept.append(row)
         else:
-            found = str(item) if isinstance(item, ValueError) else f"a {type(item).__name__}"
+            found = str(item) if isinstance(item, ValueError) else f"a {_JSON.get(type(item), 'list')}"
             column = re.search(r"column (\d+)", found)
             unusable.add(
                 TitheError(
