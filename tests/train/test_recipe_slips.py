@@ -224,6 +224,16 @@ def test_a_value_of_another_type_says_how_to_write_it(name: str, edit: Edit) -> 
     read_recipe(edit((right, mended)))
 
 
+def test_mean_and_deviation_are_of_pixels_from_0_to_1(edit: Edit) -> None:
+    with pytest.raises(TitheError) as error:
+        read_recipe(edit(('"sentence"', '"sentence"\nmean = [123.7, 116.3, 103.5]')))
+    told = error.value.remedy.removeprefix("write ")
+    assert read_recipe(edit(('"sentence"', f'"sentence"\n{told}'))).data.mean == (0.4851, 0.4561, 0.4059)
+    for wrong in ("mean = [-0.1]", "std = [0.0]", "std = [58.4]"):
+        with pytest.raises(TitheError, match="from 0 to 1"):
+            read_recipe(edit(('"sentence"', f'"sentence"\n{wrong}')))
+
+
 def test_a_regression_has_one_output(edit: Edit) -> None:
     with pytest.raises(TitheError, match=r"\[model\] num_labels: found 3 outputs .*remove num_labels"):
         read_recipe(edit(("text-classification", "text-regression"), ('"tiny"', '"tiny"\nnum_labels = 3')))

@@ -132,6 +132,21 @@ class DataSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _pixels_from_0_to_1(self) -> DataSection:
+        """Refuse what would scale pixels twice, or divide them by nothing."""
+        for key, values in (("mean", self.mean or ()), ("std", self.std or ())):
+            wrong = next((value for value in values if not 0 <= value <= 1 or (key == "std" and value == 0)), None)
+            if wrong is not None:
+                divided = ", ".join(f"{value / 255:.4g}" for value in values)
+                raise refuse(
+                    key,
+                    found=f"{wrong:g}",
+                    expected="numbers from 0 to 1, as pixels are" + (", and none of them 0" if key == "std" else ""),
+                    remedy=f"write {key} = [{divided}]" if wrong > 1 else f"remove {key}, and it is measured",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _encoding_known(self) -> DataSection:
         if self.encoding is not None and (wrong := check_encoding(self.encoding)) is not None:
             raise refuse(
