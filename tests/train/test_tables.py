@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import json
 import re
@@ -14,6 +15,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe
@@ -98,6 +101,29 @@ def test_quotes_of_a_spreadsheet_go_and_those_of_a_text_stay(tmp_path: Path) -> 
     assert table(read(tmp_path, "a.tsv", written)).lines == (2, 3, 5)
     raw = 'text\tlabel\n"I am," he said\t1\n"Quoted."\t0\nit "is\t1\n'
     assert table(read(tmp_path, "a.tsv", raw)).text == ('"I am," he said', '"Quoted."', 'it "is')
+
+
+_CHARS = st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.sampled_from("\t\n\r,;|\"'"))
+
+
+@given(
+    texts=st.lists(st.text(_CHARS, min_size=1).filter(str.strip), min_size=2, max_size=6),
+    delimiter=st.sampled_from(",;\t|"),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+    ends=st.sampled_from(["\n", "\r\n"]),
+    suffix=st.sampled_from(["csv", "tsv"]),
+)
+def test_what_the_csv_module_writes_is_read_back(
+    texts: list[str], delimiter: str, quoting: Any, ends: str, suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("table")
+    with (folder / f"a.{suffix}").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=ends)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, row % 2] for row, text in enumerate(texts))
+    examples = read(folder, f"a.{suffix}")
+    assert table(examples).text == tuple(texts)
+    assert examples.targets["train"].tolist() == [row % 2 for row in range(len(texts))]
 
 
 def test_a_field_may_be_of_any_length(tmp_path: Path) -> None:
