@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,11 +21,30 @@ REFUSED = "refused"
 class Section(BaseModel):
     """One section: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, str_strip_whitespace=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Refuse `epochs = true`: Python, and with it pydantic, takes it for 1."""
+        for key, value in cast(dict[str, Any], values).items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and not _takes_truth(field.annotation):
+                raise refuse(
+                    key,
+                    found=str(value).lower(),
+                    expected=f"a value of {key}: it is no switch",
+                    remedy=f"write the value, or remove {key}",
+                )
+        return values
 
     def given(self, *names: str) -> list[str]:
         """List those of these keys that have a value."""
         return [name for name in names if getattr(self, name) is not None]
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in {bool, Any} or any(_takes_truth(part) for part in get_args(annotation))
 
 
 def refuse(key: str | None, *, found: str, expected: str, remedy: str) -> PydanticCustomError:
@@ -237,7 +256,11 @@ class AttachedSection(MethodSection):
             if field.name in type(self).model_fields:
                 value = getattr(self, field.name)
                 told[field.name] = value.make() if field.name in TABLES and value is not None else value
-        told |= {key: load(folder / told[key]) for key, load in self.files.items() if told[key] is not None}
+        told |= {
+            key: load(folder / Path(told[key]).expanduser())
+            for key, load in self.files.items()
+            if told[key] is not None
+        }
         return self.of(**self.spell(told, steps))
 
     def attach(

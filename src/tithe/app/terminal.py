@@ -114,6 +114,11 @@ class Bar:
         elif self._patience and self._is_due and done < self._total:
             self.say(f"{self._label}: {done / max(self._total, 1e-9):.0%}, about {self.left}")
 
+    def count(self, label: str, done: int, total: int) -> None:
+        """Say how many of a number of things are done."""
+        self._label = label
+        self.to(done, total, status=f"{done:,}/{total:,}")
+
     def advance(self) -> None:
         """Say that one more is done."""
         self.to(self._done + 1)

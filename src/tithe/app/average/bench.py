@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tithe
 from tithe import History, TitheError
 from tithe.app.train.data import Batches, Samples, chunks, epoch_order, even_chunks, read_examples
+from tithe.app.train.fitting import check_fits
 from tithe.app.train.metrics import chosen_metrics, score
 from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
 from tithe.app.train.recipe import Recipe
@@ -59,6 +60,8 @@ class Bench:
             name: Samples(rows, self._examples.targets[name], network.encoder)
             for name, rows in self._examples.splits.items()
         }
+        self.notes = self._examples.notes
+        check_fits(recipe, network, self.samples, len(self._examples.labels), self.device)
         order = epoch_order(len(self.samples["validation"]), seed=recipe.data.split_seed, epoch=0)
         cut = round(TUNING * len(order))
         if not 0 < cut < len(order):

@@ -39,6 +39,8 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     check_output(output, history.rows.paths[0])
     bar.phase("reading data and model")
     bench = Bench(recipe, history, bar.to)
+    for note in bench.notes:
+        bar.say(note)
     bench.plan(_cost(bench, settings))
     rows: list[Row] = []
     chosen: tuple[Row, dict[str, Tensor]] | None = None

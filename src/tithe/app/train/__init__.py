@@ -3,6 +3,8 @@
     recipe   the TOML file, checked        data     rows, labels, batches       models   the network and its head
     setup    the method on the model       loop     steps, saves, resumes       report   the result
     course   which rows a step sees        lr_schedule  its learning rate       signals  Ctrl-C
+    tables, delimited, cells  texts and labels    images, pictures, arrays  images    hub  both by name
+    paths, decoding, slips    what a recipe may say wrongly    fitting  whether model and data go together
     average_section  [history], [average]  recording, averaging                 how a run ends with an average
 
 Importing this package loads pydantic alone; `train` loads the rest.

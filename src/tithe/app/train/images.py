@@ -1,8 +1,14 @@
-"""Images and a class number, from a `.npz` file of uint8 arrays or from a folder of class folders."""
+"""Images and a class for each: from a folder of class folders, or a data set by name; `arrays` reads `.npz` files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +16,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from tithe.app.train.cells import Fault, read_label
+from tithe.app.train.hub import class_names, load_split
+from tithe.app.train.pictures import SUFFIXES, UNREADABLE, is_hidden, is_picture, open_picture
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.skipping import Unusable
 from tithe.errors import TitheError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and how much there is."""
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+_CHECKED = "pictures.json"
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,9 @@ class Images:
         files: one path an image, where they are files.
         label: the class of each image: its folder's name, its name in `classes`, or its number as a string.
         channels: 3 for colour, 1 for grey.
+        labelled: whether the images have labels.
+        names: of all classes, in the data set's own order; empty where it has none.
+        skipped: the images that were left out, each with the reason.
     """
 
     source: str
@@ -33,6 +50,9 @@ class Images:
     files: tuple[Path, ...]
     label: tuple[str, ...]
     channels: int
+    labelled: bool = True
+    names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def place(self, row: int) -> str:
         """Say which image, for a message."""
@@ -50,13 +70,18 @@ class Images:
         Args:
             row: which image.
             size: side in pixels that it is resized to, or None to leave arrays as they are (files: 224).
+
+        Raises:
+            TitheError: its file can no longer be read.
         """
         from PIL import Image
 
-        if self.pixels is None:
-            with Image.open(self.files[row]) as file:
-                return self._fit(file, size or 224)
-        return self._fit(Image.fromarray(self.pixels[row]), size)
+        if self.pixels is not None:
+            return self._fit(Image.fromarray(self.pixels[row]), size)
+        try:
+            return self._fit(open_picture(self.files[row]), size or 224)
+        except ValueError as error:
+            raise _bad_picture(str(self.files[row]), str(error)) from error
 
     def _fit(self, image: Any, size: int | None) -> torch.Tensor:
         mode = "RGB" if self.channels == 3 else "L"
@@ -67,115 +92,223 @@ class Images:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def read_npz(recipe: Recipe, path: Path) -> dict[str, Images]:
-    """Read the splits train, validation and test of a `.npz` file, as far as they are there.
-
-    Arrays `x_train`, `x_validation`, `x_test` are uint8 of shape (N, H, W) or (N, H, W, 3); `y_…` are class numbers;
-    `classes` holds their names, where it is there.
-
-    Raises:
-        TitheError: an array is missing or of another type or shape.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = [str(name) for name in file["classes"]] if "classes" in file.files else None
-            arrays = {name: file[name] for name in file.files if name[:2] in {"x_", "y_"}}
-    except (ValueError, OSError) as error:
-        raise TitheError(
-            recipe.place("data", "npz"), found=str(error), expected="a .npz file of numbers", remedy="check the file"
-        ) from error
-    splits: dict[str, Images] = {}
-    for split in ("train", "validation", "test"):
-        if f"x_{split}" in arrays and f"y_{split}" in arrays:
-            splits[split] = _arrays(recipe, path.name, split, arrays[f"x_{split}"], arrays[f"y_{split}"], names)
-        elif split == "train":
-            raise TitheError(
-                recipe.place("data", "npz"),
-                found=f"arrays {', '.join(arrays) or 'none'} in {path.name}",
-                expected="x_train and y_train",
-                remedy="save the file with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)",
-            )
-    return splits
-
-
-def read_folder(recipe: Recipe, split: str, path: Path) -> Images:
-    """List the images of a folder with one subfolder for each class.
+def read_folder(recipe: Recipe, split: str, path: Path, progress: Progress) -> Images:
+    """List the images of a folder with one subfolder for each class, and open each once.
 
     Not by `datasets`: it takes a folder called "test" or "train" for a split, whatever is in it.
 
     Raises:
-        TitheError: there is no class folder, or a class folder holds no image.
+        TitheError: there is no class folder, a class folder holds no image, or an image cannot be read.
     """
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
+    place = recipe.place("data", split)
+    folders = [entry for entry in _visible(path) if entry.is_dir()] if path.is_dir() else []
     if not folders:
         raise TitheError(
-            recipe.place("data", split),
-            found=f"no class folders in {path}",
+            place,
+            found=f"no class folders in {path}" if path.is_dir() else f"a file {path}",
             expected="a folder with one subfolder of images for each class",
-            remedy="move the images of each class to a folder of its name",
+            remedy="move the images of each class to a folder of its name"
+            if path.is_dir()
+            else "unpack it, and name the folder",
+        )
+    if {folder.name.casefold() for folder in folders} <= _SPLIT_NAMES and any(
+        entry.is_dir() for folder in folders for entry in _visible(folder)
+    ):
+        own = next((folder.name for folder in folders if folder.name.startswith(split[:3])), folders[0].name)
+        raise TitheError(
+            place,
+            found=f"the folders {', '.join(folder.name for folder in folders)} in {path}, which are splits",
+            expected="a folder with one subfolder of images for each class",
+            remedy=f"name the split's own folder, such as {getattr(recipe.data, split)}/{own}",
+        )
+    unusable = Unusable(recipe)
+    if loose := [entry.name for entry in _visible(path) if not entry.is_dir() and is_picture(entry)]:
+        unusable.add(
+            TitheError(
+                str(path / loose[0]),
+                found="a picture beside the class folders, which has no class"
+                + (f" ({len(loose)} of them)" if len(loose) > 1 else ""),
+                expected="every picture in the folder of its class",
+                remedy="move it",
+            )
         )
     files: list[Path] = []
     for folder in folders:
-        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
-        if not images:
-            raise TitheError(
-                recipe.place("data", split), found=f"no image in {folder}", expected="at least one", remedy="remove it"
-            )
-        files += images
-    return Images(path.name, None, tuple(files), tuple(file.parent.name for file in files), recipe.data.channels)
+        files += _class_files(place, folder)
+    faults = _check(recipe, split, path, files, progress)
+    for file, fault in faults.items():
+        unusable.add(_bad_picture(file, fault))
+    skipped = unusable.settle()
+    files = [file for file in files if str(file) not in faults]
+    if lost := [folder for folder in folders if not any(file.parent == folder for file in files)]:
+        raise TitheError(
+            place,
+            found=f"no image in {lost[0]} that can be read: {skipped[0]}",
+            expected="at least one",
+            remedy="replace the pictures, or remove the folder",
+        )
+    label = tuple(file.parent.name for file in files)
+    return Images(path.name, None, tuple(files), label, recipe.data.channels, skipped=skipped)
 
 
-def read_hub_images(recipe: Recipe, split: str, name: str) -> Images:
+def read_hub_images(recipe: Recipe, split: str, name: str, progress: Progress) -> Images:
     """Read one split of a Hugging Face image data set into memory, with its first image column.
 
     Raises:
-        TitheError: the data set has no image column or no label column.
+        TitheError: the data set has no image column or no label column, or an image cannot be read.
     """
-    from tithe.app.train.tables import load_hub_split
+    import datasets
 
-    rows = load_hub_split(recipe, split, name)
+    rows = load_split(recipe, split, name)
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
     image = next((column for column, kind in kinds.items() if kind == "Image"), None)
-    if image is None or recipe.data.label not in kinds:
+    if image is None or (recipe.data.label not in kinds and split != "test"):
         raise TitheError(
             recipe.place("data", "label" if image is not None else "dataset"),
             found=f"columns {', '.join(f'{column} ({kind})' for column, kind in kinds.items())}",
             expected=f"an image column and a label column {recipe.data.label!r}",
             remedy='set label = "..." in [data]',
         )
-    side = recipe.data.image_size or 224
-    pixels = np.stack([np.asarray(picture.convert("RGB").resize((side, side))) for picture in rows[image]])
-    names = cast("list[str] | None", getattr(rows.features[recipe.data.label], "names", None))
-    labels: tuple[str, ...] = tuple(
-        str(value) if names is None else names[value] for value in cast("list[int]", rows[recipe.data.label])
+    source, num = f"{recipe.data.dataset} ({name})", len(rows)
+    names = class_names(rows.features.get(recipe.data.label))
+    if system := [name for name in names if is_hidden(name)]:
+        raise TitheError(
+            recipe.place("data", "dataset"),
+            found=f"a class {system[0]!r}, a folder of the system",
+            expected="folders of the classes only",
+            remedy="remove it, or name the folder as train = ..., which passes over such",
+        )
+    values = list(rows[recipe.data.label]) if recipe.data.label in kinds else [None] * num
+    labels = [read_label(value, names, set(recipe.data.labels or ())) for value in values]
+    labelled = not all(isinstance(label, Fault) and label.missing for label in labels)
+    stored: Any = rows.cast_column(image, datasets.Image(decode=False))[image]
+    side, unusable = recipe.data.image_size or 224, Unusable(recipe)
+    kept: list[tuple[np.ndarray[Any, Any], str]] = []
+    for row, (held, label) in enumerate(zip(stored, labels, strict=True)):
+        progress(f"reading {split}", row, num)
+        place = f"{source} image {row}"
+        if isinstance(label, Fault) and labelled:
+            unusable.add(TitheError(place, found=label.found, expected="a label", remedy="write the label"))
+            continue
+        try:
+            if held is None:
+                raise ValueError("nothing")
+            picture = open_picture(held["bytes"] if held["bytes"] is not None else Path(held["path"]))
+        except ValueError as error:
+            unusable.add(_bad_picture(held["path"] if held and held["bytes"] is None else place, str(error)))
+            continue
+        pixels = np.asarray(picture.convert("RGB").resize((side, side)))
+        kept.append((pixels, label if isinstance(label, str) else ""))
+    skipped = unusable.settle()
+    if not kept:
+        raise TitheError(
+            recipe.place("data", split), found=f"no image in {source}", expected="at least one", remedy="check the name"
+        )
+    return Images(
+        source,
+        np.stack([pixels for pixels, _ in kept]),
+        (),
+        tuple(label for _, label in kept),
+        recipe.data.channels,
+        labelled=labelled,
+        names=names,
+        skipped=skipped,
     )
-    return Images(f"{recipe.data.dataset} ({name})", pixels, (), labels, recipe.data.channels)
 
 
-def _arrays(
-    recipe: Recipe, source: str, split: str, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], names: list[str] | None
-) -> Images:
-    if x.dtype != np.uint8 or x.ndim not in {3, 4} or (x.ndim == 4 and x.shape[-1] not in {1, 3}) or len(x) == 0:
+def _bad_picture(place: str, fault: str) -> TitheError:
+    return TitheError(place, found=fault, expected="a picture", remedy="replace or remove it")
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder and is not the system's, in order."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    except OSError as error:
         raise TitheError(
-            recipe.place("data", "npz"),
-            found=f"x_{split} in {source} of type {x.dtype} and shape {tuple(x.shape)}",
-            expected="uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)",
-            remedy="convert the array",
-        )
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            str(folder),
+            found=(error.strerror or "no folder").lower(),
+            expected="a folder that can be read",
+            remedy="check that you may read it",
+        ) from error
+
+
+def _class_files(place: str, folder: Path) -> list[Path]:
+    """The pictures of one class, those included that turn out not to be any."""
+    entries = _visible(folder)
+    files = [entry for entry in entries if is_picture(entry)]
+    inside = [entry for entry in entries if entry.is_dir() and entry not in files]
+    deeper = [entry for entry in inside if any(is_picture(file) for file in entry.rglob("*"))]
+    if deeper:
         raise TitheError(
-            recipe.place("data", "npz"),
-            found=f"y_{split} in {source} of type {y.dtype} and shape {tuple(y.shape)}",
-            expected=f"{len(x)} class numbers",
-            remedy="convert the array",
+            place,
+            found=f"pictures in folders inside the class folder {folder}: {', '.join(entry.name for entry in deeper)}",
+            expected="the pictures of a class in its own folder",
+            remedy="move them up into it, or name the folder that holds the class folders",
         )
-    if names is not None and (int(y.min()) < 0 or int(y.max()) >= len(names)):
+    if all(file.suffix.lower() in UNREADABLE for file in files):
+        endings = Counter(entry.suffix.lower() or "(none)" for entry in entries if not entry.is_dir())
+        told = ", ".join(f"{count} ending in {ending}" for ending, count in endings.most_common(4))
         raise TitheError(
-            f"{source}: y_{split}",
-            found=f"class {int(y.max() if int(y.max()) >= len(names) else y.min())}",
-            expected=f"0 to {len(names) - 1}, the {len(names)} names in `classes`",
-            remedy="correct the array",
+            place,
+            found=f"no image in {folder}" + (f" that can be read, only files: {told}" if told else ""),
+            expected=f"at least one file ending in {', '.join(sorted(SUFFIXES))}",
+            remedy="convert them to JPEG or PNG" if endings else "remove it",
         )
-    pixels = np.ascontiguousarray(x[..., 0]) if x.ndim == 4 and x.shape[-1] == 1 else x
-    label = tuple(str(int(value)) if names is None else names[int(value)] for value in y)
-    return Images(source, pixels, (), label, recipe.data.channels)
+    return files
+
+
+def _check(recipe: Recipe, split: str, path: Path, files: Sequence[Path], progress: Progress) -> dict[str, str]:
+    """Open every picture as training does; what was found is kept in the run's folder for when it is resumed.
+
+    Returns:
+        The files that are no pictures, with the reason.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = os.stat(file)
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        except OSError:
+            digest.update(f"{file}\0\0".encode())
+    key, store = f"{path} {digest.hexdigest()[:32]}", recipe.output / _CHECKED
+    known = _known(store)
+    if key in known:
+        return dict(known[key])
+    faults: dict[str, str] = {}
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # PIL's of large pictures and odd metadata: what it can read is read
+        for done, (file, fault) in enumerate(zip(files, pool.map(_fault, files), strict=True), start=1):
+            progress(f"opening the pictures of {split}", done, len(files))
+            if fault is not None:
+                faults[str(file)] = fault
+    _remember(store, {**known, key: faults})
+    return faults
+
+
+def _fault(file: Path) -> str | None:
+    if file.suffix.lower() in UNREADABLE and file.is_file():
+        return f"a picture ending in {file.suffix}, which cannot be read here: convert it to JPEG or PNG"
+    try:
+        open_picture(file)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _known(store: Path) -> dict[str, Mapping[str, str]]:
+    try:
+        return cast("dict[str, Mapping[str, str]]", json.loads(store.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(store: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Write what was found, beside its place first; a run that cannot write says so itself, later."""
+    partial = store.with_name(f"{store.name}.{os.getpid()}")
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, store)
+    except OSError:
+        partial.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import math
+import os
 import signal
 import time
 from typing import Any, cast, final
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
+from tithe.app.terminal import Bar
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
 from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
+from tithe.app.train.fitting import check_fits
 from tithe.app.train.metrics import chosen_metrics, score
 from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
 from tithe.app.train.optimizer import (
@@ -33,9 +36,22 @@ from tithe.app.train.position import Position, bill, drawn
 from tithe.app.train.progress import Reporter
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import Recording, recorded_steps
-from tithe.app.train.setup import attach, check_output, find_method, load_state, make_accelerator
+from tithe.app.train.setup import (
+    attach,
+    check_output,
+    check_writable,
+    find_method,
+    load_state,
+    make_accelerator,
+)
 from tithe.app.train.signals import Interrupted, StopSignals
 from tithe.errors import TitheError
+
+
+def describe_failure(error: Exception) -> str:
+    """Say in one line what went wrong."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 class NotFiniteError(TitheError):
@@ -57,19 +73,26 @@ class Run:
 
     def __init__(self, recipe: Recipe, *, resume: bool, console: Console) -> None:
         self.recipe = recipe
+        check_writable(recipe)
         self.checkpoints = Checkpoints(recipe.output / "checkpoints")
         steps = self.checkpoints.steps()
         if not resume:
             check_output(recipe, steps)
         find_model(recipe)
         find_method(recipe)
-        self.examples = read_examples(recipe)
+        main = os.environ.get("RANK", "0") == "0"
+        with Bar(console if main else None, patience=2.0) as bar:
+            self.examples = read_examples(recipe, bar.count)
+            for note in self.examples.notes if main else ():
+                bar.say(note)
         self.accelerator = make_accelerator(recipe)
         world = self.accelerator.num_processes
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
         self.console = console if self.accelerator.is_main_process else None
         self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
         self.position = Position() if state is None else Position(**state["position"])
+        self.failed: dict[str, str] = {}
+        """The splits that could not be evaluated at the end, with the reason."""
         self._signals = StopSignals()
         self._share = (self.accelerator.process_index, world)
         self._courses = courses(recipe, self.examples, self._share)
@@ -92,6 +115,7 @@ class Run:
             name: Samples(rows, self.examples.targets[name], self.network.encoder)
             for name, rows in self.examples.splits.items()
         }
+        check_fits(recipe, self.network, self.samples, len(self.examples.labels), accelerator.device)
         self.course = self._courses[self.position.average is not None]
         self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         train, run, (rank, world) = self.samples["train"], recipe.run, self._share
@@ -385,19 +409,47 @@ class Run:
         """The recipe's metrics on one split, in evaluation mode; every process takes its share."""
         samples, world, rank = self.samples[split], self.accelerator.num_processes, self.accelerator.process_index
         rows, run = chunks(range(rank, len(samples), world), self.recipe.run.eval_batch_size), self.recipe.run
-        with self.accelerator.autocast():
-            answers = answer(self.model, Batches(samples, rows, self.accelerator.device, run.workers))
-        self.trainee.train_mode()
+        answers, failure = torch.empty(0), None
+        try:
+            with self.accelerator.autocast():
+                answers = answer(self.model, Batches(samples, rows, self.accelerator.device, run.workers))
+        except Exception as error:
+            if world == 1:
+                raise
+            failure = describe_failure(error)  # the other processes wait for this one's answers
+        finally:
+            self.trainee.train_mode()
         if world > 1:
-            shares = cast(list[Tensor], gather_object([answers]))
-            answers = torch.empty(len(samples), shares[0].shape[-1])
-            for other, share in enumerate(shares):
+            shares = cast(list[tuple[Tensor, str | None]], gather_object([(answers, failure)]))
+            for other, (_, said) in enumerate(shares):
+                if said is not None:
+                    raise TitheError(
+                        f"{split}, process {other}",
+                        found=said,
+                        expected="answers to all examples",
+                        remedy="look at what was found",
+                    )
+            answers = torch.empty(len(samples), shares[0][0].shape[-1])
+            for other, (share, _) in enumerate(shares):
                 answers[other::world] = share
         return score(chosen_metrics(self.recipe), answers, self.examples.targets[split])
 
-    def scores(self) -> dict[str, dict[str, float]]:
-        """The metrics on validation and, where there is one, test."""
-        return {split: self.evaluate(split) for split in ("validation", "test") if split in self.samples}
+    def scores(self, *, required: tuple[str, ...] = ("validation",)) -> dict[str, dict[str, float]]:
+        """The metrics on validation and, where there is one, test.
+
+        A split that cannot be evaluated, and is not `required`, is noted in `failed`: what was trained is not lost.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for split in ("validation", "test"):
+            if split not in self.samples:
+                continue
+            try:
+                found[split] = self.evaluate(split)
+            except Exception as error:
+                if split in required:
+                    raise
+                self.failed[split] = describe_failure(error)
+        return found
 
     def accounts(self) -> dict[str, Any]:
         """What is trained, in numbers, and the bytes of the optimizer's state."""

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tithe.app.train.data import Batch, Encoder, Examples, ImageEncoder, TextEncoder
+from tithe.app.train.hub import NO_NETWORK, find_folder, is_reachable, no_retries
 from tithe.app.train.images import Images
+from tithe.app.train.paths import expand
 from tithe.app.train.recipe import Recipe
 from tithe.errors import TitheError
 
@@ -108,15 +110,16 @@ def resolve(recipe: Recipe, name: str, key: str) -> str:
                 place, found=f"no package {package!r}", expected="an installed package", remedy=f"pip install {package}"
             )
         folder = Path(roots[0]) / inner
-        expected = f"a folder inside the package {package}"
-    else:
-        folder = recipe.folder / Path(name).expanduser()
-        expected = "a folder relative to the recipe"
-        if not folder.is_dir() and not name.startswith((".", "/", "~")):
-            return name
-    if not folder.is_dir():
-        raise TitheError(place, found=f"no folder {folder}", expected=expected, remedy="correct the path")
-    return str(folder)
+        if not folder.is_dir():
+            raise TitheError(
+                place,
+                found=f"no folder {folder}",
+                expected=f"a folder inside the package {package}",
+                remedy="correct the path",
+            )
+        return str(folder)
+    folder = find_folder(recipe, name, recipe.folder, "model", key)
+    return name if folder is None else str(folder)
 
 
 def build(recipe: Recipe, examples: Examples) -> Network:
@@ -163,6 +166,28 @@ def quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _loading(recipe: Recipe, key: str, expected: str) -> Generator[None]:
+    """Inside, a model or tokenizer is loaded by name: at once where there is no network, and without a report."""
+    try:
+        with quiet(), no_retries():
+            yield
+    # Their readers raise what damaged files make them stumble over: SafetensorError, UnpicklingError, ImportError …
+    except Exception as error:
+        online = is_reachable()
+        told = str(getattr(recipe.model, key))
+        is_id = not told.startswith("package:") and not (recipe.folder / expand(told)).is_dir()
+        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not online and is_id:
+            found = f"{NO_NETWORK} {told!r} is no folder beside the recipe and was not downloaded before"
+        raise TitheError(
+            recipe.place("model", key),
+            found=found,
+            expected=expected,
+            remedy="correct the name" + (", or connect to the network" if not online and is_id else ""),
+        ) from error
+
+
 def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
     import transformers
 
@@ -171,18 +196,14 @@ def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, 
     kind: Any = (
         transformers.AutoModelForImageClassification if is_image else transformers.AutoModelForSequenceClassification
     )
-    try:
-        with quiet():
-            model, info = kind.from_pretrained(
-                name, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-            )
-    except (OSError, ValueError) as error:
-        raise TitheError(
-            recipe.place("model", "pretrained"),
-            found=str(error).strip().splitlines()[0],
-            expected=f"a model for {recipe.data.task}: a hub id (with network), a folder, or package:NAME/FOLDER",
-            remedy="correct the name",
-        ) from error
+    with _loading(
+        recipe,
+        "pretrained",
+        f"a model for {recipe.data.task}: a hub id (with network), a folder, or package:NAME/FOLDER",
+    ):
+        model, info = kind.from_pretrained(
+            name, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     fresh = {*info["missing_keys"], *mismatched}
     return cast(nn.Module, model), tuple(key for key, _ in model.named_parameters() if key in fresh)
@@ -190,17 +211,10 @@ def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, 
 
 def _timm(recipe: Recipe, num_labels: int) -> nn.Module:
     timm: Any = importlib.import_module("timm")
-    try:
+    with _loading(recipe, "timm", "a name of timm.list_models()"):
         return timm.create_model(
             recipe.model.timm, pretrained=True, num_classes=num_labels, in_chans=recipe.data.channels
         )
-    except (RuntimeError, OSError, ValueError) as error:
-        raise TitheError(
-            recipe.place("model", "timm"),
-            found=str(error),
-            expected="a name of timm.list_models()",
-            remedy="correct it",
-        ) from error
 
 
 def _callable(recipe: Recipe) -> Callable[..., object]:
@@ -255,21 +269,51 @@ def _text_encoder(recipe: Recipe, model: nn.Module) -> TextEncoder:
 
     key = "tokenizer" if recipe.model.tokenizer is not None else "pretrained"
     name = resolve(recipe, recipe.model.tokenizer or recipe.model.pretrained or "", key)
-    try:
-        with quiet():
-            tokenizer: Any = cast(Any, transformers.AutoTokenizer).from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TitheError(
-            recipe.place("model", key),
-            found=str(error).strip().splitlines()[0],
-            expected="a tokenizer",
-            remedy="correct the name",
-        ) from error
+    with _loading(recipe, key, "a tokenizer"):
+        tokenizer: Any = cast(Any, transformers.AutoTokenizer).from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise TitheError(
+            recipe.place("model", key),
+            found="a tokenizer without a token that pads or ends a text",
+            expected="one, to make texts of a batch equally long",
+            remedy='add "pad_token" to its tokenizer_config.json, or choose another with tokenizer = "..."',
+        )
     if isinstance(model, transformers.PreTrainedModel):
         cast(Any, model.config).pad_token_id = tokenizer.pad_token_id
-    return TextEncoder(tokenizer, recipe.data.max_length)
+    return TextEncoder(tokenizer, _length(recipe, model))
+
+
+def _length(recipe: Recipe, model: nn.Module) -> int:
+    """How many tokens a text is cut to: as the recipe says, or else no more than the model has learned positions for.
+
+    Raises:
+        TitheError: the recipe says more than there are positions.
+    """
+    told, positions = recipe.data.max_length, _positions(model)
+    if positions is None or told <= positions:
+        return told
+    if "max_length" in recipe.data.model_fields_set:
+        raise TitheError(
+            recipe.place("data", "max_length"),
+            found=f"{told} tokens, and a model with {positions} learned positions",
+            expected=f"at most {positions}",
+            remedy=f"set max_length = {positions} in [data]",
+        )
+    return positions
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many positions of a text a model has learned; None where they are computed."""
+    counts: list[int] = []
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (own == "wpe" or ("posit" in own and "rel" not in own)):
+            # Where a row of the table is padding, as in RoBERTa, positions begin after it.
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            counts.append(module.num_embeddings - int(getattr(module, "offset", offset)))
+    return min(counts, default=None)
 
 
 def _image_encoder(recipe: Recipe, model: nn.Module, examples: Examples | None) -> ImageEncoder:

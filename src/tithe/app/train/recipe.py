@@ -10,13 +10,17 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tithe.app.methods import SECTIONS
 from tithe.app.section import REFUSED, TABLES, MethodSection, Section, exactly_one, known_keys, refuse
 from tithe.app.train.average_section import AverageSection, HistorySection, check_ending
+from tithe.app.train.cells import canonical
+from tithe.app.train.decoding import check_encoding, decode, kind_of, read_bytes
 from tithe.app.train.locate import Lines, locate
+from tithe.app.train.paths import check_path, exists, expand
+from tithe.app.train.slips import explain_toml
 from tithe.errors import TitheError
 
 if TYPE_CHECKING:
@@ -26,6 +30,17 @@ else:
 
 Task = Literal["text-classification", "text-regression", "image-classification"]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+PathText = Annotated[str, AfterValidator(check_path)]
+
+
+def _label_text(value: object) -> object:
+    """Write a label as the rows have it: `labels = [0, 1]` means what `["0", "1"]` does."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    return canonical(value) if isinstance(value, str) else value
+
+
+Label = Annotated[str, BeforeValidator(_label_text)]
 
 
 class ModelSection(Section):
@@ -35,10 +50,10 @@ class ModelSection(Section):
     package), `timm` (a timm name) and `callable` (`package.module:callable`, called with `num_labels=`).
     """
 
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     timm: str | None = None
     callable: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     num_labels: Annotated[int, Field(ge=1)] | None = None
     head: tuple[str, ...] | None = None
 
@@ -53,21 +68,24 @@ class DataSection(Section):
 
     Files (`train`, `validation`, `test`: TSV, CSV, JSONL, parquet, or a folder of class folders), a Hugging Face
     `dataset` (then the same three keys name its splits), or one `npz` of uint8 images (x_train,
-    y_train, x_test, y_test).
+    y_train, x_test, y_test). `encoding` is that of tables which are not UTF-8; `skip_bad` leaves out rows without a
+    text or a label, and pictures that cannot be read.
     """
 
     task: Task
-    folder: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    dataset: str | None = None
+    folder: PathText | None = None
+    train: PathText | None = None
+    validation: PathText | None = None
+    test: PathText | None = None
+    dataset: PathText | None = None
     config: str | None = None
-    npz: str | None = None
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    labels: tuple[str, ...] | None = None
+    npz: PathText | None = None
+    encoding: str | None = None
+    skip_bad: bool = False
+    text: Annotated[str, Field(min_length=1)] = "text"
+    text_pair: Annotated[str, Field(min_length=1)] | None = None
+    label: Annotated[str, Field(min_length=1)] = "label"
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)] | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -82,6 +100,61 @@ class DataSection(Section):
             exactly_one(self, "npz", "dataset")
         elif self.train is None:
             exactly_one(self, "train", "npz", "dataset")
+        if self.npz is not None and (beside := self.given("train", "validation", "test")):
+            raise refuse(
+                beside[0],
+                found=f"{beside[0]} beside npz",
+                expected="all splits in the npz, as x_train, x_validation and x_test",
+                remedy=f"remove {beside[0]}, and put its images into the npz",
+            )
+        if self.config is not None and self.dataset is None:
+            raise refuse("config", found="config without dataset", expected="both", remedy="remove config")
+        return self
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> DataSection:
+        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        for key, other in (("label", "text"), ("text_pair", "text"), ("label", "text_pair")):
+            if columns[key] == columns[other] and self.task != "image-classification":
+                raise refuse(
+                    key,
+                    found=f"{columns[key]!r} as {key} and as {other}",
+                    expected="a column for each",
+                    remedy=f"name another column as {key}",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> DataSection:
+        twice = [label for label in self.labels or () if (self.labels or ()).count(label) > 1]
+        if twice:
+            raise refuse("labels", found=f"{twice[0]!r} twice", expected="each class once", remedy="remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_from_0_to_1(self) -> DataSection:
+        """Refuse what would scale pixels twice, or divide them by nothing."""
+        for key, values in (("mean", self.mean or ()), ("std", self.std or ())):
+            wrong = next((value for value in values if not 0 <= value <= 1 or (key == "std" and value == 0)), None)
+            if wrong is not None:
+                divided = ", ".join(f"{value / 255:.4g}" for value in values)
+                raise refuse(
+                    key,
+                    found=f"{wrong:g}",
+                    expected="numbers from 0 to 1, as pixels are" + (", and none of them 0" if key == "std" else ""),
+                    remedy=f"write {key} = [{divided}]" if wrong > 1 else f"remove {key}, and it is measured",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _encoding_known(self) -> DataSection:
+        if self.encoding is not None and (wrong := check_encoding(self.encoding)) is not None:
+            raise refuse(
+                "encoding",
+                found=wrong,
+                expected='a name such as "cp1252", "latin-1" or "utf-16"',
+                remedy="correct it, or remove it where the tables are UTF-8",
+            )
         return self
 
 
@@ -130,7 +203,7 @@ class RunSection(Section):
     accumulate: Annotated[int, Field(ge=1)] = 1
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
     seed: Annotated[int, Field(ge=0)] = 0
-    output: str
+    output: PathText
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     log_every: Annotated[int, Field(ge=1)] = 10
@@ -188,6 +261,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_output_for_a_value(self) -> Recipe:
+        if self.data.task == "text-regression" and (self.model.num_labels or 1) != 1:
+            raise refuse(
+                "model.num_labels",
+                found=f"{self.model.num_labels} outputs for text-regression",
+                expected="1",
+                remedy="remove num_labels",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_of_one_scale(self) -> Recipe:
         if self.method.compares_losses and self.run.precision == "fp16":
             raise refuse(
@@ -211,7 +295,12 @@ class Recipe(Section):
     @property
     def output(self) -> Path:
         """The folder of the run's files."""
-        return self._folder / self.run.output
+        return self._folder / expand(self.run.output)
+
+    @property
+    def data_folder(self) -> Path:
+        """The folder that relative paths of `[data]` start from."""
+        return self._folder if self.data.folder is None else self._folder / expand(self.data.folder)
 
     def place(self, *path: str) -> str:
         """Say where a key stands in the file, for a message."""
@@ -235,9 +324,8 @@ class Recipe(Section):
         value = getattr(self.data, key)
         if value is None:
             return None
-        base = self._folder if self.data.folder is None else self._folder / self.data.folder
-        path = base / value
-        if not path.exists():
+        path = self.data_folder / expand(value)
+        if not exists(path):
             where = f"{self.data.folder!r} ([data] folder)" if self.data.folder is not None else "the recipe's folder"
             raise TitheError(
                 self.place("data", key),
@@ -264,20 +352,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 names the line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TitheError(
-            str(path), found=error.strerror or "nothing", expected="a recipe in TOML", remedy="check the path"
-        ) from error
+    content = read_bytes(path)
+    if (kind := kind_of(content)) is not None:
+        raise TitheError(str(path), found=kind[0], expected="a recipe in TOML", remedy="check the path")
+    text = decode(content, path.name).replace("\r\n", "\n")
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        match = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
-        place = f"{path.name} line {match[1]}" if match else f"{path.name} line {max(1, len(text.splitlines()))}"
-        found = str(error).split(" (at ", maxsplit=1)[0]
+        raise explain_toml(text, path.name, error) from error
+    except RecursionError as error:
         raise TitheError(
-            place, found=found, expected="TOML", remedy='write `key = value`, texts in "quotes"'
+            path.name, found="brackets inside brackets without end", expected="TOML", remedy="close them"
         ) from error
     changed = [_override(settings, override) for override in overrides]
     lines = locate(text, path.name, changed)
@@ -348,11 +433,13 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
     if kind == "extra_forbidden":
         known = _known(path, method)
         close = difflib.get_close_matches(path[-1], known, n=1)
+        home = [name for name, section in _SECTIONS.items() if len(path) > 1 and path[-1] in section.model_fields]
+        elsewhere = f"move it to [{home[0]}]" if home else "remove it or correct its name"
         return TitheError(
             place,
             found=f"unknown key {path[-1]!r}",
             expected=f"one of {', '.join(known)}",
-            remedy=f"did you mean {close[0]}?" if close else "remove it or correct its name",
+            remedy=f"did you mean {close[0]}?" if close and not home else elsewhere,
         )
     if kind in {"missing", "union_tag_not_found"}:
         name = "name" if kind == "union_tag_not_found" else path[-1]
@@ -369,7 +456,25 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         error["input"] = cast(Mapping[str, Any], error["input"]).get("name")
     if kind == "string_pattern_mismatch":
         expected = "package.module:callable"
-    return TitheError(place, found=repr(error["input"]), expected=expected, remedy="correct the value")
+    return TitheError(
+        place, found=repr(error["input"]), expected=expected, remedy=_corrected(kind, path[-1] if path else "", error)
+    )
+
+
+def _corrected(kind: str, key: str, error: ErrorDetails) -> str:
+    """Say how to write a value of a wrong type."""
+    value: object = error["input"]
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'write {key} = "{value}"'
+    if kind in {"tuple_type", "list_type"} and isinstance(value, str):
+        return f'write {key} = ["{value}"]'
+    if kind in {"float_parsing", "int_parsing"}:
+        return "write a number, without quotes and units"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+        close = difflib.get_close_matches(str(value).lower(), known, n=1)
+        return f'write {key} = "{close[0]}"' if close else "correct the value"
+    return "correct the value"
 
 
 def _known(path: Sequence[str], method: str | None) -> list[str]:

@@ -32,7 +32,6 @@ def finish(run: Run) -> dict[str, Any]:
         What `result.json` holds; sizes in bytes, times in seconds.
     """
     folder, at = run.recipe.output, run.position
-    scores = run.scores()
     delta = folder / ("network.safetensors" if at.widths else "delta.safetensors")
     if run.accelerator.is_main_process:
         task, labels = run.recipe.data.task, run.examples.labels
@@ -41,6 +40,7 @@ def finish(run: Run) -> dict[str, Any]:
         save(run.trainee, delta, widths, metadata=describe(task, num_labels, labels))
         run.network.save_extras(folder / "model")
     run.accelerator.wait_for_everyone()
+    scores = run.scores(required=())  # whatever becomes of it, the weights are written
     result = _result(run, scores, delta)
     if run.accelerator.is_main_process:
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -53,6 +53,8 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
     own = run.accounts() if at.average is None else at.average["own"]
     return {
         "metrics": scores,
+        "failed": run.failed,
+        "notes": list(run.examples.notes),
         "best_step": at.best_step,
         "steps": at.step,
         "epochs": at.epoch,
@@ -101,6 +103,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = terminal.facts()
     for split, values in result["metrics"].items():
         table.add_row(split, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    for split, reason in result["failed"].items():
+        table.add_row(split, f"not scored: {reason}")
+    for note in result["notes"]:
+        table.add_row("data", note)
     trainable, sizes, seconds = result["trainable"], result["bytes"], result["seconds"]
     rows = {
         "best of": f"step {result['best_step']} of {result['steps']}, chosen on validation",

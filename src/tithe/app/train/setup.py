@@ -13,6 +13,7 @@ import tithe
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.data import Batch, Examples
 from tithe.app.train.models import Loss, Network
+from tithe.app.train.paths import expand, unwritable
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import recorded_steps
 from tithe.errors import TitheError
@@ -39,6 +40,21 @@ def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
     # accelerate keeps the first precision of a process; a process may run several recipes.
     AcceleratorState._reset_state()
     return accelerate.Accelerator(mixed_precision=recipe.run.precision, cpu=device == "cpu")
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Check that the run's folder can be made and written to, without making it.
+
+    Raises:
+        TitheError: it is a file, or belongs to somebody else.
+    """
+    if (reason := unwritable(recipe.output)) is not None:
+        raise TitheError(
+            recipe.place("run", "output"),
+            found=reason,
+            expected="a folder that can be made and written to",
+            remedy="choose another output",
+        )
 
 
 def check_output(recipe: Recipe, steps: Sequence[int]) -> None:
@@ -125,7 +141,7 @@ def find_method(recipe: Recipe) -> None:
         path = getattr(recipe.method, key)
         if path is not None:
             with recipe.blamed("method", key):
-                load(recipe.folder / path)
+                load(recipe.folder / expand(path))
 
 
 def attach(

@@ -1,24 +1,30 @@
 """Rows of text and a label, from TSV, CSV, JSONL, parquet or a Hugging Face dataset.
 
-Parquet files and data sets by name are read by `datasets`. Lines of text are read here: its readers fill a short row up
-and forget on which line a row stood, which every message about a row names.
+Lines of text are read here, not by `datasets`: its readers fill a short row up and forget on which line a row stood,
+which every message about a row names. Whatever the format, a cell is taken by the rules of `cells`.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from tithe.app.train.cells import ABSENT, Fault, canonical, read_label, read_number, read_text
+from tithe.app.train.decoding import decode, kind_of, read_bytes
+from tithe.app.train.delimited import read_delimited
+from tithe.app.train.hub import class_names, load_split
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.skipping import Unusable
 from tithe.errors import TitheError
 
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+_JSON: dict[type[Any], str] = {int: "number", float: "number", str: "text", bool: "truth value", type(None): "null"}
+_LINES = "(pandas: df.to_json(path, orient='records', lines=True))"
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,11 @@ class Table:
         source: the file (or data set and split) to name in messages.
         text: one text a row.
         text_pair: the second text of each row, or None.
-        label: the label of each row as a string, or None where the split has no label column.
+        label: the label of each row as a string; empty strings where the split has none.
         lines: the line each row starts on, from 1, or None where the format has no lines.
+        labelled: whether the rows have labels.
+        names: of all classes, in the data set's own order; empty where it has none.
+        skipped: the rows that were left out, each with the reason.
     """
 
     source: str
@@ -38,20 +47,23 @@ class Table:
     text_pair: tuple[str, ...] | None
     label: tuple[str, ...]
     lines: tuple[int, ...] | None
+    labelled: bool = True
+    names: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def place(self, row: int) -> str:
         """Say where a row stands, for a message."""
-        return f"{self.source} line {self.lines[row]}" if self.lines is not None else f"{self.source} row {row + 1}"
+        return _place(self.source, self.lines, row)
 
     def take(self, rows: Sequence[int]) -> Table:
         """The same table with these rows only, in this order."""
         pair = self.text_pair
-        return Table(
-            self.source,
-            tuple(self.text[row] for row in rows),
-            None if pair is None else tuple(pair[row] for row in rows),
-            tuple(self.label[row] for row in rows),
-            None if self.lines is None else tuple(self.lines[row] for row in rows),
+        return replace(
+            self,
+            text=tuple(self.text[row] for row in rows),
+            text_pair=None if pair is None else tuple(pair[row] for row in rows),
+            label=tuple(self.label[row] for row in rows),
+            lines=None if self.lines is None else tuple(self.lines[row] for row in rows),
         )
 
 
@@ -59,7 +71,8 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
     """Read the columns that `[data]` names from one file.
 
     Raises:
-        TitheError: the format is unknown, the file is malformed or empty, or a column is not there.
+        TitheError: the format is unknown, the file is malformed or empty, a column is not there, or a cell holds no
+                text or label; it names the line.
     """
     suffix = path.suffix.lower()
     if path.is_dir() or suffix not in _SUFFIXES:
@@ -69,18 +82,25 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
             expected=f"a file ending in {', '.join(_SUFFIXES)}",
             remedy="convert it, or correct the path",
         )
-    try:
-        if suffix in {".tsv", ".csv"}:
-            columns, lines = _read_delimited(recipe, path, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".parquet":
-            return _from_rows(recipe, split, path.name, _read_parquet(recipe, path))
-        else:
-            columns, lines = _read_jsonl(recipe, path)
-    except UnicodeDecodeError as error:
+    if suffix == ".parquet":
+        return _read_parquet(recipe, split, path)
+    content, unusable = read_bytes(path), Unusable(recipe)
+    if not content.strip():
         raise TitheError(
-            str(path), found=f"bytes that are not UTF-8 ({error.reason})", expected="UTF-8", remedy="convert the file"
-        ) from error
-    return _table(recipe, split, path.name, columns, lines)
+            recipe.place("data", split),
+            found=f"no rows in {path.name}: the file is empty",
+            expected="a header and at least one row" if suffix != ".jsonl" else "at least one row",
+            remedy="write the file again, or correct the path",
+        )
+    if (kind := kind_of(content)) is not None:
+        raise TitheError(str(path), found=f"{kind[0]}, not text", expected=f"text, as {suffix} says", remedy=kind[1])
+    key = None if recipe.data.encoding is None else recipe.place("data", "encoding")
+    text = decode(content, path.name, encoding=recipe.data.encoding, key=key or "[data] encoding")
+    if suffix in {".tsv", ".csv"}:
+        columns, lines = _delimited(recipe, split, path.name, text, "\t" if suffix == ".tsv" else ",", unusable)
+    else:
+        columns, lines = _read_json(recipe, split, path.name, text, unusable)
+    return _table(recipe, split, path.name, columns, lines, unusable)
 
 
 def read_hub_table(recipe: Recipe, split: str, name: str) -> Table:
@@ -89,32 +109,13 @@ def read_hub_table(recipe: Recipe, split: str, name: str) -> Table:
     Raises:
         TitheError: the data set or its split cannot be loaded, or a column is not there.
     """
-    return _from_rows(recipe, split, f"{recipe.data.dataset} ({name})", load_hub_split(recipe, split, name))
-
-
-def load_hub_split(recipe: Recipe, split: str, name: str) -> Any:
-    """One split of a Hugging Face data set, as `datasets.Dataset`."""
-    import datasets
-
-    try:
-        return cast(Any, datasets).load_dataset(recipe.data.dataset, recipe.data.config, split=name)
-    except (OSError, ValueError) as error:
-        raise TitheError(
-            recipe.place("data", "dataset") if split == "train" else recipe.place("data", split),
-            found=str(error).splitlines()[0],
-            expected="a data set of the hub, or a local folder, with this split",
-            remedy="check the name, the config and the split",
-        ) from error
-
-
-def _from_rows(recipe: Recipe, split: str, source: str, rows: Any) -> Table:
-    """Take the columns that `[data]` names from a `datasets.Dataset`, its classes by name."""
-    _check_columns(recipe, source, rows.column_names)
-    columns: dict[str, list[Any]] = {column: list(rows[column]) for column in set(_columns(recipe).values())}
-    names = cast("Sequence[str] | None", getattr(rows.features[recipe.data.label], "names", None))
-    if names is not None:
-        columns[recipe.data.label] = [names[value] for value in columns[recipe.data.label]]
-    return _table(recipe, split, source, columns, None)
+    rows, source = load_split(recipe, split, name), f"{recipe.data.dataset} ({name})"
+    _check_columns(recipe, split, source, rows.column_names)
+    columns: dict[str, Sequence[object]] = {
+        column: list(rows[column]) for column in set(_columns(recipe).values()) if column in rows.column_names
+    }
+    names = class_names(rows.features.get(recipe.data.label))
+    return _table(recipe, split, source, columns, None, Unusable(recipe), names)
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
@@ -123,125 +124,238 @@ def _columns(recipe: Recipe) -> dict[str, str]:
     return wanted if data.text_pair is None else {**wanted, "text_pair": data.text_pair}
 
 
-def _check_columns(recipe: Recipe, source: str, names: Sequence[str]) -> None:
+def _required(recipe: Recipe, split: str) -> dict[str, str]:
+    """The columns that a split has to have: a test split may come without labels."""
+    return {key: column for key, column in _columns(recipe).items() if key != "label" or split != "test"}
+
+
+def _check_columns(recipe: Recipe, split: str, source: str, names: Sequence[str], hint: str = "") -> None:
     for key, column in _columns(recipe).items():
+        if names.count(column) > 1:
+            numbers = [str(number) for number, name in enumerate(names, start=1) if name == column]
+            raise TitheError(
+                recipe.place("data", key),
+                found=f"{len(numbers)} columns {column!r} in {source}: its columns {' and '.join(numbers)}",
+                expected="one column of that name",
+                remedy="rename one of them in the file",
+            )
+    for key, column in _required(recipe, split).items():
         if column not in names:
-            close = difflib.get_close_matches(column, names, n=1)
+            close = [name for name in names if name.casefold() == column.casefold()]
+            close = close or difflib.get_close_matches(column, names, n=1)
             raise TitheError(
                 recipe.place("data", key),
                 found=f"no column {column!r} in {source}",
-                expected=f"one of its columns: {', '.join(names)}",
-                remedy=f"did you mean {close[0]}?" if close else f'set {key} = "..." in [data]',
+                expected=f"one of its columns: {', '.join(name or '(no name)' for name in names)}",
+                remedy=f'did you mean {close[0]}? Set {key} = "{close[0]}" in [data]'
+                if close
+                else hint or f'set {key} = "..." in [data]',
             )
 
 
 def _table(
-    recipe: Recipe, split: str, source: str, columns: Mapping[str, Sequence[Any]], lines: Sequence[int] | None
+    recipe: Recipe,
+    split: str,
+    source: str,
+    columns: Mapping[str, Sequence[object]],
+    lines: Sequence[int] | None,
+    unusable: Unusable,
+    names: tuple[str, ...] = (),
 ) -> Table:
-    _check_columns(recipe, source, list(columns))
+    """Take every cell as text or label, and refuse or leave out the rows where one is neither."""
     data = recipe.data
-    text, label = columns[data.text], columns[data.label]
-    if not text:
+    num = len(columns[data.text])
+    if num == 0:
+        unusable.settle()
         raise TitheError(
             recipe.place("data", split), found=f"no rows in {source}", expected="at least one", remedy="check the file"
         )
-    pair = None if data.text_pair is None else tuple(str(value) for value in columns[data.text_pair])
-    texts, labels = tuple(str(value) for value in text), tuple(_label(value) for value in label)
-    return Table(source, texts, pair, labels, None if lines is None else tuple(lines))
+    known = set(data.labels or ())
+    labels = [
+        read_number(value) if data.task == "text-regression" else read_label(value, names, known)
+        for value in columns.get(data.label, [ABSENT] * num)
+    ]
+    labelled = not all(isinstance(label, Fault) and label.missing for label in labels)
+    cells = {"label": labels, "text": [read_text(value) for value in columns[data.text]]}
+    if data.text_pair is not None:
+        cells["text_pair"] = [read_text(value) for value in columns[data.text_pair]]
+    kept: list[int] = []
+    for row in range(num):
+        faults = [
+            (key, fault)
+            for key, values in cells.items()
+            if isinstance(fault := values[row], Fault) and (labelled or key != "label")
+        ]
+        if faults:
+            unusable.add(_faulty(recipe, _place(source, lines, row), *faults[0]))
+        else:
+            kept.append(row)
+    skipped = unusable.settle()
+    if not kept:
+        raise TitheError(
+            recipe.place("data", split),
+            found=f"no row in {source} that can be used: {skipped[0]}",
+            expected="at least one",
+            remedy="check the file",
+        )
+    texts, pairs = (cast("list[str]", cells.get(key, [])) for key in ("text", "text_pair"))
+    return Table(
+        source,
+        tuple(texts[row] for row in kept),
+        None if data.text_pair is None else tuple(pairs[row] for row in kept),
+        tuple(cast(str, labels[row]) if labelled else "" for row in kept),
+        None if lines is None else tuple(lines[row] for row in kept),
+        labelled=labelled,
+        names=names,
+        skipped=skipped,
+    )
 
 
-def _label(value: object) -> str:
-    # JSON and parquet tell 1 from "1" and True; a recipe's labels are written as texts.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+def _place(source: str, lines: Sequence[int] | None, row: int) -> str:
+    return f"{source} line {lines[row]}" if lines is not None else f"{source} row {row + 1}"
 
 
-def _read_delimited(recipe: Recipe, path: Path, delimiter: str) -> tuple[dict[str, list[str]], list[int]]:
-    # GLUE's TSV files hold unbalanced quotes: a tab ends a field and nothing else does.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            header = next(reader, [])
-            _check_columns(recipe, path.name, header)
-            columns: dict[str, list[str]] = {name: [] for name in header}
-            lines: list[int] = []
-            start = reader.line_num + 1
-            for row in reader:
-                if row:
-                    _check_width(path, start, row, header)
-                    for name, value in zip(header, row, strict=True):
-                        columns[name].append(value)
-                    lines.append(start)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise TitheError(
-                f"{path.name} line {reader.line_num}",
-                found=str(error),
-                expected=f"fields parted by {'tabs' if delimiter == chr(9) else 'commas'}",
-                remedy="correct the line",
-            ) from error
+def _faulty(recipe: Recipe, place: str, key: str, fault: Fault) -> TitheError:
+    column = _columns(recipe)[key]
+    if key == "label" and recipe.data.task == "text-regression" and not fault.missing:
+        comma = re.fullmatch(r"label '-?\d+,\d+'", fault.found)
+        return TitheError(
+            place,
+            found=fault.found,
+            expected=f"a finite number (regression) in column {column!r}",
+            remedy="write a decimal point" if comma else "correct the line",
+        )
+    found = f"no {column!r}" if fault.found == "nothing" else fault.found
+    remedy = "correct the line" if key != "label" or not fault.missing else "write the label"
+    if key == "label" and " stands for a missing value" in fault.found:
+        remedy += ", or list it in [data] labels if it is a class"
+    return TitheError(
+        f"{place} column {column!r}",
+        found=found,
+        expected="a label" if key == "label" else "a text",
+        remedy=remedy,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
+
+
+def _delimited(
+    recipe: Recipe, split: str, source: str, text: str, usual: str, unusable: Unusable
+) -> tuple[dict[str, list[str]], list[int]]:
+    wanted = list(_required(recipe, split).values())
+    header, rows, lines = read_delimited(text, source, usual, wanted, unusable)
+    hint = ""
+    if any(re.fullmatch(r"[-+\d.,]+", name) or name.count(" ") > 2 for name in header):
+        spare = [f"column{number}" for number in range(1, len(header) + 1 - len(wanted))]
+        hint = (
+            f"the first line looks like a row: write a line with the columns' names above it, such as "
+            f"{(chr(9) if usual == chr(9) else ',').join([*wanted, *spare])!r}"
+        )
+    _check_columns(recipe, split, source, header, hint)
+    columns = {name: [row[index] for row in rows] for index, name in enumerate(header) if header.count(name) == 1}
     return columns, lines
 
 
-def _check_width(path: Path, line: int, row: Sequence[str], header: Sequence[str]) -> None:
-    if len(row) != len(header):
+def _read_json(
+    recipe: Recipe, split: str, source: str, text: str, unusable: Unusable
+) -> tuple[dict[str, list[object]], list[int] | None]:
+    """Read one JSON object a line, or one list of objects."""
+    wanted = list(_columns(recipe).values())
+    items: list[tuple[str, object]]
+    lines: list[int] | None = None
+    if text.lstrip().startswith("[") and isinstance(found := _parse(text, wanted), list):
+        items = [(f"{source} row {row}", item) for row, item in enumerate(cast("list[object]", found), start=1)]
+    else:
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        items = [(f"{source} line {number}", _parse(line, wanted)) for number, line in numbered]
+        lines = [number for number, _ in numbered]
+    if items and isinstance(items[0][1], ValueError) and isinstance(_parse(text, wanted), dict):
         raise TitheError(
-            f"{path.name} line {line}",
-            found=f"{len(row)} fields",
-            expected=f"{len(header)}: {', '.join(header)}",
-            remedy="correct the line",
+            f"{source} line 1",
+            found="one JSON object over several lines",
+            expected="one JSON object a line, or a list of them",
+            remedy=f"write the rows as lines {_LINES}",
         )
-
-
-def _read_jsonl(recipe: Recipe, path: Path) -> tuple[dict[str, list[Any]], list[int]]:
-    columns: dict[str, list[Any]] = {}
-    lines: list[int] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row: object = json.loads(line)
-            except json.JSONDecodeError as error:
-                row = error.msg
-            if not isinstance(row, dict):
-                found = row if isinstance(row, str) else type(row).__name__
-                raise TitheError(
-                    f"{path.name} line {number}",
-                    found=found,
+    rows: list[dict[str, object]] = []
+    kept: list[int] = []
+    for row, (place, item) in enumerate(items):
+        if isinstance(item, dict):
+            rows.append(cast("dict[str, object]", item))
+            kept.append(row)
+        else:
+            found = str(item) if isinstance(item, ValueError) else f"a {_JSON.get(type(item), 'list')}"
+            column = re.search(r"column (\d+)", found)
+            unusable.add(
+                TitheError(
+                    place + (f" column {column[1]}" if column else ""),
+                    found=found.split(": line", 1)[0],
                     expected="one JSON object a line",
-                    remedy="correct the line",
+                    remedy=f"correct the line {_LINES}",
                 )
-            values = cast(dict[str, Any], row)
-            if not columns:
-                _check_columns(recipe, path.name, list(values))
-                columns = {name: [] for name in values}
-            for name in _columns(recipe).values():
-                if name not in values:
-                    raise TitheError(
-                        f"{path.name} line {number}", found=f"no {name!r}", expected="it in every row", remedy="add it"
-                    )
-                columns[name].append(values[name])
-            lines.append(number)
-    return columns or {name: [] for name in _columns(recipe).values()}, lines
+            )
+    if rows:
+        names = list(dict.fromkeys(name for row in (rows[0], rows[-1]) for name in row))
+        names += [name for name in wanted if name not in names and any(name in row for row in rows)]
+        _check_columns(recipe, split, source, names)
+    columns = {name: [row.get(name, ABSENT) for row in rows] for name in wanted}
+    return columns, None if lines is None else [lines[row] for row in kept]
 
 
-def _read_parquet(recipe: Recipe, path: Path) -> Any:
-    """Read a parquet file as `datasets.Dataset`, in memory; nothing is left in a cache."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+def _parse(text: str, wanted: Sequence[str]) -> object:
+    """The value of a JSON text, or the error that it has none."""
 
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(pairs)
+        if len(made) < len(pairs) and (twice := [name for name in wanted if sum(key == name for key, _ in pairs) > 1]):
+            raise ValueError(f"the key {twice[0]!r} twice")
+        return made
+
     try:
-        with tempfile.TemporaryDirectory(prefix="tithe-parquet-") as cache:
-            return cast(Any, datasets.Dataset).from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-    except (OSError, ValueError, DatasetGenerationError) as error:
+        return json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        return error
+    except RecursionError:
+        return ValueError("values nested too deeply")
+
+
+def _read_parquet(recipe: Recipe, split: str, path: Path) -> Table:
+    import pyarrow
+    from pyarrow import parquet
+
+    reader: Any = parquet
+    wanted = list(_columns(recipe).values())
+    try:
+        file = reader.ParquetFile(path)
+        names = [str(name) for name in file.schema_arrow.names]
+        _check_columns(recipe, split, path.name, names)
+        table: Any = file.read(columns=[name for name in wanted if name in names])
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise TitheError(
-            path.name, found=str(error), expected="a parquet file", remedy="write the file again"
+            path.name,
+            found=str(error).splitlines()[0],
+            expected="a parquet file",
+            remedy="write the file again" if path.stat().st_size else "the file is empty: write it again",
         ) from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    label = recipe.data.label
+    columns: dict[str, Sequence[object]] = {name: table.column(name).to_pylist() for name in table.column_names}
+    classes = _class_names(table, label) if label in columns else ()
+    if label in columns and pyarrow.types.is_dictionary(table.column(label).type):  # values, not their numbers
+        columns[label] = [value if value is None else str(value) for value in columns[label]]
+    return _table(recipe, split, path.name, columns, None, Unusable(recipe), classes)
+
+
+def _class_names(table: Any, label: str) -> tuple[str, ...]:
+    """The names of the classes that a parquet file states: as `datasets` or as pandas' categories write them."""
+    import pyarrow
+
+    said = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = said.get("info", {}).get("features", {}).get(label, {})
+    if isinstance(feature, dict) and cast("dict[str, Any]", feature).get("names"):
+        return tuple(canonical(str(name)) for name in cast("dict[str, Any]", feature)["names"])
+    column: Any = table.column(label)
+    if not pyarrow.types.is_dictionary(column.type) or column.num_chunks == 0:
+        return ()
+    read = [read_label(value) for value in column.unify_dictionaries().chunk(0).dictionary.to_pylist()]
+    found = tuple(canonical(value) for value in read if isinstance(value, str))
+    return found if len(found) == len(read) == len(set(found)) else ()
