@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tithe.averages.formats import Entry, FileEntry
-from tithe.averages.safetensors_ranges import FlatFile, Form, fill
+from tithe.averages.safetensors_ranges import FlatFile, Form
 from tithe.errors import TitheError
 
 _LONGEST: Final = 16 << 20
@@ -131,9 +131,7 @@ class _Source:
                 runs.append((file, place, at, at + size))
             at += size
         for file, place, start, stop in runs:
-            with file.path.open("rb", buffering=0) as opened:
-                opened.seek(place)
-                fill(opened, out[start:stop], file.path)
+            file.fill(place, out[start:stop])
         return out
 
 
