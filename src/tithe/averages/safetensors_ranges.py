@@ -53,23 +53,29 @@ class Form:
         """Return the bytes of its data."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def averaged(self) -> bool:
+        """Return whether an average has sums of its entries: of floating-point and complex numbers, not of integers."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
 
 
-def check_plain(place: str, name: str, tensor: Tensor) -> None:
+def check_plain(place: str, name: str, tensor: Tensor, *, pickled: bool = False) -> None:
     """Check that a tensor is what safetensors can store.
 
     Args:
         place: for the message.
         name: what the tensor is called.
         tensor: of any kind.
+        pickled: take complex numbers of any width, too.
 
     Raises:
         TitheError: when it is sparse, quantised, or of another dtype.
     """
     plain = tensor.layout == torch.strided and not tensor.is_quantized
-    if not plain or tensor.dtype not in CODES:
+    if not plain or not (tensor.dtype in CODES or (pickled and tensor.is_complex())):
         raise TitheError(
             place,
             found=f"{name}, a {tensor.layout} tensor of {tensor.dtype}",
