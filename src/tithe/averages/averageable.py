@@ -165,7 +165,7 @@ def _check_factors(rows: Rows, counted: Sequence[int]) -> None:
     for name in rows.forms:
         for module, _ in _factors(name, rows.forms):
             products.setdefault(module, []).append(name)
-    for module, names in products.items():
+    for names in products.values():
         told = {name: factor for name in names for _, factor in _factors(name, rows.forms)}
         changed = [name for name in names if differing(rows, counted, name) is not None]
         directions = [name for name in changed if not _MAGNITUDE.fullmatch(told[name])]
@@ -177,8 +177,7 @@ def _check_factors(rows: Rows, counted: Sequence[int]) -> None:
             assert other is not None
             raise TitheError(
                 str(rows.paths[other]),
-                found=f"factors of the weights of {module or 'the model'} that differ: "
-                + ", ".join(dict.fromkeys(name.removeprefix(module).strip(".") for name in changed)),
+                found=f"factors of one weight that differ: {', '.join(changed)}",
                 expected="weights, or one factor that differs; the mean of products is not the product of means",
                 remedy="make the pruned weights permanent (torch.nn.utils.prune.remove), and average those"
                 if masked

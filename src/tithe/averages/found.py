@@ -16,7 +16,7 @@ from tithe.errors import TitheError
 
 _OF_A_RUN: Final = re.compile(
     r"(optimizer|optim|scheduler|lr_scheduler|scaler|sampler|dataloader|dl_state_dict|rng_state|random_states"
-    r"|training_args|trainer_state|custom_checkpoint)(_\d+)*([._].*)?|.*_optim_states\.pt|(bf16_)?zero_pp_rank.*"
+    r"|training_args|custom_checkpoint)(_\d+)*([._].*)?|.*_optim_states\.pt|(bf16_)?zero_pp_rank.*"
 )
 """Names that Hugging Face's trainer, accelerate and DeepSpeed give files of a run beside the weights."""
 
@@ -108,7 +108,7 @@ def find_checkpoints(path: Path) -> Found:
     for one in inside:
         if not _looks_like_weights(one):
             continue
-        if _OF_A_RUN.fullmatch(one.name):
+        if _of_a_run(one):
             found.skipped[one] = "state of a run, no weights"
         else:
             found.paths.append(one)
@@ -122,6 +122,11 @@ def find_checkpoints(path: Path) -> Found:
     found.paths.sort(key=_natural)
     _leave_links_out(found)
     return found
+
+
+def _of_a_run(path: Path) -> bool:
+    stored = path.suffix in (".safetensors", ".tar", *PICKLES)
+    return path.name == "trainer_state.json" or (stored and _OF_A_RUN.fullmatch(path.name) is not None)
 
 
 def _looks_like_weights(path: Path) -> bool:
@@ -237,7 +242,7 @@ def _sort_out(folder: Path, root: Path, contents: Contents) -> None:
         if path.is_dir():
             if not re.fullmatch(r"checkpoint-\d+", path.name):
                 _sort_out(path, root, contents)
-        elif _OF_A_RUN.fullmatch(path.name):
+        elif _of_a_run(path):
             contents.skipped[place] = "state of a run, no weights"
         elif path.suffix == ".safetensors":
             contents.others.append(place)

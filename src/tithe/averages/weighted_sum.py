@@ -238,7 +238,8 @@ class Stream:
         kept = same.isinf()
         for path, row in zip(self._paths, rows, strict=True):
             _check(path, block, row.to(torch.float32).isfinite() | kept)
-            row.masked_fill_(kept, 0)
+            # Zeros are zero bits in every dtype; float8 itself cannot be filled.
+            row.view(torch.uint8).view(-1, row.dtype.itemsize).masked_fill_(kept[:, None], 0)
         fine = self._add(rows, out)
         if not fine:
             raise TitheError(
