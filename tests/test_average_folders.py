@@ -95,7 +95,7 @@ def test_the_command_says_which_one_was_left_out(twice: Callable[[Path, Path], o
     assert "of epoch=1.ckpt)" in printed or "to epoch=1.ckpt)" in printed
     assert "kept from the last: epoch\n" in printed
     assert told["weights"] == [0.25, 0.25, 0.5]
-    assert list(map(lambda path: Path(path).name, told["skipped"])) == ["best.ckpt"]
+    assert [Path(path).name for path in told["skipped"]] == ["best.ckpt"]
 
 
 def test_weights_say_how_much_a_copy_counts(tmp_path: Path) -> None:

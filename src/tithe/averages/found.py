@@ -229,7 +229,15 @@ def _main(folder: Path) -> tuple[Path, ...]:
             for name in _PICKLED:
                 if (folder / name).is_file():
                     return (folder / name,)
-    return find_shards(folder).files
+    try:
+        return find_shards(folder).files
+    except OSError as error:  # names in a damaged index, which no file can have
+        raise TitheError(
+            str(folder),
+            found=f"an index that cannot be read ({error.strerror})",
+            expected="a shard index",
+            remedy="download it again",
+        ) from error
 
 
 def _sort_out(folder: Path, root: Path, contents: Contents) -> None:

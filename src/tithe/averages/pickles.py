@@ -178,14 +178,18 @@ def _offsets(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int] | None
     """
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise TitheError(
-                str(path),
-                found="a compressed file",
-                expected="what torch.save writes",
-                remedy="load it, and save it with torch.save",
-            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist())
+    except Exception as error:  # torch's reader and Python's do not stumble over the same bytes
+        raise _unreadable(path, error) from error
+    if packed:
+        raise TitheError(
+            str(path),
+            found="a compressed file",
+            expected="what torch.save writes",
+            remedy="load it, and save it with torch.save",
+        )
     found: dict[str, int] = {}
     for name, tensor in tensors.items():
         first = vars(tensor.untyped_storage()).get("_checkpoint_offset")
