@@ -393,3 +393,27 @@ def test_ddp_and_nested_prefixes_keep_their_names(tmp_path: Path) -> None:
         torch.save({"model": {"module": {"module.w": torch.ones(2) * number}}}, tmp_path / f"{number}.pt")
     out = torch.load(average(tmp_path, tmp_path / "out.pt"), weights_only=True)
     assert out["model"]["module"]["module.w"].tolist() == [0.5, 0.5]
+
+
+def test_a_model_beside_the_first_has_to_have_an_average_too(tmp_path: Path) -> None:
+    for number in range(2):
+        codes = {"w": torch.arange(4, dtype=torch.int8) + number, "w_scale": torch.ones(1)}
+        folder(tmp_path / f"{number}", number, model_1=codes)
+        torch.save({"state_dict": value(number), "ema": codes}, tmp_path / f"{number}.ckpt")
+        torch.save({"state_dict": value(number), "ema": value(number, 3 + number)}, tmp_path / f"shape{number}.ckpt")
+    with pytest.raises(TitheError, match=r"model_1.safetensors: found quantised weights: w"):
+        average([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    with pytest.raises(TitheError, match=r"1.ckpt: found quantised weights: w"):
+        average([tmp_path / "0.ckpt", tmp_path / "1.ckpt"], tmp_path / "out")
+    with pytest.raises(TitheError, match=r"shape1.ckpt: found float32 of shape \[4\] for w; expected .* \[3\]"):
+        average([tmp_path / "shape0.ckpt", tmp_path / "shape1.ckpt"], tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_folder_with_a_link_to_itself(tmp_path: Path) -> None:
+    for number in range(2):
+        path = folder(tmp_path / f"{number}", number)
+        (path / "self").symlink_to(path, target_is_directory=True)
+    out, told = reported([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert told.skipped == {"self": "a link to a folder"}
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]

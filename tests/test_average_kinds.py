@@ -118,6 +118,22 @@ def test_float8_that_is_not_finite_is_named(tmp_path: Path) -> None:
             average(paths, tmp_path / "out.safetensors")
 
 
+def test_names_that_only_sound_like_codes_or_factors(tmp_path: Path) -> None:
+    """A scale of something else, and a network of roads."""
+    states = [
+        {
+            "logit_scale": torch.tensor(1.0 + k),
+            "projection": (torch.ones(4) + k).to(torch.float8_e5m2),
+            "road_encoder.weight": torch.ones(2, 2) * k,
+            "oft_used": torch.ones(2) * k,
+        }
+        for k in range(2)
+    ]
+    out = load_file(average(written(tmp_path, states), tmp_path / "out.safetensors"))
+    assert out["projection"].float().tolist() == [1.5] * 4
+    assert out["road_encoder.weight"].flatten().tolist() == [0.5] * 4
+
+
 # --- quantised weights: codes and what turns them into numbers
 
 

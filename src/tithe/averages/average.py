@@ -130,12 +130,17 @@ def average(
     rows = history.rows
     if isinstance(rows, DeltaRows):
         _check_deltas(rows.entries)
-    check_averageable(rows, [index for index, factor in enumerate(factors) if factor])
-    if isinstance(rows, PlainRows):
-        told = _write(history, output, lambda entries, first: Stream(entries, factors, progress if first else None))
-    else:
-        sums = _Columns(history, factors, progress)
-        told = _write(history, output, lambda entries, first: sums)
+    counted = [index for index, factor in enumerate(factors) if factor]
+    check_averageable(rows, counted)
+
+    def summing(entries: Sequence[Entry], first: bool) -> Sums:
+        if not isinstance(rows, PlainRows):
+            return _Columns(history, factors, progress)
+        if not first:
+            check_averageable(PlainRows(entries), counted)
+        return Stream(entries, factors, progress if first else None)
+
+    told = _write(history, output, summing)
     if report is not None:
         report(replace(told, weights=tuple(factors)))
     return output
@@ -348,8 +353,11 @@ def check_new(output: Path, *, folder: bool = True) -> None:
     Raises:
         TitheError: when something is there.
     """
-    there = output.exists() and (output.is_file() or not folder or any(output.iterdir()))
-    if there or output.is_symlink():
+    try:
+        there = output.is_symlink() or (output.exists() and (output.is_file() or not folder or any(output.iterdir())))
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if there:
         raise TitheError(
             str(output), found="an existing file or folder", expected="a new path", remedy="choose another output"
         )
@@ -367,9 +375,20 @@ def _writing(output: Path, num_bytes: int) -> Generator[Path]:
     except (OSError, RuntimeError) as error:
         # torch.save ends its file after it could not write to it, and says what it finds then.
         before = error.__context__
-        if not is_full(error) and not (isinstance(before, OSError) and is_full(before)):
-            raise
-        raise _no_room(output, "no room left", num_bytes) from error
+        if is_full(error) or (isinstance(before, OSError) and is_full(before)):
+            raise _no_room(output, "no room left", num_bytes) from error
+        if isinstance(error, OSError):
+            raise _unwritable(output, error) from error
+        raise
+
+
+def _unwritable(output: Path, error: OSError) -> TitheError:
+    return TitheError(
+        str(output),
+        found=f"a place that cannot be written ({error.strerror})",
+        expected="a new path in a folder of yours",
+        remedy="check its permissions and the length of the name, or name another place",
+    )
 
 
 def _no_room(output: Path, found: str, num_bytes: int) -> TitheError:
@@ -391,7 +410,6 @@ def _write_plain(target: Path, entries: Sequence[Entry], summing: Summing, told:
     others = [open_beside(entry) for entry in entries]
     for place in _names_of_all(entries, others):
         beside = [other[place] for other in others]
-        PlainRows(beside)
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         more, besides = _write_model(target / place, beside, summing)
         models += (str(place), *(f"{place}: {one}" for one in more))
@@ -433,9 +451,7 @@ def _write_model(
     others = [entry.others() if isinstance(entry, PickleEntry) else {} for entry in entries]
     parts = {pickled[-1].keys: summing(entries, first)}
     for keys in _names_of_all(entries, others):
-        inside = [other[keys] for other in others]
-        PlainRows(inside)
-        parts[keys] = summing(inside, False)
+        parts[keys] = summing([other[keys] for other in others], False)
     _write_pickle(target, pickled[-1].path, parts)
     models = [".".join(map(str, keys)) for keys in others[0]]
     return tuple(models), tuple(pickled[-1].beside())

@@ -30,13 +30,21 @@ _COUNTS: Final = re.compile(
 """Names of integers that count what happened: an average has those of the last checkpoint."""
 
 _SCALE: Final = re.compile(r".*(scale|scb|absmax|quant_map|quant_state|qzeros|zero_?point|codebook|centroid).*", re.I)
+"""Names of what turns codes into weights, with the name of the codes in front."""
+
+_SCALE_BESIDE: Final = re.compile(
+    r"_?(weight_|input_|output_|act_|w_)?(scales?|scb|absmax|quant_map|qzeros|zero_?points?|codebooks?|centroids)(_inv)?",
+    re.I,
+)
+"""Names of the same in a module of its own."""
 
 _FACTOR: Final = re.compile(
-    r"lora_(?:embedding_)?[ABEab]|lora_(?:down|up|mid)|lora_magnitude_vector|dora_scale|hada_\w+|lokr_\w+|vera_\w+"
-    r"|randlora_\w+|vblora_\w+|(?:oft|boft|hra|road)_\w+"
+    r"lora_(?:embedding_)?[ABEab]|lora_(?:down|up|mid)|lora_magnitude_vector|dora_scale|hada_(?:w[12]|t[12])(?:_[ab])?"
+    r"|lokr_(?:w[12]|t2)(?:_[ab])?|vera_(?:[AB]|lambda_[bd])|randlora_(?:[AB]|lambda|gamma)"
+    r"|(?:b?oft)_(?:[Rrs]|diag|blocks)|hra_u|road_(?:theta|alpha)|vblora_(?:logits_[AB]|vector_bank)"
 )
 _MAGNITUDE: Final = re.compile(r"lora_magnitude_vector|dora_scale")
-_CURVED: Final = re.compile(r"(?:oft|boft|hra|road|vblora)_\w+")
+_CURVED: Final = re.compile(r"(?:b?oft|hra|road|vblora)_\w+")
 """Factors that weights do not follow in straight lines, whatever else is the same."""
 
 _LINEAR: Final = ("IA3", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "LN_TUNING", "TRAINABLE_TOKENS", "FOURIERFT")
@@ -134,8 +142,9 @@ def _scale_of(name: str, forms: Mapping[str, Form]) -> str | None:
         if other == name or not other.startswith(module):
             continue
         parent, _, end = other.rpartition(".")
-        beside = parent == module or other.startswith((name + ".", name + "_"))
-        if beside and _SCALE.fullmatch(end) and not _SCALE.fullmatch(last):
+        of_it = other.startswith((name + ".", name + "_")) and _SCALE.fullmatch(end)
+        beside = parent == module and _SCALE_BESIDE.fullmatch(end)
+        if (of_it or beside) and not _SCALE.fullmatch(last):
             return other
     return None
 

@@ -247,7 +247,9 @@ def _sort_out(folder: Path, root: Path, contents: Contents) -> None:
         place = path.relative_to(root)
         if path.name.startswith(".") or path in contents.main:
             continue
-        if path.is_dir():
+        if path.is_dir() and path.is_symlink():
+            contents.skipped[place] = "a link to a folder"
+        elif path.is_dir():
             if not re.fullmatch(r"checkpoint-\d+", path.name):
                 _sort_out(path, root, contents)
         elif _of_a_run(path):
