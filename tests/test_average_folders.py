@@ -349,6 +349,7 @@ def test_every_model_in_a_file_is_averaged(tmp_path: Path) -> None:
             "optimizer": optimizer.state_dict(),
             "opt": optimizer.state_dict(),
             "losses": torch.arange(3.0 + number),
+            "hyper_parameters": {"class_weights": torch.tensor([1.0, number])},
         }
 
     for number in range(2):
@@ -365,7 +366,7 @@ def test_every_model_in_a_file_is_averaged(tmp_path: Path) -> None:
     last = torch.load(tmp_path / "1.ckpt", weights_only=True)
     assert torch.equal(found["opt"]["state"][0]["exp_avg"], last["opt"]["state"][0]["exp_avg"])
     assert sorted(told.models) == ["callbacks.EMA.weights", "ema.shadow_params", "state_dict_ema", "target_network"]
-    assert told.kept == ("epoch", "optimizer", "opt", "losses")
+    assert told.kept == ("epoch", "optimizer", "opt", "losses", "hyper_parameters")
 
 
 def test_networks_under_names_of_their_own(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def check_weights(weights: Weights | None, count: int) -> list[float]:
             "average",
             found=f"weights that sum to {total:g}",
             expected="a sum of 1",
-            remedy=f"divide each by {total:g}" if math.isfinite(total) and total else "use finite weights",
+            remedy=f"divide each by {total:g}" if math.isfinite(total) and total else "use weights that sum to 1",
         )
     return [weight / total for weight in weights]
 

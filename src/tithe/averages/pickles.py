@@ -66,10 +66,10 @@ class PickleEntry(Entry):
     def others(self) -> dict[Keys, PickleEntry]:
         """Return the file's other models, by the keys that lead to them."""
         found: dict[Keys, PickleEntry] = {}
-        own = [form.shape for form in self.forms.values() if form.shape]
+        own = {name: tuple(form.shape) for name, form in self.forms.items()}
         for keys, tensors in _models(self._content, ()):
-            # What has the shapes of the model is a copy of it, wherever a callback stores it.
-            copied = [tuple(tensor.shape) for tensor in tensors if tensor.ndim] == own
+            # What has the names and shapes of the model is a copy of it, wherever a callback stores it.
+            copied = {str(name): tuple(tensor.shape) for name, tensor in tensors.items()} == own
             if keys != self.keys[: len(keys)] and (copied or not _stored_by_a_run(keys)):
                 found[keys] = PickleEntry(self.path, keys)
         return found
@@ -117,11 +117,11 @@ def items(container: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _models(content: Any, keys: Keys) -> Iterator[tuple[Keys, list[Tensor]]]:
+def _models(content: Any, keys: Keys) -> Iterator[tuple[Keys, dict[Any, Tensor]]]:
     """The containers that hold tensors of floating-point or complex numbers with an axis, and all their tensors."""
-    tensors = [value for _, value in items(content) if isinstance(value, Tensor)]
-    mutable = isinstance(content, MutableMapping | list)
-    if mutable and any(tensor.ndim and (tensor.is_floating_point() or tensor.is_complex()) for tensor in tensors):
+    tensors = {key: value for key, value in items(content) if isinstance(value, Tensor)}
+    numbers = (tensor for tensor in tensors.values() if tensor.is_floating_point() or tensor.is_complex())
+    if isinstance(content, MutableMapping | list) and any(tensor.ndim for tensor in numbers):
         yield keys, tensors
     inside = dict(items(content))
     if inside.keys() >= {"state", "param_groups"}:
