@@ -173,6 +173,8 @@ QUANTISED = {
     "without a scale": lambda seed: {"w": int8(seed)["w"], "b": torch.ones(3)},
     "float8": float8,
     "float8 weight_scale": lambda seed: float8(seed, scale="l.weight_scale"),
+    "float8 scale_weight": lambda seed: float8(seed, scale="l.scale_weight"),
+    "under a name that counts": lambda seed: int8(seed, "steps.n", "steps.scale"),
     "float8 experts": lambda seed: float8(seed, "e.gate_up_proj", "e.gate_up_proj_scale"),
 }
 
@@ -195,6 +197,16 @@ def test_the_remedy_for_quantised_weights(tmp_path: Path) -> None:
     plain = [{"w": state["w"] * state["w_scale"]} for state in states]
     out = load_file(average(written(tmp_path, plain), tmp_path / "out.safetensors"))
     assert torch.allclose(out["w"], (plain[0]["w"] + plain[1]["w"]) / 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch deprecates them, but there are such files
+def test_quantised_tensors_of_torch(tmp_path: Path) -> None:
+    codes = torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
+    torch.save({"w": codes}, tmp_path / "0.pt")
+    with pytest.raises(TitheError, match=r"0.pt: found (quantised tensors of torch|w, a .* tensor of torch.qint8)"):
+        average(tmp_path / "0.pt", tmp_path / "out.pt")
+    torch.save({"w": codes.dequantize()}, tmp_path / "0.pt")
+    average(tmp_path / "0.pt", tmp_path / "out.pt")
 
 
 def test_codes_are_no_columns_of_a_span(tmp_path: Path) -> None:
@@ -384,6 +396,7 @@ def test_an_unknown_kind_of_adapter_is_refused(tmp_path: Path) -> None:
         ("p.to_q_lora.down.weight", "p.to_q_lora.up.weight"),
         ("model.q_proj.lora_A.default.weight", "model.q_proj.lora_B.default.weight"),
         ("blocks.0.lora_a", "blocks.0.lora_b"),
+        ("q.lora_A_weight", "q.lora_B_weight"),
     ],
 )
 def test_factors_are_told_by_their_names(names: tuple[str, str], tmp_path: Path) -> None:

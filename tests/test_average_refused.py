@@ -39,6 +39,7 @@ def write(folder: Path, count: int = 3, numel: int = 100, dtype: torch.dtype = t
         ([0.5, 0.5], "found 2 weights for 3 checkpoints"),
         ([1.0, 1.0, 1.0], "found weights that sum to 3; expected a sum of 1.*divide each by 3"),
         ([0.5, float("nan"), 0.5], "found weights that sum to nan.*use weights that sum to 1"),
+        ([0.5, float("inf"), -float("inf")], "found weights that sum to nan"),
         ([0.0, 0.0, 0.0], "found weights that sum to 0"),
     ],
 )

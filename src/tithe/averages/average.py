@@ -303,7 +303,7 @@ def check_weights(weights: Weights | None, count: int) -> list[float]:
         weights = [1 / max(count, 1)] * count
     elif callable(weights):
         weights = weights(count)
-    total = math.fsum(weights)
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
     if len(weights) != count or count == 0:
         raise TitheError(
             "average",

@@ -24,8 +24,8 @@ _AT_ONCE: Final = 1 << 20
 """Entries that are compared at a time."""
 
 _COUNTS: Final = re.compile(
-    r"(?:.*[._])?(?:n|num|counts?|counters?|steps?|tracked|updates?|seen|hits|usage|tokens|ages?|ptr|pointer|epochs?"
-    r"|iters?|iterations?|batches|calls|samples)(?:[._].*)?"
+    r"(?:.*_)?(?:n|num|counts?|counters?|steps?|tracked|updates?|seen|hits|usage|tokens|ages?|ptr|pointer|epochs?"
+    r"|iters?|iterations?|batches|calls|samples)(?:_.*)?"
 )
 """Names of integers that count what happened: an average has those of the last checkpoint."""
 
@@ -33,13 +33,14 @@ _SCALE: Final = re.compile(r".*(scale|scb|absmax|quant_map|quant_state|qzeros|ze
 """Names of what turns codes into weights, with the name of the codes in front."""
 
 _SCALE_BESIDE: Final = re.compile(
-    r"_?(weight_|input_|output_|act_|w_)?(scales?|scb|absmax|quant_map|qzeros|zero_?points?|codebooks?|centroids)(_inv)?",
+    r"_?(weight_|input_|output_|act_|w_)?(scales?|scb|absmax|quant_map|qzeros|zero_?points?|codebooks?|centroids)(_inv)?"
+    r"|scale_(weight|input)",
     re.I,
 )
 """Names of the same in a module of its own."""
 
 _FACTOR: Final = re.compile(
-    r"lora_(?:embedding_)?[ABEab]|lora_(?:down|up|mid)|lora_magnitude_vector|dora_scale|hada_(?:w[12]|t[12])(?:_[ab])?"
+    r"lora_(?:embedding_)?[ABEab](?:_weight)?|lora_(?:down|up|mid)|lora_magnitude_vector|dora_scale|hada_(?:w[12]|t[12])(?:_[ab])?"
     r"|lokr_(?:w[12]|t2)(?:_[ab])?|vera_(?:[AB]|lambda_[bd])|randlora_(?:[AB]|lambda|gamma)"
     r"|(?:b?oft)_(?:[Rrs]|diag|blocks)|hra_u|road_(?:theta|alpha)|vblora_(?:logits_[AB]|vector_bank)"
 )
@@ -99,9 +100,11 @@ def check_numbers(rows: Rows, name: str) -> None:
 
 def _check_integers(rows: Rows, counted: Sequence[int], name: str, form: Form) -> None:
     """Integers and flags are the same in all, or count something."""
-    scales = bool(_SCALE.fullmatch(name.rpartition(".")[2]))
-    flag_or_count = form.numel == 1 and (form.dtype == torch.bool or form.dtype.itemsize >= 4)
-    if not scales and (flag_or_count or _COUNTS.fullmatch(name.lower())):
+    last = name.rpartition(".")[2]
+    scales = bool(_SCALE.fullmatch(last))
+    flag = form.dtype == torch.bool and form.numel == 1
+    count = form.dtype.itemsize >= 4 and (form.numel == 1 or _COUNTS.fullmatch(last.lower()) is not None)
+    if not scales and (flag or count):
         return
     other = differing(rows, counted, name)
     if other is None:

@@ -213,6 +213,13 @@ def _load(path: Path, device: str, *, mapped: bool = False) -> Any:
             remedy="save model.state_dict() alone with torch.save, or with safetensors",
         ) from error
     except Exception as error:  # whatever the bytes of a damaged file make the reader stumble over
+        if "uantized" in str(error):
+            raise TitheError(
+                str(path),
+                found="quantised tensors of torch",
+                expected="weights as floating-point numbers",
+                remedy="save tensor.dequantize() of each, or the weights from before they were quantised",
+            ) from error
         raise _unreadable(path, error) from error
 
 
