@@ -146,7 +146,11 @@ def test_files_are_named_one_by_one_in_this_order(kitchen: Path, tmp_path: Path)
     paths = [kitchen / "in" / f"{number}.safetensors" for number in (2, 0)]
     done = invoke(*paths, "-o", tmp_path / "out.safetensors", "--weights", "1,0", "--plot", tmp_path / "bars.png")
     assert done.exit_code == 0, done.output
-    assert done.stdout == f"written: {tmp_path / 'out.safetensors'}\n"
+    assert done.stdout.splitlines() == [
+        "averaged 2 checkpoints: 2.safetensors, 0.safetensors",
+        "kept from the last: 1.num_batches_tracked",
+        f"written: {tmp_path / 'out.safetensors'}",
+    ]
     assert torch.equal(load_file(tmp_path / "out.safetensors")["0.weight"], load_file(paths[0])["0.weight"])
     assert (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -38,7 +38,8 @@ def write(folder: Path, count: int = 3, numel: int = 100, dtype: torch.dtype = t
     [
         ([0.5, 0.5], "found 2 weights for 3 checkpoints"),
         ([1.0, 1.0, 1.0], "found weights that sum to 3; expected a sum of 1.*divide each by 3"),
-        ([0.5, float("nan"), 0.5], "found weights that sum to nan.*use finite weights"),
+        ([0.5, float("nan"), 0.5], "found weights that sum to nan.*use weights that sum to 1"),
+        ([0.5, float("inf"), -float("inf")], "found weights that sum to nan"),
         ([0.0, 0.0, 0.0], "found weights that sum to 0"),
     ],
 )
@@ -62,6 +63,8 @@ def test_bad_outputs(tmp_path: Path) -> None:
         (tmp_path / "folder", "found an existing file or folder"),
         (tmp_path / "none" / "out.safetensors", "found no folder"),
         (tmp_path / "out.pt", r"found the ending \.pt; expected \.safetensors"),
+        (tmp_path / ("n" * 300), r"found a place that cannot be written \(File name too long\)"),
+        (tmp_path / ("n" * 250), r"found a place that cannot be written \(File name too long\)"),
     ):
         with pytest.raises(TitheError, match=words):
             average(paths, output)
@@ -181,7 +184,8 @@ PEAK = """
         told = Path("/proc/self/status").read_text()
         return int(told.split("VmHWM:")[1].split()[0]) * 1024
     before = peak()
-    average(sys.argv[1:-1], sys.argv[-1])
+    paths = sys.argv[1:-1]
+    average(paths, sys.argv[-1], [1 / len(paths)] * len(paths))  # links to one file, which count by their weights
     print(peak() - before)
 """
 

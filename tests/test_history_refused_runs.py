@@ -7,17 +7,19 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import tithe
 from deltas import Tied, net
 from histories import checkpoints, recorded
 from models import CASES
 from tithe import FISH, TWA, History, TitheError, TitheWarning
+from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form
 
 
 def _saved(folder: Path, count: int) -> list[Path]:
@@ -202,28 +204,38 @@ def test_a_coded_step_alone(tmp_path: Path) -> None:
         History([tmp_path / "run", files[0]])
 
 
-def _renoted(path: Path, change: Callable[[dict[str, object]], object], drop: str = "") -> None:
-    """Write a recorded file anew with another note, and without a tensor."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    note = json.loads(header["__metadata__"]["tithe_history"])
+def _rewritten(path: Path, change: Callable[[dict[str, Any]], object], **tensors: Tensor | None) -> None:
+    """Write a recorded file anew, with its checksums: another note, and other tensors or without some."""
+    found = FlatFile.open(path)
+    note = json.loads(found.metadata["tithe_history"])
     change(note)
-    state = {name: tensor for name, tensor in load_file(path).items() if name != drop}
-    save_file(state, path, metadata={"tithe_history": json.dumps(note)})
+    state = {**load_file(path), **tensors}
+    kept = {name: tensor.clone() for name, tensor in state.items() if tensor is not None}  # no map of the file
+    with path.open("wb") as file:
+        forms = {name: Form.of(tensor) for name, tensor in kept.items()}
+        writer = FlatWriter(file, forms, {"tithe_history": json.dumps(note)}, checked=note.get("version") != 1)
+        for name in writer.names:
+            writer.write(kept[name])
+        writer.finish()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda note: note.update(version=2), "a history of version 2"),
+        (lambda note: note.update(version=3), "a history of version 3"),
+        (lambda note: note.update(version=1), "a checkpoint without checksums after one that has them"),
         (lambda note: note.pop("step"), "a damaged note"),
         (lambda note: note.update(other=1), "a damaged note"),
+        (lambda note: note.update(step="1"), "a damaged note"),
+        (lambda note: note.update(step=1e309), "a damaged note"),
+        (lambda note: note.update(score=[]), "a damaged note"),
+        (lambda note: note.update(bits=3), "a damaged note"),
         (lambda note: note.update(bits=4), "bits=4; expected bits=8"),
     ],
 )
 def test_a_note_that_is_not_ours(change: Callable[[dict[str, object]], object], message: str, tmp_path: Path) -> None:
     recorded(tmp_path / "run", checkpoints(net(), 3), 8)
-    _renoted(tmp_path / "run" / "000001.safetensors", change)
+    _rewritten(tmp_path / "run" / "000001.safetensors", change)
     with pytest.raises(TitheError, match=rf"000001.safetensors: found {message}"):
         History(tmp_path / "run")
 
@@ -239,7 +251,7 @@ def test_a_note_that_is_not_ours(change: Callable[[dict[str, object]], object], 
 def test_a_coded_file_that_lacks_a_part(tensor: str, message: str, tmp_path: Path) -> None:
     recorded(tmp_path / "run", checkpoints(nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64)), 3), 8)
     assert tensor in load_file(tmp_path / "run" / "000001.safetensors")
-    _renoted(tmp_path / "run" / "000001.safetensors", lambda note: note, drop=tensor)
+    _rewritten(tmp_path / "run" / "000001.safetensors", lambda note: note, **{tensor: None})
     with pytest.raises(TitheError, match=rf"000001.safetensors: found {message}"):
         History(tmp_path / "run")
 
@@ -247,11 +259,8 @@ def test_a_coded_file_that_lacks_a_part(tensor: str, message: str, tmp_path: Pat
 def test_codes_of_another_size(tmp_path: Path) -> None:
     recorded(tmp_path / "run", checkpoints(nn.Linear(8, 64), 3), 8)
     path = tmp_path / "run" / "000001.safetensors"
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    state = load_file(path)
-    state["weight#codes"] = state["weight#codes"][:1].clone()
-    save_file(state, path, metadata=header["__metadata__"])
+    cut = load_file(path)["weight#codes"][:1].clone()
+    _rewritten(path, lambda note: note, **{"weight#codes": cut})
     with pytest.raises(TitheError, match=r"000001.safetensors: found uint8 of shape \[1, 256\] for weight#codes"):
         History(tmp_path / "run")
 

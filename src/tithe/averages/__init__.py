@@ -1,19 +1,23 @@
 """Keep a run's checkpoints on disk, stream them by columns, and build the basis of their differences.
 
-history   what a user records or opens       recorder   the files of a run, each written whole or not at all
-opened    checkpoints that are there         formats    one checkpoint, whoever wrote it
-stacked   side by side, some columns         safetensors_ranges  a file by ranges of entries
-quantize  8, 4 or 1 bits a weight            basis      the differences from the mean
-weighted_sum  sums, a block at a time        average    an average in the format that came in
+history    what a user records or opens      recorder     the files of a run, each written whole or not at all
+checksums  damage to them is named           opened       checkpoints that are there
+found      which files and folders count     copies       which are the same again
+entry      one checkpoint                    formats, pickles  whoever wrote it
+stacked    side by side, some columns        safetensors_ranges  a file by ranges of entries
+quantize   8, 4 or 1 bits a weight           basis        the differences from the mean
+averageable  what a mean stands for          weighted_sum  sums, a block at a time
+average    an average in the format that came in
 """
 
-from tithe.averages.average import average
+from tithe.averages.average import Averaged, average
 from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strips
 from tithe.averages.history import History
 from tithe.averages.quantize import BLOCK
 
 __all__ = [
     "BLOCK",
+    "Averaged",
     "Basis",
     "History",
     "Strip",

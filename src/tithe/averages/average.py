@@ -12,16 +12,20 @@ import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
-from tithe.averages.formats import DeltaEntry, Entry, FileEntry, PickleEntry, load
+from tithe.averages.averageable import check_averageable
+from tithe.averages.entry import Entry
+from tithe.averages.formats import DeltaEntry, FileEntry, PickleEntry, open_beside
+from tithe.averages.found import PIPELINE, find_checkpoints, open_pipeline
 from tithe.averages.history import History, spans
+from tithe.averages.pickles import Keys, items, load
 from tithe.averages.recorder import KEY, is_full
 from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form
 from tithe.averages.stacked import DeltaRows, PlainRows
@@ -32,44 +36,74 @@ from tithe.delta.format import Header, encode, index_dtype
 from tithe.delta.source import PICKLES
 from tithe.errors import TitheError
 
-_WEIGHTS: Final = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
-_OF_A_RUN: Final = ("trainer_state.json",)
-_OLD: Final = "pytorch_model.bin"
 _TOLERANCE: Final = 1e-3
+_Name = TypeVar("_Name")
+
+
+Weights = Sequence[float] | Callable[[int], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What was averaged, and what was not.
+
+    Args:
+        checkpoints: those that were found, once each.
+        weights: one a checkpoint.
+        models: averaged besides the first model of the checkpoints: files of their folders, keys of their files.
+        kept: what is the last checkpoint's: integer tensors, and what else its file holds.
+        copied: files of the first one's folder.
+        skipped: what does not count, or is not in the output → why.
+    """
+
+    checkpoints: tuple[Path, ...]
+    weights: tuple[float, ...]
+    models: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def average(
     checkpoints: History | str | Path | Sequence[str | Path],
     output: str | Path,
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
     *,
     skip_damaged: bool = False,
     progress: Progress | None = None,
+    report: Callable[[Averaged], object] | None = None,
 ) -> Path:
     """Write Σ weights_i w_i of checkpoints on disk as one checkpoint of their format; only a few blocks are in memory.
 
-    Floating-point tensors are averaged, summed in float32, or in float64 where they are float32 or float64. Others are
-    the last checkpoint's, and so are entries that are the same infinity in every checkpoint. The running statistics of
-    norms are averaged like weights: estimate them again before using the average (`tithe average` with a recipe does).
+    Floating-point and complex tensors are averaged, summed in float32, or in float64 where they are float32 or float64.
+    Others have to be the same in all, but for flags and counters, which are the last checkpoint's; so are entries that
+    are the same infinity in every checkpoint. The running statistics of norms are averaged like weights: estimate them
+    again before using the average (`tithe average` with a recipe does).
 
-    A safetensors file comes out of safetensors files or of what a `History` recorded; a folder with the same shards out
-    of Hugging Face folders, with the first one's configuration and tokenizer; what the last one holds, with the model's
-    tensors replaced, out of `.pt` and `.ckpt` files; a delta out of deltas that change the same places of one base.
+    A safetensors file comes out of safetensors files or of what a `History` recorded; a folder with the same files of
+    weights out of Hugging Face folders and pipelines, with the first one's configuration and tokenizer; what the last
+    one holds, with the tensors of its models replaced, out of `.pt` and `.ckpt` files; a delta out of deltas that
+    change the same places of one base.
+
+    Without weights each checkpoint counts once: links to it and copies of it are left out. With weights, give one a
+    checkpoint, and one to each copy or to none.
 
     Args:
         checkpoints: a `History`, or what one is opened with: a folder or file, or several.
         output: the new file or folder; it must not exist.
         weights: one number a checkpoint; they sum to one within 0.001 and are divided by their sum. A checkpoint of
-            weight 0 is not read. None gives all the same.
+            weight 0 is not read. None gives all the same; a function is called with the number of checkpoints.
         skip_damaged: leave out checkpoints that cannot be read, with a warning that names them.
         progress: called now and then with the bytes read, and how many there are to read.
+        report: called with what was averaged, when it is written.
 
     Returns:
         `output`.
 
     Raises:
         TitheError: when a checkpoint is missing, damaged, of other tensors than the first, or has a value that is not
-            finite; when the weights are not as above, the output exists, or there is no room. Nothing is written then.
+            finite; when a mean of its tensors means nothing: quantised weights, integers that differ, LoRA adapters;
+            when the weights are not as above, the output exists, or there is no room. Nothing is written then.
 
     Example:
         >>> import tempfile, safetensors.torch as st
@@ -80,12 +114,103 @@ def average(
         >>> st.load_file(path)["weight"]
         tensor([2.5000, 2.5000])
     """
-    history = checkpoints if isinstance(checkpoints, History) else History(checkpoints, skip_damaged=skip_damaged)
+    output = Path(output)
+    if not isinstance(checkpoints, History):
+        given = [Path(checkpoints)] if isinstance(checkpoints, (str, Path)) else [Path(one) for one in checkpoints]
+        if weights is None or callable(weights):
+            _check_once(given)
+        pipelines = [path for one in given for path in find_checkpoints(one).paths]
+        if pipelines and all((path / PIPELINE).is_file() for path in pipelines):
+            told = _average_pipelines(pipelines, output, check_weights(weights, len(pipelines)), progress)
+            if report is not None:
+                report(told)
+            return output
+        checkpoints = History(checkpoints, skip_damaged=skip_damaged)
+    history, factors = weigh(checkpoints, weights)
     rows = history.rows
-    factors = check_weights(weights, len(history))
-    if isinstance(rows, PlainRows) and not isinstance(rows.entries[0], DeltaEntry):
-        return _write(history, Path(output), Stream(rows.entries, factors, progress))
-    return _write(history, Path(output), _Columns(history, factors, progress))
+    if isinstance(rows, DeltaRows):
+        _check_deltas(rows.entries)
+    counted = [index for index, factor in enumerate(factors) if factor]
+    check_averageable(rows, counted)
+
+    def summing(entries: Sequence[Entry], first: bool) -> Sums:
+        if not isinstance(rows, PlainRows):
+            return _Columns(history, factors, progress)
+        if not first:
+            check_averageable(PlainRows(entries), counted)
+        return Stream(entries, factors, progress if first else None)
+
+    told = _write(history, output, summing)
+    if report is not None:
+        report(replace(told, weights=tuple(factors)))
+    return output
+
+
+def weigh(history: History, weights: Weights | None) -> tuple[History, list[float]]:
+    """Return the checkpoints that count, and the weight of each.
+
+    Args:
+        history: the checkpoints, maybe with copies of some.
+        weights: one for each; or one for each that is no copy of another; a function of the number of these; or None
+            for the same of each of them.
+
+    Raises:
+        TitheError: when their number is another, or they do not sum to one.
+    """
+    if weights is None or callable(weights) or len(weights) != len(history):
+        history = history.distinct()
+    return history, check_weights(weights, len(history))
+
+
+def _check_once(paths: Sequence[Path]) -> None:
+    """Without weights nobody can tell whether a checkpoint that is named twice is to count twice."""
+    for path in paths:
+        if paths.count(path) > 1:
+            raise TitheError(
+                str(path),
+                found=f"the same path {paths.count(path)} times",
+                expected="each checkpoint once",
+                remedy="leave it out once, or say with weights= (--weights) how much each counts",
+            )
+
+
+Summing = Callable[[Sequence[Entry], bool], Sums]
+"""Makes the source of an average of some checkpoints; whether they are those of the history, or beside them."""
+
+
+def _average_pipelines(
+    folders: Sequence[Path], output: Path, factors: Sequence[float], progress: Progress | None
+) -> Averaged:
+    """Average pipelines of several models, each model with its namesakes.
+
+    Raises:
+        TitheError: when one lacks a model that the first has, or has another.
+    """
+    first, *rest = found = [open_pipeline(folder) for folder in folders]
+    for folder, other in zip(folders[1:], rest, strict=True):
+        odd = sorted(set(first.models) ^ set(other.models))
+        if odd:
+            raise TitheError(
+                str(folder),
+                found=f"no {odd[0]}" if odd[0] in first.models else f"a model {odd[0]}",
+                expected=f"the models of {folders[0]}: {', '.join(first.models)}",
+                remedy="average pipelines of one kind, or the folders of one model of each",
+            )
+    check_new(output)
+    kept: list[str] = []
+    copied, skipped = [str(place) for place in found[0].copied], {str(p): why for p, why in found[0].skipped.items()}
+    with _writing(output, 0) as temporary:
+        temporary.mkdir()
+        _copy(folders[0], found[0].copied, temporary)
+        for name in first.models:
+            parts: list[Averaged] = []
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            models = [folder / name for folder in folders]
+            average(models, temporary / name, factors, progress=progress, report=parts.append)
+            kept += [f"{name}: {one}" for one in parts[0].kept]
+            copied += [f"{name}/{one}" for one in parts[0].copied]
+            skipped.update({f"{name}/{one}": why for one, why in parts[0].skipped.items()})
+    return Averaged(tuple(folders), tuple(factors), tuple(first.models), tuple(kept), tuple(copied), skipped)
 
 
 def write_like(history: History, output: str | Path, state: Mapping[str, Tensor]) -> Path:
@@ -102,24 +227,39 @@ def write_like(history: History, output: str | Path, state: Mapping[str, Tensor]
     Raises:
         TitheError: when the output exists, or there is no room.
     """
-    return _write(history, Path(output), Given(state))
-
-
-def _write(history: History, output: Path, sums: Sums) -> Path:
     rows = history.rows
-    check_output(output, rows.paths[0])
-    entries = rows.entries if isinstance(rows, DeltaRows | PlainRows) else ()
-    deltas = [entry for entry in entries if isinstance(entry, DeltaEntry)]
-    if deltas:
-        _check_deltas(deltas)
+    if isinstance(rows, PlainRows):
+        for entry in rows.entries:
+            beside = [*map(str, open_beside(entry)), *(entry.others() if isinstance(entry, PickleEntry) else ())]
+            if beside:
+                raise TitheError(
+                    str(entry.path),
+                    found=f"another model beside the first: {beside[0]}",
+                    expected="one model, which these tensors are of",
+                    remedy="average all of them without a recipe, or save the one model alone",
+                )
+    given = Given(state)
+    _write(history, Path(output), lambda entries, first: given)
+    return Path(output)
+
+
+def _write(history: History, output: Path, summing: Summing) -> Averaged:
+    rows = history.rows
+    check_output(output, history)
+    skipped = {str(path): why for path, why in history.skipped.items()}
+    told = Averaged(tuple(rows.paths), (), kept=_kept(rows.forms), skipped=skipped)
     with _writing(output, sum(form.nbytes for form in rows.forms.values())) as temporary:
-        if deltas:
-            _write_delta(temporary, deltas, sums)
-        elif isinstance(rows, PlainRows):
-            _write_plain(temporary, rows.entries, sums)
+        if isinstance(rows, PlainRows):
+            return _write_plain(temporary, rows.entries, summing, told)
+        if isinstance(rows, DeltaRows):
+            _write_delta(temporary, rows.entries, summing(rows.entries, True))
         else:
-            _write_flat(temporary, rows.forms, {"format": "pt"}, sums)
-    return output
+            _write_flat(temporary, rows.forms, {"format": "pt"}, summing((), True))
+        return told
+
+
+def _kept(forms: Mapping[str, Form], place: str = "") -> tuple[str, ...]:
+    return tuple(place + name for name, form in forms.items() if not form.averaged)
 
 
 class _Columns:
@@ -141,17 +281,19 @@ class _Columns:
         for name, form in forms.items():
             for start, stop in spans(form.numel, len(self._weights)):
                 block = Block(form.dtype, (Piece(name, start, stop),))
-                if form.dtype.is_floating_point:
-                    values = factors @ self._history.columns(name, start, stop).double()
+                if form.averaged:
+                    wide = torch.complex128 if form.dtype.is_complex else torch.float64
+                    values = factors.to(wide) @ self._history.columns(name, start, stop).to(wide)
                 else:
-                    values = self._history.rows.tensor(len(self._weights) - 1, name).reshape(-1)[start:stop]
+                    last = max(index for index, weight in enumerate(self._weights) if weight)
+                    values = self._history.rows.tensor(last, name).reshape(-1)[start:stop]
                 yield block, values.to(form.dtype)
                 done += block.nbytes
                 if self._progress is not None:
                     self._progress(done, total)
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def check_weights(weights: Weights | None, count: int) -> list[float]:
     """Return the weights of so many checkpoints, checked to sum to one.
 
     Raises:
@@ -159,7 +301,9 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """
     if weights is None:
         weights = [1 / max(count, 1)] * count
-    total = math.fsum(weights)
+    elif callable(weights):
+        weights = weights(count)
+    total = math.fsum(weights) if all(map(math.isfinite, weights)) else math.nan
     if len(weights) != count or count == 0:
         raise TitheError(
             "average",
@@ -172,43 +316,51 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
             "average",
             found=f"weights that sum to {total:g}",
             expected="a sum of 1",
-            remedy=f"divide each by {total:g}" if math.isfinite(total) and total else "use finite weights",
+            remedy=f"divide each by {total:g}" if math.isfinite(total) and total else "use weights that sum to 1",
         )
     return [weight / total for weight in weights]
 
 
-def check_output(output: Path, first: Path) -> None:
+def check_output(output: Path, history: History) -> None:
     """Check a place to write to, before anything is read.
 
     Args:
         output: the place.
-        first: a checkpoint of the format that will be written.
+        history: checkpoints of the format that will be written.
 
     Raises:
         TitheError: when something is there, or its name says another format.
     """
-    folder = folder_of(first) is not None
-    if output.exists() and (output.is_file() or not folder or any(output.iterdir())):
-        raise TitheError(
-            str(output), found="an existing file or folder", expected="a new path", remedy="choose another output"
-        )
+    rows = history.rows
+    first = rows.entries[0] if isinstance(rows, PlainRows) else None
+    folder = first is not None and first.folder is not None
+    check_new(output, folder=folder)
     if folder:
         return
-    pickles = first.suffix in PICKLES
-    if output.suffix == ".safetensors" if pickles else output.suffix in PICKLES:
+    pickled = isinstance(first, PickleEntry)
+    if output.suffix == ".safetensors" if pickled else output.suffix in (*PICKLES, ".tar"):
         raise TitheError(
             str(output),
             found=f"the ending {output.suffix}",
-            expected=f"{first.suffix}, the format of {first}",
+            expected=f"{rows.paths[0].suffix}, the format of {rows.paths[0]}",
             remedy="change the ending of the output",
         )
 
 
-def folder_of(checkpoint: Path) -> Path | None:
-    """Return a checkpoint's Hugging Face folder, or None; a `pytorch_model.bin` has its configuration next to it."""
-    if checkpoint.is_dir():
-        return checkpoint
-    return checkpoint.parent if checkpoint.name == _OLD else None
+def check_new(output: Path, *, folder: bool = True) -> None:
+    """Check that nothing is at a place to write to; an empty folder may become one.
+
+    Raises:
+        TitheError: when something is there.
+    """
+    try:
+        there = output.is_symlink() or (output.exists() and (output.is_file() or not folder or any(output.iterdir())))
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if there:
+        raise TitheError(
+            str(output), found="an existing file or folder", expected="a new path", remedy="choose another output"
+        )
 
 
 @contextlib.contextmanager
@@ -223,9 +375,20 @@ def _writing(output: Path, num_bytes: int) -> Generator[Path]:
     except (OSError, RuntimeError) as error:
         # torch.save ends its file after it could not write to it, and says what it finds then.
         before = error.__context__
-        if not is_full(error) and not (isinstance(before, OSError) and is_full(before)):
-            raise
-        raise _no_room(output, "no room left", num_bytes) from error
+        if is_full(error) or (isinstance(before, OSError) and is_full(before)):
+            raise _no_room(output, "no room left", num_bytes) from error
+        if isinstance(error, OSError):
+            raise _unwritable(output, error) from error
+        raise
+
+
+def _unwritable(output: Path, error: OSError) -> TitheError:
+    return TitheError(
+        str(output),
+        found=f"a place that cannot be written ({error.strerror})",
+        expected="a new path in a folder of yours",
+        remedy="check its permissions and the length of the name, or name another place",
+    )
 
 
 def _no_room(output: Path, found: str, num_bytes: int) -> TitheError:
@@ -234,19 +397,64 @@ def _no_room(output: Path, found: str, num_bytes: int) -> TitheError:
     )
 
 
-def _write_plain(target: Path, entries: Sequence[Entry], sums: Sums) -> None:
-    """Write whole checkpoints' average in the format of the first."""
+def _write_plain(target: Path, entries: Sequence[Entry], summing: Summing, told: Averaged) -> Averaged:
+    """Write whole checkpoints' average in the format of the first; return all that is told of it."""
     first = entries[0]
-    folder = folder_of(first.path)
-    if folder is not None:
-        target.mkdir()
-        copy_extras(folder, target)
-    if isinstance(first, PickleEntry):
-        last = [entry for entry in entries if isinstance(entry, PickleEntry)][-1]
-        _write_pickle(target if folder is None else target / _OLD, last, sums)
-    elif isinstance(first, FileEntry):
-        for file in first.files:
-            _write_file(target if folder is None else target / file.path.name, file, sums)
+    if first.folder is None or first.contents is None:
+        models, kept = _write_model(target, entries, summing, first=True)
+        return replace(told, models=models, kept=told.kept + kept)
+    target.mkdir()
+    _copy(first.folder, first.contents.copied, target)
+    main = first.contents.main[0]
+    models, kept = _write_model(target / main.name, entries, summing, first=True)
+    others = [open_beside(entry) for entry in entries]
+    for place in _names_of_all(entries, others):
+        beside = [other[place] for other in others]
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        more, besides = _write_model(target / place, beside, summing)
+        models += (str(place), *(f"{place}: {one}" for one in more))
+        kept += _kept(beside[0].forms, f"{place}: ") + tuple(f"{place}: {one}" for one in besides)
+    skipped = {**told.skipped, **{str(path): why for path, why in first.contents.skipped.items()}}
+    copied = tuple(map(str, first.contents.copied))
+    return replace(told, models=models, kept=told.kept + kept, copied=copied, skipped=skipped)
+
+
+def _names_of_all(entries: Sequence[Entry], others: Sequence[Mapping[_Name, Entry]]) -> list[_Name]:
+    """The names of the other models that are in checkpoints; the same in all.
+
+    Raises:
+        TitheError: naming the first checkpoint that has others than the first.
+    """
+    for entry, names in zip(entries[1:], others[1:], strict=True):
+        odd = sorted(map(str, set(names) ^ set(others[0])))
+        if odd:
+            raise TitheError(
+                str(entry.path),
+                found=f"other models beside the first than in {entries[0].path}: {odd[0]} is in one of the two alone",
+                expected="the same models in all",
+                remedy="leave this checkpoint out, or average the files of one model by their names",
+            )
+    return list(others[0])
+
+
+def _write_model(
+    target: Path, entries: Sequence[Entry], summing: Summing, *, first: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write one model, or a file of several; return what else was averaged in it, and what is the last one's."""
+    if isinstance(entries[0], FileEntry):
+        sums = summing(entries, first)
+        files = entries[0].files
+        for file in files:
+            _write_file(target if len(files) == 1 else target.parent / file.path.name, file, sums)
+        return (), ()
+    pickled = [entry for entry in entries if isinstance(entry, PickleEntry)]
+    others = [entry.others() if isinstance(entry, PickleEntry) else {} for entry in entries]
+    parts = {pickled[-1].keys: summing(entries, first)}
+    for keys in _names_of_all(entries, others):
+        parts[keys] = summing([other[keys] for other in others], False)
+    _write_pickle(target, pickled[-1].path, parts)
+    models = [".".join(map(str, keys)) for keys in others[0]]
+    return tuple(models), tuple(pickled[-1].beside())
 
 
 def _write_file(target: Path, like: FlatFile, sums: Sums) -> None:
@@ -274,30 +482,30 @@ def _metadata(found: Mapping[str, str]) -> dict[str, str]:
     return kept if KEY not in found else {"format": "pt", **kept}
 
 
-def copy_extras(origin: Path, target: Path) -> None:
-    """Copy a Hugging Face folder's other files: configuration, tokenizer, the index of shards.
-
-    A folder inside comes along where it holds no weights.
-    """
-    for path in sorted(origin.iterdir()):
-        if path.name.startswith(".") or path.name in _OF_A_RUN or path.suffix in _WEIGHTS:
-            continue
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-        elif not any(inside.suffix in _WEIGHTS for inside in path.rglob("*")):
-            shutil.copytree(path, target / path.name)
+def _copy(origin: Path, places: Sequence[Path], target: Path) -> None:
+    """Copy files of a folder: configuration, tokenizer, the index of shards."""
+    for place in places:
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(origin / place, target / place)
 
 
-def _write_pickle(target: Path, last: PickleEntry, sums: Sums) -> None:
-    """Write what a `.pt` file holds, with the model's tensors replaced; tied ones stay tied."""
-    content: Any = load(last.path)
-    outer = copy.copy(content)
-    inner = outer
-    for key in last.keys:
-        inner[key] = copy.copy(inner[key])
-        inner = inner[key]
-    tensors = cast(MutableMapping[Any, Any], inner)
-    spelled = {str(key): key for key, value in tensors.items() if isinstance(value, Tensor)}
+def _write_pickle(target: Path, last: Path, parts: Mapping[Keys, Sums]) -> None:
+    """Write what a `.pt` file holds, with the tensors of its models replaced; tied ones stay tied."""
+    outer: Any = copy.copy(load(last))
+    copied: dict[Keys, Any] = {(): outer}
+    for keys, sums in parts.items():
+        inner = outer
+        for depth, key in enumerate(keys, 1):
+            if keys[:depth] not in copied:
+                copied[keys[:depth]] = inner[key] = copy.copy(inner[key])
+            inner = copied[keys[:depth]]
+        _replace_tensors(inner, sums)
+    with target.open("wb") as file:
+        torch.save(outer, file)
+
+
+def _replace_tensors(tensors: Any, sums: Sums) -> None:
+    spelled = {str(key): key for key, value in items(tensors) if isinstance(value, Tensor)}
     shared: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
     leader: dict[str, str] = {}
     for name, key in spelled.items():
@@ -308,8 +516,6 @@ def _write_pickle(target: Path, last: PickleEntry, sums: Sums) -> None:
     averaged = _in_memory(forms, sums)
     for name, key in spelled.items():
         tensors[key] = averaged[leader[name]]
-    with target.open("wb") as file:
-        torch.save(outer, file)
 
 
 def _in_memory(forms: Mapping[str, Form], sums: Sums) -> dict[str, Tensor]:

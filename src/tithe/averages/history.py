@@ -11,6 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from tithe.averages.averageable import check_averageable, check_numbers
+from tithe.averages.copies import copies
 from tithe.averages.formats import FileEntry
 from tithe.averages.opened import none_left, open_found
 from tithe.averages.quantize import BLOCK
@@ -49,6 +51,7 @@ class History:
     Attributes:
         folder: the folder, or that of the first checkpoint.
         bits: of the codes that checkpoints are stored in; None when they are whole.
+        skipped: what does not count though it looks like a checkpoint, links to others and states of a run → why.
 
     Raises:
         TitheError: naming the checkpoint that is missing, damaged, a pickle with code in it, or of other tensors,
@@ -81,6 +84,7 @@ class History:
         self._rows: Rows | None = None
         self._recorder: Recorder | None = None
         self._full = False
+        self.skipped: dict[Path, str] = {}
         self._read_only = "checkpoints that something else wrote"
         left_out: list[str] = []
         files = recorded(paths[0]) if len(paths) == 1 else []
@@ -95,7 +99,7 @@ class History:
                     expected="bits for a history that is recorded",
                     remedy="leave out bits= here; tithe.TWA(history, bits=…) codes the basis",
                 )
-            self._rows, self._notes = open_found(paths, left_out if skip_damaged else None)
+            self._rows, self._notes, self.skipped = open_found(paths, left_out if skip_damaged else None)
         for message in left_out:
             warnings.warn(f"left out: {message}", TitheWarning, stacklevel=2)
 
@@ -141,6 +145,23 @@ class History:
         based = copy.copy(self)
         based._rows = rows.on(base)
         return based
+
+    def distinct(self) -> History:
+        """Return the same checkpoints, each once: copies of another are left out, and told in `skipped`.
+
+        What a history recorded stays as it is: the checkpoints of a run are its steps, whether it moved or not.
+        """
+        rows = self.rows
+        if self._notes or not isinstance(rows, PlainRows | DeltaRows):
+            return self
+        found = copies(rows.entries)
+        if not found:
+            return self
+        once = copy.copy(self)
+        once._rows = rows.without(found)
+        paths = rows.paths
+        once.skipped = {**self.skipped, **{paths[one]: f"a copy of {paths[two].name}" for one, two in found.items()}}
+        return once
 
     @property
     def steps(self) -> list[int]:
@@ -217,14 +238,16 @@ class History:
         return self.average([1 / len(self.rows)] * len(self))
 
     def average(self, weights: Sequence[float]) -> dict[str, Tensor]:
-        """Return Σ weights_i w_i of each floating-point tensor, in its own dtype; others are the last checkpoint's.
+        """Return Σ weights_i w_i of each floating-point or complex tensor; others are the last checkpoint's.
 
         Args:
             weights: one for each checkpoint.
 
         Raises:
-            TitheError: when the number of weights is another, or a checkpoint has values that are not finite.
+            TitheError: when the number of weights is another, a checkpoint has values that are not finite, or the
+                tensors are codes, integers or factors that no mean of them stands for.
         """
+        check_averageable(self.rows, [index for index, weight in enumerate(weights) if weight])
         return {name: self.average_tensor(name, weights) for name in self.rows.forms}
 
     def average_tensor(self, name: str, weights: Sequence[float]) -> Tensor:
@@ -242,12 +265,13 @@ class History:
             raise TitheError(
                 "average", found=f"{len(weights)} weights", expected=f"{len(rows)}", remedy="pass one a checkpoint"
             )
-        if not form.dtype.is_floating_point:
-            return rows.tensor(len(rows) - 1, name)
+        if not form.averaged:
+            return rows.tensor(max((index for index, weight in enumerate(weights) if weight), default=-1), name)
         out = torch.empty(form.numel, dtype=form.dtype)
+        summed = torch.complex128 if form.dtype.is_complex else torch.float64
         for start in range(0, form.numel, _SUMMED):
             stop = min(start + _SUMMED, form.numel)
-            total = torch.zeros(stop - start, dtype=torch.float64)
+            total = torch.zeros(stop - start, dtype=summed)
             wide = torch.empty_like(total)
             for weight, values in zip(weights, rows.ranges(name, start, stop), strict=True):
                 total.add_(wide.copy_(values), alpha=weight)
@@ -260,14 +284,17 @@ class History:
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """Return entries [start, stop) of a tensor in every checkpoint, (n, stop − start), float32 or float64.
 
+        Complex ones are complex64 or complex128.
+
         Args:
-            name: of a floating-point tensor.
+            name: of a floating-point or complex tensor.
             start: the first entry, in row-major order.
             stop: the entry after the last.
 
         Raises:
-            TitheError: naming the checkpoint and the tensor, when a value is not finite.
+            TitheError: naming the checkpoint and the tensor, when a value is not finite, or no number but a code.
         """
+        check_numbers(self.rows, name)
         block = self.rows.columns(name, start, stop)
         check_finite(block, name, self.rows.paths)
         return block
@@ -277,7 +304,7 @@ class History:
         block = self.rows.columns(name, start, stop)
         same = (block == block[0]).all(0) & block[0].isinf()
         check_finite(block.masked_fill(same, 0), name, self.rows.paths)
-        return torch.where(same, block[0].double(), total)
+        return torch.where(same, block[0].to(total.dtype), total)
 
     def _check_model(self, found: Mapping[str, Form]) -> None:
         forms = self._files[0].forms

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tithe.averages.formats import DeltaEntry, Entry, FileEntry, find_entries, open_entry
+from tithe.averages.formats import DeltaEntry, FileEntry, PickleEntry, open_entry
+from tithe.averages.found import find_checkpoints
 from tithe.averages.recorder import Note
-from tithe.averages.stacked import DeltaRows, PlainRows, Rows
+from tithe.averages.stacked import DeltaRows, PlainRows
 from tithe.errors import TitheError
 
 
-def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows, list[Note]]:
+def open_found(
+    paths: Sequence[Path], left_out: list[str] | None
+) -> tuple[PlainRows | DeltaRows, list[Note], dict[Path, str]]:
     """Open the checkpoints at some paths, in this order.
 
     Args:
@@ -19,16 +22,22 @@ def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows,
         left_out: takes what is said of those that cannot be read; None raises.
 
     Returns:
-        The rows, and what each says of itself where histories recorded them all; else nothing.
+        The rows; what each says of itself where histories recorded them all, else nothing; and what does not count
+        though it looks like a checkpoint, with the reason.
 
     Raises:
         TitheError: naming the checkpoint that cannot be read, or has other tensors than the first; or when none is
             left.
     """
-    entries: list[Entry] = []
-    for path in [one for given in paths for one in find_entries(given)]:
+    entries: list[FileEntry | PickleEntry | DeltaEntry] = []
+    found = [find_checkpoints(given) for given in paths]
+    for path in [one for several in found for one in several.paths]:
         try:
-            entries.append(open_entry(path))
+            entry = open_entry(path)
+            if left_out is not None and isinstance(entry, FileEntry):
+                for file in entry.files:
+                    file.check_all()
+            entries.append(entry)
         except TitheError as error:
             if left_out is None:
                 raise
@@ -46,7 +55,9 @@ def open_found(paths: Sequence[Path], left_out: list[str] | None) -> tuple[Rows,
         )
     notes = [_note(entry) for entry in entries]
     told = [note for note in notes if note is not None]
-    return DeltaRows(deltas) if deltas else PlainRows(entries), told if len(told) == len(entries) else []
+    rows = DeltaRows(deltas) if deltas else PlainRows(entries)
+    skipped = {path: reason for several in found for path, reason in several.skipped.items()}
+    return rows, told if len(told) == len(entries) else [], skipped
 
 
 def none_left(path: Path, left_out: Sequence[str] | None) -> TitheError:
@@ -62,7 +73,7 @@ def none_left(path: Path, left_out: Sequence[str] | None) -> TitheError:
     )
 
 
-def _note(entry: Entry) -> Note | None:
+def _note(entry: FileEntry | PickleEntry | DeltaEntry) -> Note | None:
     """What a checkpoint of a recorded history says, when it is opened on its own.
 
     Raises:

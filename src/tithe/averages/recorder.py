@@ -35,7 +35,9 @@ from tithe.delta.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
 
 KEY: Final = "tithe_history"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Files of version 1 have no checksums."""
+
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -81,11 +83,26 @@ class Note:
                     expected=f"version {VERSION}",
                     remedy="upgrade tithe",
                 )
-            return cls(**told)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            note = cls(**told)
+            if version != (1 if file.pages is None else VERSION) or not note._plain():
+                raise ValueError(version)
+            return note
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TitheError(
                 str(file.path), found="a damaged note", expected="what history.record wrote", remedy="copy it again"
             ) from error
+
+    def _plain(self) -> bool:
+        """Whether each value is of its kind, whatever a damaged file says."""
+        kinds: dict[str, tuple[type, ...]] = {
+            "step": (int,),
+            "score": (int, float, type(None)),
+            "bits": (int, type(None)),
+            "name": (str,),
+            "after": (str,),
+        }
+        fine = all(type(getattr(self, name)) in kind for name, kind in kinds.items())
+        return fine and self.bits in (None, 8, 4, 1)
 
 
 def recorded(folder: Path) -> list[Path]:
@@ -100,14 +117,15 @@ def begun(paths: Sequence[Path], skip: bool) -> bool:
 
     Args:
         paths: in order.
-        skip: tell it by the first that can be read, instead of the first.
+        skip: tell it by those that can be read.
 
     Raises:
-        TitheError: when the first is damaged, without `skip`.
+        TitheError: when one before the first that a history recorded is damaged, without `skip`.
     """
     for path in paths:
         try:
-            return Note.of(FlatFile.open(path)) is not None
+            if Note.of(FlatFile.open(path)) is not None:
+                return True
         except TitheError:
             if not skip:
                 raise
@@ -133,6 +151,8 @@ def read_recorded(paths: Sequence[Path], left_out: list[str] | None) -> tuple[li
         try:
             file = FlatFile.open(path)
             note = Note.of(file)
+            if left_out is not None:
+                file.check_all()
             follows = note is not None and note.after == (notes[-1].name if notes else "")
             # After a gap nothing tells which run goes on, but that it is not one that was left out before.
             unknown = note is not None and left_out is not None and number > last + 1 and note.after not in others
@@ -150,6 +170,13 @@ def read_recorded(paths: Sequence[Path], left_out: list[str] | None) -> tuple[li
                     found="a coded step after one that is left out",
                     expected="all those before it",
                     remedy="restore them",
+                )
+            if files and file.pages is None and files[-1].pages is not None:
+                raise TitheError(
+                    str(path),
+                    found="a checkpoint without checksums after one that has them",
+                    expected="checksums",
+                    remedy="copy it again",
                 )
             if notes and note.bits != notes[-1].bits:
                 raise TitheError(
@@ -290,9 +317,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor], note: Note) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            writer = FlatWriter(file, {name: Form.of(tensor) for name, tensor in tensors.items()}, note.metadata())
+            forms = {name: Form.of(tensor) for name, tensor in tensors.items()}
+            writer = FlatWriter(file, forms, note.metadata(), checked=True)
             for name in writer.names:
                 writer.write(tensors[name])
+            writer.finish()
             file.flush()
             os.fsync(file.fileno())
         link(temporary, path)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from io import RawIOBase
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
 
+from tithe.averages.checksums import KEY as CHECKSUMS
+from tithe.averages.checksums import Pages, Summing, blank
 from tithe.delta.file import CODES, DTYPES
 from tithe.errors import TitheError
 
@@ -52,23 +53,29 @@ class Form:
         """Return the bytes of its data."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def averaged(self) -> bool:
+        """Return whether an average has sums of its entries: of floating-point and complex numbers, not of integers."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} of shape {list(self.shape)}"
 
 
-def check_plain(place: str, name: str, tensor: Tensor) -> None:
+def check_plain(place: str, name: str, tensor: Tensor, *, pickled: bool = False) -> None:
     """Check that a tensor is what safetensors can store.
 
     Args:
         place: for the message.
         name: what the tensor is called.
         tensor: of any kind.
+        pickled: take complex numbers of any width, too.
 
     Raises:
         TitheError: when it is sparse, quantised, or of another dtype.
     """
     plain = tensor.layout == torch.strided and not tensor.is_quantized
-    if not plain or tensor.dtype not in CODES:
+    if not plain or not (tensor.dtype in CODES or (pickled and tensor.is_complex())):
         raise TitheError(
             place,
             found=f"{name}, a {tensor.layout} tensor of {tensor.dtype}",
@@ -86,12 +93,14 @@ class FlatFile:
         forms: name → dtype and shape.
         offsets: name → where in the file the tensor begins, in bytes.
         metadata: the free strings of the header.
+        pages: checksums of the data, where the file has them.
     """
 
     path: Path
     forms: Mapping[str, Form]
     offsets: Mapping[str, int]
     metadata: Mapping[str, str]
+    pages: Pages | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> FlatFile:
@@ -105,25 +114,17 @@ class FlatFile:
         """
         try:
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                start = file.read(8)
+                length = int.from_bytes(start, "little")
                 if not 0 < length <= _LONGEST_HEADER:
                     raise ValueError(f"a header of {length} bytes")
-                content: Any = json.loads(file.read(length))
+                header = file.read(length)
                 size = file.seek(0, 2)
+            content: Any = json.loads(header.decode())
             metadata = {str(key): str(value) for key, value in content.pop("__metadata__", {}).items()}
-            forms: dict[str, Form] = {}
-            offsets: dict[str, int] = {}
-            end = 8 + length
-            for name, told in content.items():
-                shape = tuple(int(n) for n in told["shape"])
-                forms[name] = form = Form(DTYPES[told["dtype"]], shape)
-                first, last = told["data_offsets"]
-                offsets[name] = 8 + length + first
-                if min(shape, default=0) < 0 or not 0 <= first <= last or last - first != form.nbytes:
-                    raise ValueError(f"{last - first} bytes for {name}, {form}")
-                end = max(end, 8 + length + last)
-            if end != size:
-                raise ValueError(f"{size} bytes where the header announces {end}")
+            forms, offsets = _laid_out(content, 8 + length, size)
+            told = metadata.pop(CHECKSUMS, None)
+            pages = None if told is None else Pages(path, start + header, told, size)
         except FileNotFoundError as error:
             raise TitheError(
                 str(path), found="no such file", expected="a safetensors file", remedy="check the path"
@@ -135,7 +136,7 @@ class FlatFile:
                 expected="a complete safetensors file",
                 remedy="copy or download it again: it is truncated, damaged or of another kind",
             ) from error
-        return cls(path, forms, offsets, metadata)
+        return cls(path, forms, offsets, metadata, pages)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return entries [start, stop) of a tensor in row-major order, a new 1-D tensor on the CPU.
@@ -144,8 +145,34 @@ class FlatFile:
             TitheError: when the file is gone, or shorter than it was.
         """
         form = self.forms[name]
-        count = (form.numel if stop is None else stop) - start
-        return read_range(self.path, self.offsets[name] + start * form.dtype.itemsize, count, form.dtype)
+        out = torch.empty((form.numel if stop is None else stop) - start, dtype=form.dtype)
+        self.fill(self.offsets[name] + start * form.dtype.itemsize, out)
+        return out
+
+    def fill(self, place: int, out: Tensor) -> None:
+        """Read numbers as they are stored, and check the pages that they are in where the file has checksums.
+
+        Args:
+            place: of the first number in the file, in bytes.
+            out: takes them, 1-D on the CPU, contiguous.
+
+        Raises:
+            TitheError: when the file is gone, shorter than it was, or not what was recorded.
+        """
+        fill_range(self.path, place, out, self.pages)
+
+    def check_all(self) -> None:
+        """Read the file through and check it, where it has checksums.
+
+        Raises:
+            TitheError: when it is not what was recorded, or cannot be read.
+        """
+        if self.pages is None:
+            return
+        try:
+            self.pages.check_all()
+        except (OSError, EOFError) as error:
+            raise _gone(self.path, error) from error
 
     def tensor(self, name: str) -> Tensor:
         """Return all of a tensor."""
@@ -165,37 +192,74 @@ def read_range(path: Path, offset: int, count: int, dtype: torch.dtype) -> Tenso
         TitheError: when the file cannot be read, or ends before.
     """
     out = torch.empty(count, dtype=dtype)
-    if not count:
-        return out
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            fill(file, out, path)
-    except OSError as error:
-        raise _gone(path, str(error)) from error
+    fill_range(path, offset, out)
     return out
 
 
-def fill(file: RawIOBase, out: Tensor, path: Path) -> None:
-    """Read the bytes of a contiguous CPU tensor from the position of an unbuffered file.
+def fill_range(path: Path, place: int, out: Tensor, pages: Pages | None = None) -> None:
+    """Read the bytes of a contiguous CPU tensor from a place in a file.
 
     Args:
-        file: open for reading.
+        path: the file.
+        place: of the first byte.
         out: 1-D.
-        path: of the file, for the message.
+        pages: checks what was read.
 
     Raises:
-        TitheError: when the file ends before.
+        TitheError: when the file cannot be read, ends before, or is not what was recorded.
     """
-    todo = out.view(torch.uint8).numpy().data
-    while todo:
-        done = file.readinto(todo)
-        if not done:
-            raise _gone(path, "it has become shorter")
-        todo = todo[done:]
+    if not out.numel():
+        return
+    data = out.view(torch.uint8).numpy().data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(place)
+            todo = data
+            while todo:
+                done = file.readinto(todo)
+                if not done:
+                    raise EOFError
+                todo = todo[done:]
+            if pages is not None:
+                pages.check(file, place, data)
+    except (OSError, EOFError) as error:
+        raise _gone(path, error) from error
 
 
-def _gone(path: Path, reason: str) -> TitheError:
+def _laid_out(content: Mapping[str, Any], start: int, size: int) -> tuple[dict[str, Form], dict[str, int]]:
+    """Where each tensor lies by the header of a file: one after the other, without gaps, to the file's end.
+
+    Raises:
+        ValueError: when they do not.
+        KeyError: for an unknown dtype, or something that is not said.
+        TypeError: when something is not of its kind.
+    """
+    forms: dict[str, Form] = {}
+    offsets: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for name, told in content.items():
+        shape, (first, last) = tuple(told["shape"]), told["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, first, last)):
+            raise ValueError(f"sizes of {name} that are no whole numbers")
+        if told["dtype"] not in DTYPES:
+            raise ValueError(f"{name} of dtype {told['dtype']}")
+        forms[name] = form = Form(DTYPES[told["dtype"]], shape)
+        if last - first != form.nbytes:
+            raise ValueError(f"{last - first} bytes for {name}, {form}")
+        offsets[name] = start + first
+        spans.append((first, last))
+    end = 0
+    for first, last in sorted(spans):
+        if first != end:
+            raise ValueError(f"data that begins at byte {first} where {end} was expected")
+        end = last
+    if start + end != size:
+        raise ValueError(f"{size} bytes where the header announces {start + end}")
+    return forms, offsets
+
+
+def _gone(path: Path, error: Exception) -> TitheError:
+    reason = "it has become shorter" if isinstance(error, EOFError) else str(error)
     return TitheError(
         str(path),
         found=f"a file that can no longer be read ({reason})",
@@ -211,6 +275,7 @@ class FlatWriter:
         file: open for writing, empty.
         forms: name → form, of what will be written.
         metadata: free strings of the header.
+        checked: whether the header gets checksums, by `finish`; the file can then go back.
 
     Attributes:
         names: in the order in which the tensors are to be written.
@@ -227,10 +292,13 @@ class FlatWriter:
         1
     """
 
-    def __init__(self, file: BinaryIO, forms: Mapping[str, Form], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, file: BinaryIO, forms: Mapping[str, Form], metadata: Mapping[str, str], *, checked: bool = False
+    ) -> None:
         # The widest dtypes come first, so that each tensor begins at a multiple of its own: readers view, not copy.
         self.names = tuple(sorted(forms, key=lambda name: -forms[name].dtype.itemsize))
-        content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        sums = {CHECKSUMS: blank(sum(form.nbytes for form in forms.values()))} if checked else {}
+        content: dict[str, Any] = {"__metadata__": {**metadata, **sums}} if metadata or sums else {}
         end = 0
         for name in self.names:
             form = forms[name]
@@ -242,11 +310,19 @@ class FlatWriter:
             end += form.nbytes
         header = json.dumps(content, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # data begins at a multiple of eight bytes, as safetensors asks
-        self._file = file
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
+        self._file, self._header = file, len(header).to_bytes(8, "little") + header
+        self._sums = Summing() if checked else None
+        file.write(self._header)
 
     def write(self, values: Tensor) -> None:
         """Write the next entries, in the dtype that was announced."""
-        plain = values.detach().cpu().contiguous().reshape(-1)
-        self._file.write(plain.view(torch.uint8).numpy().data)
+        data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._file.write(data)
+        if self._sums is not None:
+            self._sums.add(data)
+
+    def finish(self) -> None:
+        """Write the checksums of what was written into the header."""
+        if self._sums is not None:
+            self._file.seek(0)
+            self._file.write(self._sums.filled(self._header))

@@ -12,14 +12,15 @@ where they are recorded: both have the same w̃_i, bit for bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from tithe.averages.formats import DeltaEntry, Entry
+from tithe.averages.entry import Entry
+from tithe.averages.formats import DeltaEntry
 from tithe.averages.quantize import BLOCK, code_bytes, decode
 from tithe.averages.safetensors_ranges import FlatFile, Form
 from tithe.delta.check_base import Match, check_base
@@ -53,7 +54,7 @@ class Rows(ABC):
         """Yield entries [start, stop) of each row in turn, (stop − start,), in any dtype that holds them."""
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Return entries [start, stop) of every row, (n, stop − start), in float32, or float64 for float64 tensors."""
+        """Return entries [start, stop) of every row, (n, stop − start), in the dtype that they are computed in."""
         out = torch.empty(len(self), stop - start, dtype=computed_dtype(self.forms[name].dtype))
         for row, values in zip(out, self.ranges(name, start, stop), strict=True):
             row.copy_(values)
@@ -85,6 +86,10 @@ class PlainRows(Rows):
         self.places = {}
         for entry in entries[1:]:
             check_forms(entry.path, entry.forms, self.forms, entries[0].path)
+
+    def without(self, places: Collection[int]) -> PlainRows:
+        """Return the rows but for those at some places."""
+        return PlainRows([entry for index, entry in enumerate(self.entries) if index not in places])
 
     def ranges(self, name: str, start: int, stop: int) -> Iterator[Tensor]:
         """Yield ranges with one read per row."""
@@ -220,6 +225,10 @@ class DeltaRows(Rows):
                         entry.share(name, places)
             self.forms[name] = form
 
+    def without(self, places: Collection[int]) -> DeltaRows:
+        """Return the rows but for those at some places."""
+        return DeltaRows([entry for index, entry in enumerate(self.entries) if index not in places], self._base)
+
     def on(self, base: Mapping[str, Tensor]) -> DeltaRows:
         """Return the same rows on the tensors of a base.
 
@@ -297,7 +306,9 @@ class DeltaRows(Rows):
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which numbers are computed: float64 for float64, else float32."""
+    """Return the dtype in which numbers are computed: float64 for float64, else float32; complex ones alike."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

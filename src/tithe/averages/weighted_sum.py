@@ -14,8 +14,9 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from tithe.averages.formats import Entry, FileEntry
-from tithe.averages.safetensors_ranges import FlatFile, Form, fill
+from tithe.averages.entry import Entry
+from tithe.averages.formats import FileEntry
+from tithe.averages.safetensors_ranges import FlatFile, Form
 from tithe.errors import TitheError
 
 _LONGEST: Final = 16 << 20
@@ -46,6 +47,11 @@ class Block:
 
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+
+    @property
+    def averaged(self) -> bool:
+        """Return whether an average has sums of the entries."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
 
     @property
     def numel(self) -> int:
@@ -131,9 +137,7 @@ class _Source:
                 runs.append((file, place, at, at + size))
             at += size
         for file, place, start, stop in runs:
-            with file.path.open("rb", buffering=0) as opened:
-                opened.seek(place)
-                fill(opened, out[start:stop], file.path)
+            file.fill(place, out[start:stop])
         return out
 
 
@@ -150,10 +154,9 @@ class Stream:
         taken = [(entry, weight) for entry, weight in zip(entries, weights, strict=True) if weight]
         self._paths, self._weights = [entry.path for entry, _ in taken], [weight for _, weight in taken]
         self._sources = [_Source(entry) for entry, _ in taken]
-        self._last = _Source(entries[-1])
+        self._last = self._sources[-1]
         self._progress, self._done = progress, 0
-        times = {True: len(taken), False: 1}
-        self._total = sum(form.nbytes * times[form.dtype.is_floating_point] for form in entries[0].forms.values())
+        self._total = sum(form.nbytes * (len(taken) if form.averaged else 1) for form in entries[0].forms.values())
         each = max(_SHORTEST, min(_LONGEST, _AT_ONCE // len(taken) // 16 * 16))
         self._buffers = torch.empty(2, len(taken), each, dtype=torch.uint8)
         self._out = torch.empty(each, dtype=torch.uint8)
@@ -162,19 +165,21 @@ class Stream:
     def blocks(self, forms: Mapping[str, Form]) -> Iterator[tuple[Block, Tensor]]:
         """Yield the sum over some tensors, in order: floats are summed in float32, or float64 from float32 on.
 
-        Other tensors are the last checkpoint's, and so is an entry that is the same infinity in each, as in masks.
+        Of complex numbers both parts are summed so. Other tensors are those of the last checkpoint that counts, and so
+        is an entry that is the same infinity in each, as in masks.
         The values that come with a block, 1-D of its dtype, are valid until the next one.
 
         Raises:
             TitheError: naming the checkpoint and the tensor, when a value is not finite, or a file ends too early.
         """
         for block, rows in self._reads(forms):
-            if not block.dtype.is_floating_point:
+            if not block.averaged:
                 yield block, rows[0]
                 continue
             values = _viewed(self._out, block.dtype, block.numel)
-            if not self._add(rows, values):
-                self._mend(block, rows, values)
+            parts, sums = [real(row) for row in rows], real(values)
+            if not self._add(parts, sums):
+                self._mend(block, parts, sums)
             yield block, values
 
     def _reads(self, forms: Mapping[str, Form]) -> Iterator[tuple[Block, list[Tensor]]]:
@@ -183,7 +188,7 @@ class Stream:
         before: tuple[Block, list[Future[Tensor]]] | None = None
         try:
             for number, block in enumerate(blocks(forms, self._buffers.shape[2])):
-                sources = self._sources if block.dtype.is_floating_point else [self._last]
+                sources = self._sources if block.averaged else [self._last]
                 rows = [_viewed(buffer, block.dtype, block.numel) for buffer in self._buffers[number % 2]]
                 reads = [pool.submit(one.read, block, row) for one, row in zip(sources, rows, strict=False)]
                 if before is not None:
@@ -233,7 +238,8 @@ class Stream:
         kept = same.isinf()
         for path, row in zip(self._paths, rows, strict=True):
             _check(path, block, row.to(torch.float32).isfinite() | kept)
-            row.masked_fill_(kept, 0)
+            # Zeros are zero bits in every dtype; float8 itself cannot be filled.
+            row.view(torch.uint8).view(-1, row.dtype.itemsize).masked_fill_(kept[:, None], 0)
         fine = self._add(rows, out)
         if not fine:
             raise TitheError(
@@ -246,7 +252,7 @@ class Stream:
 
 
 def _check(path: Path, block: Block, fine: Tensor) -> None:
-    at = 0
+    at, fine = 0, fine.view(block.numel, -1).all(1)  # of a complex number both parts
     for piece in block.pieces:
         stop = at + piece.stop - piece.start
         if not bool(fine[at:stop].all()):
@@ -261,6 +267,16 @@ def _check(path: Path, block: Block, fine: Tensor) -> None:
 
 def _viewed(buffer: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
     return buffer[: numel * dtype.itemsize].view(dtype)
+
+
+def real(values: Tensor) -> Tensor:
+    """Return a 1-D tensor, or of complex numbers a view of the real and imaginary parts in turn.
+
+    Example:
+        >>> real(torch.tensor([1 + 2j, 3 - 4j])).tolist()
+        [1.0, 2.0, 3.0, -4.0]
+    """
+    return torch.view_as_real(values).view(-1) if values.is_complex() else values
 
 
 def summed_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,7 +33,7 @@ class Places:
 
     def start(self, name: str, weights: Sequence[float]) -> Tensor:
         """Return the start value of a tensor of the rest; a counter is that of the checkpoint that weighs most."""
-        if self.rest[name].is_floating_point():
+        if self.rest[name].is_floating_point() or self.rest[name].is_complex():
             return self.rows.average_tensor(name, weights)
         most = max(range(len(weights)), key=lambda index: (weights[index], index))
         return self.rows.rows.tensor(most, name)

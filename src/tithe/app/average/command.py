@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from rich.console import Console
 
 from tithe import History, TitheError, TitheWarning
 from tithe.app.average.plot import plot
-from tithe.app.average.ways import Comparison, Fixed, Settings, fixed_weights
+from tithe.app.average.ways import WITHOUT_DATA, Comparison, Fixed, Settings, fixed_weights
 from tithe.app.terminal import Bar
-from tithe.averages.average import average, check_output, check_weights
+from tithe.averages.average import Averaged, average
 
 _WITH_DATA = ("bits", "granularity", "epochs", "lr")
 
@@ -50,16 +52,16 @@ def run(
     """
     settings = Settings(**told)
     _check(recipe, data, weights, told, settings)
-    history = _opened(checkpoints, console, skip_damaged=skip_damaged)
-    check_output(output, history.rows.paths[0])
     with Bar(console, patience=5.0) as bar:
         if recipe is None:
-            found = _fixed(history, output, weights, settings, bar)
+            found = _fixed(checkpoints, output, weights, settings, console, bar, skip_damaged=skip_damaged)
             coefficients = {"all": torch.tensor(found.weights)}
         else:
             from tithe.app.average.compare import compare
             from tithe.app.train import read_recipe
 
+            with _told(console):
+                history = History(checkpoints, skip_damaged=skip_damaged)
             folder = [] if data is None else [f"data.folder={json.dumps(str(data.resolve()))}"]
             found = compare(read_recipe(recipe, folder), history, output, settings, bar)
             coefficients = found.winner.coefficients
@@ -68,17 +70,40 @@ def run(
     return found
 
 
-def _fixed(history: History, output: Path, weights: str | None, settings: Settings, bar: Bar) -> Fixed:
+def _fixed(
+    checkpoints: Sequence[Path],
+    output: Path,
+    weights: str | None,
+    settings: Settings,
+    console: Console,
+    bar: Bar,
+    *,
+    skip_damaged: bool,
+) -> Fixed:
     method = "mean" if settings.method == "auto" else settings.method
-    given = fixed_weights(method, len(history), settings.decay) if weights is None else parse_weights(weights)
-    factors = check_weights(given, len(history))
+    if method not in WITHOUT_DATA:
+        fixed_weights(method, 1, decay=settings.decay)  # says what it needs
+    told: list[Averaged] = []
     bar.phase("averaging")
-    average(history, output, factors, progress=bar.to)
+    given = partial(fixed_weights, method, decay=settings.decay) if weights is None else parse_weights(weights)
+    with _told(console):
+        average(
+            list(checkpoints),
+            output,
+            given,
+            skip_damaged=skip_damaged,
+            progress=bar.to,
+            report=told.append,
+        )
     return Fixed(
-        checkpoints=tuple(map(str, history.rows.paths)),
+        checkpoints=tuple(map(str, told[0].checkpoints)),
         method=method if weights is None else "weights",
-        weights=tuple(factors),
+        weights=told[0].weights,
         output=str(output),
+        models=told[0].models,
+        kept=told[0].kept,
+        copied=told[0].copied,
+        skipped=told[0].skipped,
     )
 
 
@@ -120,10 +145,11 @@ def _check(
         raise TitheError(place, found=found, expected="options that go together", remedy=remedy)
 
 
-def _opened(checkpoints: Sequence[Path], console: Console, *, skip_damaged: bool) -> History:
+@contextlib.contextmanager
+def _told(console: Console) -> Generator[None]:
+    """Warnings of what is opened meanwhile, a line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TitheWarning)
-        history = History(checkpoints, skip_damaged=skip_damaged)
+        yield
     for warning in caught:
         console.print(f"warning: {warning.message}", markup=False, highlight=False, soft_wrap=True)
-    return history

@@ -18,6 +18,7 @@ from tithe.app.average.ways import METHODS, Comparison, Row, Settings, ema_weigh
 from tithe.app.terminal import Bar
 from tithe.app.train.recipe import Recipe
 from tithe.averages.average import average, check_output, write_like
+from tithe.averages.averageable import check_averageable
 
 
 def compare(recipe: Recipe, history: History, output: Path, settings: Settings, bar: Bar) -> Comparison:
@@ -36,7 +37,9 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     Raises:
         TitheError: when data, model and checkpoints do not fit together, or the output exists.
     """
-    check_output(output, history.rows.paths[0])
+    history = history.distinct()
+    check_output(output, history)
+    check_averageable(history.rows, range(len(history)))
     bar.phase("reading data and model")
     bench = Bench(recipe, history, bar.to)
     for note in bench.notes:
@@ -54,6 +57,7 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     _write(bench, output, *chosen)
     return Comparison(
         checkpoints=tuple(map(str, history.rows.paths)),
+        skipped={str(path): why for path, why in history.skipped.items()},
         rows=tuple(rows),
         written=chosen[0].method,
         output=str(output),

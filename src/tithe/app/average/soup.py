@@ -46,9 +46,13 @@ def greedy_soup(bench: Bench, scores: Sequence[float]) -> list[int]:
 
 def _wide(tensor: Tensor) -> Tensor:
     """A tensor in which a mean can run."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if _averaged(tensor) else tensor
 
 
 def _joined(mean: Tensor, tensor: Tensor, size: int) -> Tensor:
     """The mean with one more, which makes it one of `size`."""
-    return mean + (_wide(tensor) - mean) / size if mean.is_floating_point() else tensor
+    return mean + (_wide(tensor) - mean) / size if _averaged(mean) else tensor
+
+
+def _averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

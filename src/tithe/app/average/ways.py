@@ -96,12 +96,20 @@ class Fixed:
         method: "mean", "ema" or "weights".
         weights: one a checkpoint.
         output: the new file or folder.
+        models: averaged besides the first model of the checkpoints.
+        kept: what is the last checkpoint's.
+        copied: files of the first one's folder.
+        skipped: what does not count, or is not in the output → why.
     """
 
     checkpoints: tuple[str, ...]
     method: str
     weights: tuple[float, ...]
     output: str
+    models: tuple[str, ...]
+    kept: tuple[str, ...]
+    copied: tuple[str, ...]
+    skipped: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -114,6 +122,7 @@ class Comparison:
 
     Args:
         checkpoints: that were averaged.
+        skipped: what does not count → why.
         rows: a row a way.
         written: the way whose result is at `output`.
         output: the new file or folder.
@@ -121,6 +130,7 @@ class Comparison:
     """
 
     checkpoints: tuple[str, ...]
+    skipped: Mapping[str, str]
     rows: tuple[Row, ...]
     written: str
     output: str
@@ -155,7 +165,7 @@ def ema_weights(count: int, decay: float) -> list[float]:
     return [decay ** (count - 1), *weights[1:]]
 
 
-def fixed_weights(method: str, count: int, decay: float) -> list[float]:
+def fixed_weights(method: str, count: int, *, decay: float) -> list[float]:
     """The weights of a way that looks at no data.
 
     Raises:
