@@ -34,11 +34,11 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"errors", "batch"},
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
-    "coupling": {"errors"},
     "forward": {"errors"},
+    "coupling": {"errors", "batch", "forward"},
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
-    "delta": {"errors", "batch", "selection", "budget", "rules"},
+    "delta": {"errors", "batch", "selection", "budget", "rules", "forward"},
     "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 
 from tithe.errors import TitheError
 from tithe.forward.modes import training
-from tithe.forward.rng import RandomStates
+from tithe.forward.untouched import untouched
 
 
 def tracked(model: nn.Module) -> list[_NormBase]:
@@ -23,7 +23,8 @@ def tracked(model: nn.Module) -> list[_NormBase]:
 def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], batches: Iterable[Any]) -> int:
     """Set every norm's running statistics to their mean over batches of training data.
 
-    Norms that run in evaluation mode while the model trains keep theirs. Random states stay as they were.
+    Norms that run in evaluation mode while the model trains keep theirs. Random states and all other buffers stay as
+    they were.
 
     Args:
         model: in either mode; it is left as it was.
@@ -45,17 +46,16 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
         if first is None:
             raise TitheError("statistics", found="no batch", expected="training data", remedy="pass batches")
         momenta = [norm.momentum for norm in norms]
-        states = RandomStates()
+        count = 0
         try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all batches
-            count = 0
-            for batch in itertools.chain([first], batches):
-                run(model, batch)
-                count += 1
+            with untouched(model, but=norms):
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # the mean over all batches
+                for batch in itertools.chain([first], batches):
+                    run(model, batch)
+                    count += 1
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-            states.restore()
     return count

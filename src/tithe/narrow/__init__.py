@@ -7,6 +7,7 @@ probabilities  of units, learned                         state        what is sa
 """
 
 from tithe.narrow.build import make_stage
+from tithe.narrow.copying import copy_module
 from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Probabilities
@@ -20,6 +21,7 @@ __all__ = [
     "Probabilities",
     "Stage",
     "check_same_loss",
+    "copy_module",
     "find_best",
     "loss_without_gradient",
     "make_stage",

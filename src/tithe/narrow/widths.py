@@ -8,7 +8,7 @@ proportional to the length of one axis of one tensor, so that it is right at eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,14 +37,14 @@ class Count:
     """A number of a module that follows the width of an axis.
 
     Args:
-        module: whose attribute it is.
+        path: of the module whose attribute it is.
         attribute: its name.
         full: its value at the coupling's widths.
         axis: index into `Coupling.axes`.
         length: positions of that axis.
     """
 
-    module: nn.Module
+    path: str
     attribute: str
     full: int
     axis: int
@@ -55,17 +55,41 @@ class Count:
         return self.full * live // self.length
 
 
-def counts(model: nn.Module, coupling: Coupling) -> list[Count]:
-    """Return every number of a module of `model` that has to follow a width of the coupling."""
+def find_counts(model: nn.Module, coupling: Coupling) -> list[Count]:
+    """Return every number of a module of `model` that has to follow a width of the coupling.
+
+    Args:
+        model: at the widths that it was built with: what a number speaks of can no longer be told where a single group
+            or head is left.
+        coupling: of it.
+    """
     found: list[Count] = []
     names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for attribute, (key, axis) in _own(module).items():
             tensor = getattr(module, key, None)
             at = None if tensor is None else coupling.places.get(names.get(id(tensor), ""), {}).get(axis)
             if at is not None:
-                found.append(Count(module, attribute, getattr(module, attribute), at, len(coupling.axes[at])))
-        found += _of_submodules(module, coupling, names)
+                found.append(Count(path, attribute, getattr(module, attribute), at, len(coupling.axes[at])))
+        found += _of_submodules(path, module, _OUTSIDE, coupling, names)
+    return found
+
+
+def other_counts(model: nn.Module, coupling: Coupling, known: Iterable[Count]) -> list[Count]:
+    """Return numbers of unknown names that may speak of a width, by their value: of modules that are not torch's own.
+
+    Args:
+        model: as `find_counts`.
+        coupling: of it.
+        known: what is found by name.
+    """
+    found: list[Count] = []
+    taken = {(count.path, count.attribute) for count in known}
+    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    for path, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            others = [name for name in vars(module) if (path, name) not in taken and name not in _HEAD_SIZE]
+            found += _of_submodules(path, module, others, coupling, names)
     return found
 
 
@@ -90,13 +114,16 @@ def _own(module: nn.Module) -> Mapping[str, tuple[str, int]]:
             return {}
 
 
-def _of_submodules(module: nn.Module, coupling: Coupling, names: Mapping[int, str]) -> Iterator[Count]:
+def _of_submodules(
+    path: str, module: nn.Module, attributes: Iterable[str], coupling: Coupling, names: Mapping[int, str]
+) -> Iterator[Count]:
     """Counts of heads and hidden units, kept by the module around the layers that make them.
 
     Which axis such a number speaks of follows from its value: it is the axis's length or its number of heads, or those
     of one of its three equal parts (query, key and value from one product).
     """
-    own = {name: vars(module)[name] for name in _OUTSIDE if type(vars(module).get(name)) is int}
+    own = {name: vars(module)[name] for name in attributes if type(vars(module).get(name)) is int}
+    own = {name: value for name, value in own.items() if value > 1}
     if not own:
         return
     sizes = [vars(module)[name] for name in _HEAD_SIZE if type(vars(module).get(name)) is int]
@@ -104,7 +131,7 @@ def _of_submodules(module: nn.Module, coupling: Coupling, names: Mapping[int, st
         for at in _made_inside(module, coupling, names):
             length = len(coupling.axes[at])
             if length in {value * part * size for part in (1, 3) for size in (1, *sizes)}:
-                yield Count(module, attribute, value, at, length)
+                yield Count(path, attribute, value, at, length)
                 break
 
 

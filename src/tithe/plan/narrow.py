@@ -10,7 +10,6 @@ epoch's end: what has probability 0 is dropped for good, weights and optimizer s
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import math
@@ -31,6 +30,7 @@ from tithe.narrow import (
     Probabilities,
     Stage,
     check_same_loss,
+    copy_module,
     find_best,
     loss_without_gradient,
     make_stage,
@@ -276,13 +276,11 @@ class NarrowPlan(Plan):
     def _drop(self, alive: Tensor) -> None:
         """Let units go for good: bool (n,) says which stay."""
         grids = self.stage.grids(alive)
-        self.stage.settle(grids)
+        self.stage = self.stage.settle(alive)
         for name, part in self._parts.items():
             part.shrink(grids[name], self._optimizers)
-        coupling = self.stage.coupling.shrink(alive)
-        self.probabilities.shrink(coupling, alive)
+        self.probabilities.shrink(self.stage.coupling, alive)
         self._alive[self._alive.nonzero().flatten()[~alive]] = False
-        self.stage = Stage(self.model, coupling)
 
     # ------------------------------------------------------------------------------------------- what goes out and in
 
@@ -337,7 +335,7 @@ class NarrowPlan(Plan):
         self._check_live()
         self._inference.unhook()
         try:
-            network = copy.deepcopy(self.model)
+            network = copy_module(self.model)
         finally:
             self._inference.hook()
         inner = Lean.of(network)
@@ -347,8 +345,8 @@ class NarrowPlan(Plan):
             parameter.requires_grad_(self._parts[name].trained if name in self._parts else parameter.requires_grad)
             parameter.grad = None
         if not self._settled:
-            stage = Stage(network, self.stage.coupling)
-            stage.settle(stage.grids(self.probabilities.likely(self.num_steps)))
+            likely = self.probabilities.likely(self.num_steps)
+            Stage(network, self.stage.coupling, self.stage.counts).settle(likely)
         if example is not None:
             check_same_loss(self.model, network, self._loss, example)
         return network
