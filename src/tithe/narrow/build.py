@@ -1,32 +1,32 @@
-"""Make a stage from a model: find which channels belong together, and check that the model works without some.
-
-The check runs once, before training, and compares with the same network with zeros for the absent channels:
-
-    a channel whose weights, scale and shift are all zero, into it and out of it, emits nothing that is read
-"""
+"""Make a stage from a model: find which channels belong together, and check that the model works without some."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
 from tithe.batch import num_samples, slice_batch
-from tithe.coupling import couple
+from tithe.coupling import Coupling, Unfollowed, couple
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, evaluating
+from tithe.forward import untouched
+from tithe.narrow.remedy import with_remedy
 from tithe.narrow.stage import Stage
+from tithe.narrow.subnet_loss import check_scalar
+from tithe.narrow.trial import Unfit, try_narrow
+from tithe.narrow.widths import OUTSIDE, Count, find_counts, other_counts
 
+Loss = Callable[[Any, Any], Any]
 _SAMPLES = 2
 """Batch norms refuse a single one."""
-_REMEDY = 'keep that module whole with where="!{}.*", or let its forward take sizes from its inputs and attributes'
 
 
-def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, names: Sequence[str]) -> Stage:
+def make_stage(
+    model: nn.Module, loss: Loss, batch: Any, names: Sequence[str], *, where: str | Sequence[str] = "*"
+) -> Stage:
     """Run the model on two samples to find which channels belong together, and check that it works without some.
 
     Args:
@@ -34,92 +34,109 @@ def make_stage(model: nn.Module, loss: Callable[[Any, Any], Any], batch: Any, na
         loss: `loss(model, batch)`.
         batch: one of the data, or None when there was none.
         names: of the parameters of which a part may be absent.
+        where: the globs that chose them, for what is told.
 
     Raises:
-        TitheError: when there is no batch, nothing can be absent, or the model cannot run narrow.
+        TitheError: when there is no batch, the loss does not run on it, nothing can be absent, or the model cannot run
+            narrow. It names what to leave whole, where that was found to help.
     """
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
-    few = slice_batch(batch, 0, _SAMPLES)
-    stage = Stage(model, couple(model, lambda: loss(model, few), names, num_samples(few)))
-    if not stage.coupling.groups:
-        kept = [f"{path}: {reason}" for path, reason in stage.coupling.whole.items()]
+    few, samples = _few(model, loss, batch)
+    spelled: dict[str, list[str]] = {name: [] for name in names}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        spelled.get(first[id(parameter)], []).append(name)
+
+    def attempt(globs: Sequence[str]) -> Stage:
+        left = [n for n in names if not any(fnmatchcase(other, glob) for other in spelled[n] for glob in globs)]
+        coupling = couple(model, lambda: loss(model, few), left, samples)
+        _check_groups(model, coupling)
+        return _fitting(model, coupling, lambda: loss(model, few))
+
+    try:
+        return attempt(())
+    except (Unfollowed, Unfit) as refusal:
+        raise with_remedy(refusal, attempt, spelled, [where] if isinstance(where, str) else where) from refusal
+
+
+def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int]:
+    """A batch that is as small as the loss allows, and how many samples it counts.
+
+    Where samples are not counted by the first dimension of each tensor (images of several sizes in a list), a part of
+    the batch is something else than fewer samples, and the loss of it fails: then it is the batch as it is.
+
+    Raises:
+        TitheError: when the loss fails on the batch too, or is no scalar.
+    """
+    try:
+        few, samples = slice_batch(batch, 0, _SAMPLES), num_samples(batch)
+        if _loss_or_error(model, loss, few) is None:
+            return few, min(samples, _SAMPLES)
+    except TitheError:
+        samples = 1
+    failure = _loss_or_error(model, loss, batch)
+    if failure is None:
+        return batch, samples
+    if isinstance(failure, TitheError):
+        raise failure
+    raise TitheError(
+        "loss",
+        found=f"a forward pass that fails on the first batch of data= ({type(failure).__name__}: {failure})",
+        expected="a loss that runs on a batch, under torch.no_grad() too",
+        remedy="call loss(model, batch) under torch.no_grad() before attaching: it is to return the loss there",
+    ) from failure
+
+
+def _loss_or_error(model: nn.Module, loss: Loss, batch: Any) -> Exception | None:
+    """Run the loss once, and return what went wrong."""
+    try:
+        with torch.no_grad(), untouched(model):
+            check_scalar(loss(model, batch))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _check_groups(model: nn.Module, coupling: Coupling) -> None:
+    if not coupling.groups:
+        kept = [f"{path}: {reason}" for path, reason in coupling.whole.items()]
         raise TitheError(
             type(model).__name__,
             found="nothing that could be absent" + (f" ({'; '.join(kept[:3])})" if kept else ""),
             expected="channels, hidden units or heads between two layers",
             remedy="widen where=",
         )
-    _check_runs_narrow(stage, lambda: loss(model, few))
+
+
+def _fitting(model: nn.Module, coupling: Coupling, run: Callable[[], Any]) -> Stage:
+    """A stage that works, with the numbers of its modules by name or, where these do not do, by what works."""
+    stage = Stage(model, coupling)
+    try:
+        try_narrow(stage, run)
+    except Unfit as refusal:
+        for counts in _other_counts(model, coupling):
+            other = Stage(model, coupling, counts)
+            try:
+                try_narrow(other, run)
+            except Unfit:
+                continue
+            return other
+        raise refusal
     return stage
 
 
-def _check_runs_narrow(stage: Stage, run: Callable[[], Any]) -> None:
-    """Compare the loss of a narrow network with that of the whole one in which what is absent is zero.
-
-    Args:
-        stage: of the model; every second unit of each group is left out.
-        run: one forward pass and its loss on a small batch.
-
-    Raises:
-        TitheError: naming the module that cannot run narrow, or the two losses.
-    """
-    mask = torch.ones(stage.coupling.num_units, dtype=torch.bool)
-    for group in stage.coupling.groups:
-        mask[group.start + 1 : group.stop : 2] = False
-    grids, states = stage.grids(mask), RandomStates()
-    with torch.no_grad(), evaluating(stage.model), _running(stage.model) as path:
-        live = stage.live(grids)
-        try:
-            with stage.run(grids, live, spare=True):
-                narrow = float(run())
-        except RuntimeError as error:
-            place = path[-1] if path else "the loss function"
-            raise TitheError(
-                place,
-                found=f"a forward pass that needs its full width ({str(error).splitlines()[0]})",
-                expected="one that runs at other widths",
-                remedy=_REMEDY.format(place),
-            ) from error
-        finally:
-            states.restore()
-        zeroed = {name: torch.zeros_like(tensor) for name, tensor in stage.tensors.items()}
-        for name, grid in grids.items():
-            grid.scatter_(zeroed[name], live[name])
-        with stage.run({}, zeroed, spare=True):
-            whole = float(run())
-        states.restore()
-    tolerance = max(1e-4, 20 * max(torch.finfo(t.dtype).eps for t in live.values()) if live else 0.0)
-    if (
-        math.isfinite(narrow)
-        and math.isfinite(whole)
-        and not math.isclose(narrow, whole, rel_tol=tolerance, abs_tol=tolerance)
-    ):
-        raise TitheError(
-            type(stage.model).__name__,
-            found=f"a loss of {narrow:g} with every second unit left out",
-            expected=f"{whole:g}, as with zeros in their place",
-            remedy=_REMEDY.format("name") + "; groups: " + ", ".join(group.name for group in stage.coupling.groups[:3]),
-        )
-
-
-@contextmanager
-def _running(model: nn.Module) -> Generator[list[str]]:
-    """The paths of the modules that run now, outermost first."""
-    paths = {module: path or type(model).__name__ for path, module in model.named_modules()}
-    running: list[str] = []
-    handles: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        running.append(paths[module])
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()  # not called when the forward fails, so that the place of the failure stays
-
-    for module in model.modules():
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield running
-    finally:
-        for handle in handles:
-            handle.remove()
+def _other_counts(model: nn.Module, coupling: Coupling) -> Iterator[list[Count]]:
+    """Numbers that may follow a width besides those that are known by name, or some of those that may not."""
+    known = find_counts(model, coupling)
+    others = other_counts(model, coupling, known)
+    attributes = list(dict.fromkeys(count.attribute for count in others))
+    if others:
+        yield [*known, *others]
+    if len(attributes) > 1:
+        for attribute in attributes:
+            yield [*known, *(count for count in others if count.attribute == attribute)]
+    for attribute in dict.fromkeys(count.attribute for count in known if count.attribute in OUTSIDE):
+        yield [count for count in known if count.attribute != attribute]

@@ -32,7 +32,7 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     fit, found = stage.fit(mask), list[float]()
     for _ in range(1 + twice):
         with torch.no_grad(), untouched(stage.model), stage.run(fit.read, stage.filled(fit)):
-            found.append(_number(closure()))
+            found.append(check_scalar(closure()))
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
             "loss",
@@ -43,7 +43,12 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     return found[0]
 
 
-def _number(loss: Any) -> float:
+def check_scalar(loss: Any) -> float:
+    """Return a loss as a number.
+
+    Raises:
+        TitheError: when it is no scalar tensor.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TitheError(
             "loss",

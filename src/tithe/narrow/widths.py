@@ -23,11 +23,31 @@ _GROUPED = {"out_channels": ("weight", 0), "in_channels": ("weight", 0), "groups
 _TRANSPOSED = {"out_channels": ("weight", 1), "in_channels": ("weight", 0)}
 _STORED_IN_OUT = {"nf": ("weight", 1), "nx": ("weight", 0)}  # transformers' Conv1D, a linear layer the other way round
 
-_OUTSIDE = (
+OUTSIDE = (
     *("num_heads", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "n_kv_heads"),
     *("all_head_size", "split_size", "inner_dim", "embed_dim", "hidden_dim", "heads", "dim", "intermediate_size"),
 )
 """Names under which modules keep widths of their submodules."""
+
+_WORDS = (
+    *(
+        "head",
+        "emb",
+        "hidden",
+        "dim",
+        "width",
+        "channel",
+        "size",
+        "feature",
+        "plane",
+        "inner",
+        "inter",
+        "unit",
+        "model",
+    ),
+    *("ff", "group", "out"),
+)
+"""Words in the names of numbers that may be widths."""
 
 _HEAD_SIZE = ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim", "d_head", "attention_head_dim")
 
@@ -71,12 +91,12 @@ def find_counts(model: nn.Module, coupling: Coupling) -> list[Count]:
             at = None if tensor is None else coupling.places.get(names.get(id(tensor), ""), {}).get(axis)
             if at is not None:
                 found.append(Count(path, attribute, getattr(module, attribute), at, len(coupling.axes[at])))
-        found += _of_submodules(path, module, _OUTSIDE, coupling, names)
+        found += _of_submodules(path, module, OUTSIDE, coupling, names)
     return found
 
 
 def other_counts(model: nn.Module, coupling: Coupling, known: Iterable[Count]) -> list[Count]:
-    """Return numbers of unknown names that may speak of a width, by their value: of modules that are not torch's own.
+    """Return numbers of further names that may speak of a width, by their value: of modules that are not torch's own.
 
     Args:
         model: as `find_counts`.
@@ -88,9 +108,13 @@ def other_counts(model: nn.Module, coupling: Coupling, known: Iterable[Count]) -
     names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("torch.nn."):
-            others = [name for name in vars(module) if (path, name) not in taken and name not in _HEAD_SIZE]
+            others = [name for name in vars(module) if (path, name) not in taken and _may_be_a_width(name)]
             found += _of_submodules(path, module, others, coupling, names)
     return found
+
+
+def _may_be_a_width(name: str) -> bool:
+    return name not in _HEAD_SIZE and any(word in name.lower() for word in _WORDS)
 
 
 def _own(module: nn.Module) -> Mapping[str, tuple[str, int]]:

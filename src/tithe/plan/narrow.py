@@ -62,7 +62,8 @@ class NarrowPlan(Plan):
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
-        self.stage = make_stage(model, loss, next(iter(self._data), None), list(split.candidates))
+        batch = next(iter(self._data), None)
+        self.stage = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
