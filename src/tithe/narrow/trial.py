@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.batch import leaves
 from tithe.coupling import Group
@@ -171,6 +172,8 @@ def _differ(stage: Stage, narrow: _Outcome, whole: _Outcome) -> tuple[str, str] 
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):  # a network that is priced has shapes alone
+        return True
     one, other = one.double(), other.double()
     finite = one.isfinite() & other.isfinite()
     if not torch.equal(one.isfinite(), other.isfinite()):
