@@ -296,6 +296,7 @@ class NarrowPlan(Plan):
         first = self._fit.fresh()
         again = not torch.equal(*self._masks)
         inside = contextlib.ExitStack()  # backward runs in the narrow network too
+        received: list[Any] = []
 
         def both(shapes: Any) -> Tensor:
             if again:
@@ -303,7 +304,9 @@ class NarrowPlan(Plan):
                 with torch.no_grad(), self.stage.run(second.read, self.stage.filled(second), spare=True):
                     self._loss(self.model, shapes)
                 del second
-            inside.enter_context(self.stage.run(first.read, self._parts.open(self.stage, first)))
+            live = self._parts.open(self.stage, first)
+            inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
+            inside.enter_context(self.stage.run(first.read, live))
             return self._loss(self.model, shapes)
 
         try:
