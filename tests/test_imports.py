@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "distributed": {"errors", "batch"},
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
-    "forward": {"errors"},
+    "forward": {"errors", "batch"},
     "coupling": {"errors", "batch", "forward"},
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},

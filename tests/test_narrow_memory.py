@@ -183,14 +183,15 @@ def test_micro_batches_of_rounded_widths_add_up() -> None:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     x, y = torch.randn(4, 3, 4, 4), torch.randint(3, (4,))
-    grads: list[list[Tensor]] = []
-    for parts in (1, 2):
+
+    def gradients(parts: int) -> list[Tensor]:
         model = _wide().eval()
         plan = tithe.attach(model, VRPGE(0.5), loss=loss, data=[(x, y)])
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             plan.backward(lambda part=part: loss(model, part) / parts)
-        grads.append([p.grad for p in plan.parameters() if p.grad is not None])
-    for one, other in zip(*grads, strict=True):
+        return [p.grad for p in plan.parameters() if p.grad is not None]
+
+    for one, other in zip(gradients(1), gradients(2), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 

@@ -2,11 +2,25 @@
 
 rng    random states to go back to              modes  training or evaluation for the time of a pass
 untouched  everything that a further pass writes    norm_statistics  running statistics, estimated again over data
+probe  what a network answers, to know it by
 """
 
 from tithe.forward.modes import evaluating, training
 from tithe.forward.norm_statistics import estimate_statistics, tracked
+from tithe.forward.probe import Probe, ask, differs, make_probe, watch_call
 from tithe.forward.rng import RandomStates
 from tithe.forward.untouched import untouched
 
-__all__ = ["RandomStates", "estimate_statistics", "evaluating", "tracked", "training", "untouched"]
+__all__ = [
+    "Probe",
+    "RandomStates",
+    "ask",
+    "differs",
+    "estimate_statistics",
+    "evaluating",
+    "make_probe",
+    "tracked",
+    "training",
+    "untouched",
+    "watch_call",
+]

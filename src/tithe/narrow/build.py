@@ -12,7 +12,7 @@ from torch import nn
 from tithe.batch import num_samples, slice_batch
 from tithe.coupling import Coupling, Unfollowed, couple
 from tithe.errors import TitheError
-from tithe.forward import untouched
+from tithe.forward import untouched, watch_call
 from tithe.narrow.remedy import with_remedy
 from tithe.narrow.stage import Stage
 from tithe.narrow.subnet_loss import check_scalar
@@ -26,7 +26,7 @@ _SAMPLES = 2
 
 def make_stage(
     model: nn.Module, loss: Loss, batch: Any, names: Sequence[str], *, where: str | Sequence[str] = "*"
-) -> Stage:
+) -> tuple[Stage, Any]:
     """Run the model on two samples to find which channels belong together, and check that it works without some.
 
     Args:
@@ -36,13 +36,16 @@ def make_stage(
         names: of the parameters of which a part may be absent.
         where: the globs that chose them, for what is told.
 
+    Returns:
+        The stage, and the inputs of the model's forward pass on those samples as `tithe.forward.watch_call` tells them.
+
     Raises:
         TitheError: when there is no batch, the loss does not run on it, nothing can be absent, or the model cannot run
             narrow. It names what to leave whole, where that was found to help.
     """
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
-    few, samples = _few(model, loss, batch)
+    few, samples, inputs = _few(model, loss, batch)
     spelled: dict[str, list[str]] = {name: [] for name in names}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -55,13 +58,13 @@ def make_stage(
         return _fitting(model, coupling, lambda: loss(model, few))
 
     try:
-        return attempt(())
+        return attempt(()), inputs
     except (Unfollowed, Unfit) as refusal:
         raise with_remedy(refusal, attempt, spelled, [where] if isinstance(where, str) else where) from refusal
 
 
-def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int]:
-    """A batch that is as small as the loss allows, and how many samples it counts.
+def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
+    """A batch that is as small as the loss allows, how many samples it counts, and the model's inputs on it.
 
     Where samples are not counted by the first dimension of each tensor (images of several sizes in a list), a part of
     the batch is something else than fewer samples, and the loss of it fails: then it is the batch as it is.
@@ -69,15 +72,27 @@ def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int]:
     Raises:
         TitheError: when the loss fails on the batch too, or is no scalar.
     """
+    inputs: list[Any] = []
+
+    def failure_on(part: Any) -> Exception | None:
+        try:
+            with torch.no_grad(), untouched(model):
+                inputs.append(watch_call(model, lambda: check_scalar(loss(model, part))))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
     try:
         few, samples = slice_batch(batch, 0, _SAMPLES), num_samples(batch)
-        if _loss_or_error(model, loss, few) is None:
-            return few, min(samples, _SAMPLES)
+        if failure_on(few) is None:
+            return few, min(samples, _SAMPLES), inputs[0]
     except TitheError:
         samples = 1
-    failure = _loss_or_error(model, loss, batch)
+    failure = failure_on(batch)
     if failure is None:
-        return batch, samples
+        return batch, samples, inputs[0]
     if isinstance(failure, TitheError):
         raise failure
     raise TitheError(
@@ -86,18 +101,6 @@ def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int]:
         expected="a loss that runs on a batch, under torch.no_grad() too",
         remedy="call loss(model, batch) under torch.no_grad() before attaching: it is to return the loss there",
     ) from failure
-
-
-def _loss_or_error(model: nn.Module, loss: Loss, batch: Any) -> Exception | None:
-    """Run the loss once, and return what went wrong."""
-    try:
-        with torch.no_grad(), untouched(model):
-            check_scalar(loss(model, batch))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        return error
-    return None
 
 
 def _check_groups(model: nn.Module, coupling: Coupling) -> None:

@@ -63,7 +63,7 @@ class NarrowPlan(Plan):
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         batch = next(iter(self._data), None)
-        self.stage = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
+        self.stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
@@ -359,7 +359,7 @@ class NarrowPlan(Plan):
         """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it."""
         network = self.export()
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
-        delta.write_network(path, network, self.stage.numbers(network), metadata=told)
+        delta.write_network(path, network, self.stage.numbers(network), metadata=told, inputs=self._inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on from here: tensors, probabilities, and which units are left."""
