@@ -13,8 +13,6 @@ from tithe.delta.file import CODES
 from tithe.delta.format import Entry, Header, encode, index_dtype
 
 _DIGEST = "0" * 16
-_PROBE = 150 * " "
-"""Half of what a question with one input and its answer take: not every network can be asked."""
 
 
 def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole: Collection[str]) -> int:
@@ -47,7 +45,7 @@ def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole:
 def network_bytes(
     state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], widths: Mapping[str, Mapping[str, int]]
 ) -> int:
-    """Bytes of the file of a narrow network, to the last few of its free metadata.
+    """Bytes of the file of a narrow network, to the last few hundred of its free metadata and its probe.
 
     Args:
         state: the `state_dict` of the whole network; tied names share one storage.
@@ -60,7 +58,7 @@ def network_bytes(
         shape = tuple(shapes.get(lead, state[lead].shape))
         aliases = tuple(name for name in names if name != lead)
         entries[lead] = Entry(state[lead].dtype, shape, "dense", "", _DIGEST, aliases)
-    told = {"method": 87 * " ", "seed": "0", "steps": "1000", "probe": _PROBE}
+    told = {"method": 87 * " ", "seed": "0", "steps": "1000"}
     parts = [(f"{lead}#dense", entry.dtype, entry.shape) for lead, entry in entries.items()]
     return file_bytes(parts, encode(Header(entries, told, widths=widths)))
 
