@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -59,6 +60,7 @@ def couple(model: nn.Module, run: Callable[[], Any], cut: Collection[str], sampl
         trace = _Trace(model, cut)
         stack.enter_context(_places(model, trace))
         stack.enter_context(trace)
+        stack.enter_context(_Exits(trace))
         run()
     if not trace.ran:
         raise TitheError(
@@ -186,7 +188,7 @@ class _Trace(TorchDispatchMode):
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of every module."""
-        given = [self._operand(tensor) for tensor in leaves([args, kwargs])]
+        given = [self.operand(tensor) for tensor in leaves([args, kwargs])]
         cut = any(self._leaves.get(_key(parameter), _Known()).labels for parameter in module.parameters())
         self._frames.append(_Frame(path, tuple(label for one in given for label in one.labels), cut))
         self.ran = True
@@ -197,7 +199,7 @@ class _Trace(TorchDispatchMode):
         frame.closed = _only_tensors(output)
         if not self._frames:
             for tensor in leaves(output):
-                for label in self._operand(tensor).labels:
+                for label in self.operand(tensor).labels:
                     self.classes.pin(label, f"an output of {frame.path}")
 
     def check_readings(self) -> None:
@@ -281,13 +283,22 @@ class _Trace(TorchDispatchMode):
         """Values that depend on the weights must not decide what runs, or in which shape."""
         reads = torch.Tag.data_dependent_output in func.tags
         shapes = torch.Tag.dynamic_output_shape in func.tags and ("indices" not in arguments or masks(arguments))
+        if reads or shapes:
+            self.read(func.name(), met)
+
+    def read(self, operation: str, met: Sequence[Operand]) -> None:
+        """Note that the program looks at values.
+
+        Raises:
+            Unfollowed: when they are of channels that can be absent.
+        """
         # Outside of every module a loss may be read, to be logged for example.
-        if not ((reads or shapes) and self._frames and any(one.depends for one in met)):
+        if not self._frames or not any(one.depends for one in met):
             return
         labels = [label for one in met for label in one.labels if self.classes.dies(label)]
         if labels:
-            raise self._decided(self.place, func.name(), labels)
-        self._readings.append(_Reading(func.name(), tuple(self._frames)))
+            raise self._decided(self.place, operation, labels)
+        self._readings.append(_Reading(operation, tuple(self._frames)))
 
     def _decided(self, place: str, operation: str, labels: Sequence[Label]) -> Unfollowed:
         return Unfollowed(
@@ -308,17 +319,34 @@ class _Trace(TorchDispatchMode):
 
     def _operands(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
-            return self._operand(tree)
+            return self.operand(tree)
         if isinstance(tree, (tuple, list)):
             return [self._operands(item) for item in tree]
         if isinstance(tree, Mapping):
             return {key: self._operands(item) for key, item in tree.items()}
         return tree
 
-    def _operand(self, tensor: Tensor) -> Operand:
+    def operand(self, tensor: Tensor) -> Operand:
+        """Return what is known of a tensor."""
         known = self._known.get(tensor) or self._leaves.get(_key(tensor), _Known())
         stretched = (dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1 and tensor.stride(dim) == 0)
         return Operand(tuple(tensor.shape), known.labels, frozenset(stretched), tensor, known.depends, known.loose)
+
+
+class _Exits(TorchFunctionMode):
+    """Sees how values leave torch without an operator: to lists, and to NumPy."""
+
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Note it, and go on."""
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self._trace.read(func.__name__, [self._trace.operand(args[0])])
+        return func(*args, **(kwargs or {}))
 
 
 def _only_tensors(tree: Any) -> bool:

@@ -53,33 +53,32 @@ _REWRITE = (
 
 class _Search:
     def __init__(self, attempt: Attempt, spelled: Mapping[str, Sequence[str]]) -> None:
-        self._attempt, self._spelled, self._left = attempt, spelled, _TRIALS
+        self._attempt, self._spelled = attempt, spelled
         self._seen: set[tuple[str, ...]] = set()
 
-    def find(self, refusal: Refusal) -> list[str]:
-        """The globs to leave whole; none where nothing was found."""
-        globs: list[str] = []
-        while True:
-            further: tuple[list[str], Refusal] | None = None
-            for glob in self._candidates(refusal, globs):
-                tried = _joined(globs, glob)
-                if tuple(tried) in self._seen or not self._narrows(tried):
-                    continue
-                if self._left == 0:
-                    return []
-                self._seen.add(tuple(tried))
-                self._left -= 1
-                outcome = self._outcome(tried)
-                if outcome is True:
-                    return tried
-                if further is None and isinstance(outcome, (Unfollowed, Unfit)) and outcome.place != refusal.place:
-                    further = tried, outcome
-            if further is None:
-                return []
-            globs, refusal = further
+    def find(self, refusal: Refusal, globs: Sequence[str] = ()) -> list[str]:
+        """The globs to leave whole besides those; none where nothing was found.
+
+        A glob after which the model fails in another place is a step on the way, and the search goes on from there.
+        """
+        for glob in self._candidates(refusal, globs):
+            tried = _joined(globs, glob)
+            if tuple(tried) in self._seen or not self._narrows(tried):
+                continue
+            if len(self._seen) == _TRIALS:
+                break
+            self._seen.add(tuple(tried))
+            outcome = self._outcome(tried)
+            if outcome is True:
+                return tried
+            if isinstance(outcome, (Unfollowed, Unfit)) and outcome.place != refusal.place:
+                found = self.find(outcome, tried)
+                if found:
+                    return found
+        return []
 
     def _outcome(self, globs: Sequence[str]) -> Refusal | bool | None:
-        """True where it works, the refusal where it does not, None where nothing is left that could be absent."""
+        """Whether it works: True, the refusal, or None where nothing is left that could be absent."""
         try:
             self._attempt(globs)
         except (Unfollowed, Unfit) as refusal:

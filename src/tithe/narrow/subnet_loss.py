@@ -83,9 +83,18 @@ def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequen
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
     grids, total = stage.grids(mask), 0.0
     with torch.no_grad(), training(stage.model), untouched(stage.model), stage.run(grids, stage.live(grids)):
-        for batch in batches:
-            total += float(loss(stage.model, batch)) * num_samples(batch)
-    return total / sum(map(num_samples, batches))
+        counts = _counts(batches)
+        for batch, count in zip(batches, counts, strict=True):
+            total += float(loss(stage.model, batch)) * count
+    return total / sum(counts)
+
+
+def _counts(batches: Sequence[Any]) -> list[int]:
+    """The samples of each batch; batches that do not tell how many they hold count alike."""
+    try:
+        return [num_samples(batch) for batch in batches]
+    except TitheError:
+        return [1 for _ in batches]
 
 
 def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) -> None:
