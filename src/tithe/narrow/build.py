@@ -46,21 +46,52 @@ def make_stage(
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
     few, samples, inputs = _few(model, loss, batch)
-    spelled: dict[str, list[str]] = {name: [] for name in names}
+    spelled: dict[str, list[str]] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        spelled.get(first[id(parameter)], []).append(name)
+        spelled.setdefault(first[id(parameter)], []).append(name)
 
-    def attempt(globs: Sequence[str]) -> Stage:
-        left = [n for n in names if not any(fnmatchcase(other, glob) for other in spelled[n] for glob in globs)]
+    def attempt(globs: Sequence[str], of: Sequence[str] = names) -> Stage:
+        left = [n for n in of if not any(fnmatchcase(other, glob) for other in spelled[n] for glob in globs)]
         coupling = couple(model, lambda: loss(model, few), left, samples)
-        _check_groups(model, coupling)
+        if not coupling.groups:
+            raise _Nothing(model, coupling)
         return _fitting(model, coupling, lambda: loss(model, few))
 
     try:
         return attempt(()), inputs
     except (Unfollowed, Unfit) as refusal:
-        raise with_remedy(refusal, attempt, spelled, [where] if isinstance(where, str) else where) from refusal
+        left = {name: spelled[name] for name in names}
+        raise with_remedy(refusal, attempt, left, [where] if isinstance(where, str) else where) from refusal
+    except _Nothing as nothing:
+        every = [n for n, p in model.named_parameters() if p.is_floating_point() and p.requires_grad]
+        if len(every) == len(names):
+            raise
+        try:
+            attempt((), every)
+        except TitheError:
+            raise nothing from None
+        raise nothing.with_remedy('pass where="*" and no head=, with which it was seen to run narrow') from None
+
+
+class _Nothing(TitheError):
+    """A model in which nothing can be absent, for the reasons that the coupling tells."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
+        kept = [f"{path}: {reason}" for path, reason in coupling.whole.items()]
+        summed = any("outside of any module" in reason for reason in coupling.whole.values())
+        super().__init__(
+            type(model).__name__,
+            found="nothing that could be absent" + (f" ({'; '.join(kept[:3])})" if kept else ""),
+            expected="channels, hidden units or heads between two layers",
+            remedy="leave sums over whole weights out of the loss (the optimizer's weight_decay stands for a penalty)"
+            if summed
+            else "train it by a method that leaves every channel in place: this model has none that it can do without",
+        )
+
+    def with_remedy(self, remedy: str) -> TitheError:
+        """Return the same, with something that was found to help."""
+        return TitheError(self.place, found=self.found, expected=self.expected, remedy=remedy)
 
 
 def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
@@ -101,17 +132,6 @@ def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
         expected="a loss that runs on a batch, under torch.no_grad() too",
         remedy="call loss(model, batch) under torch.no_grad() before attaching: it is to return the loss there",
     ) from failure
-
-
-def _check_groups(model: nn.Module, coupling: Coupling) -> None:
-    if not coupling.groups:
-        kept = [f"{path}: {reason}" for path, reason in coupling.whole.items()]
-        raise TitheError(
-            type(model).__name__,
-            found="nothing that could be absent" + (f" ({'; '.join(kept[:3])})" if kept else ""),
-            expected="channels, hidden units or heads between two layers",
-            remedy="widen where=",
-        )
 
 
 def _fitting(model: nn.Module, coupling: Coupling, run: Callable[[], Any]) -> Stage:
