@@ -30,7 +30,14 @@ from tithe.forward import untouched
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
-def couple(model: nn.Module, run: Callable[[], Any], cut: Collection[str], samples: int) -> Coupling:
+def couple(
+    model: nn.Module,
+    run: Callable[[], Any],
+    cut: Collection[str],
+    samples: int,
+    *,
+    also: Iterable[nn.Parameter] = (),
+) -> Coupling:
     """Run the model once and return which positions of its weights exist or are absent together.
 
     The model runs as it is, in its present mode; what it draws and writes is put back afterwards.
@@ -40,6 +47,7 @@ def couple(model: nn.Module, run: Callable[[], Any], cut: Collection[str], sampl
         run: one forward of `model` and its loss, on a small real batch.
         cut: names of the parameters whose positions may be absent; every other tensor keeps all of its positions.
         samples: how many samples the batch has.
+        also: parameters that a forward pass of this model writes; they are put back too.
 
     Raises:
         TitheError: when the model's course depends on values computed from its weights, or an operation is unknown.
@@ -53,7 +61,7 @@ def couple(model: nn.Module, run: Callable[[], Any], cut: Collection[str], sampl
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(untouched(model))
+        stack.enter_context(untouched(model, also=also))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)  # its fused kernels hide what they do
         stack.enter_context(torch.no_grad())

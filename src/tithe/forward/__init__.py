@@ -9,7 +9,7 @@ from tithe.forward.modes import evaluating, training
 from tithe.forward.norm_statistics import estimate_statistics, tracked
 from tithe.forward.probe import Probe, ask, differs, make_probe, watch_call
 from tithe.forward.rng import RandomStates
-from tithe.forward.untouched import untouched
+from tithe.forward.untouched import untouched, written_weights
 
 __all__ = [
     "Probe",
@@ -23,4 +23,5 @@ __all__ = [
     "training",
     "untouched",
     "watch_call",
+    "written_weights",
 ]

@@ -20,7 +20,13 @@ def tracked(model: nn.Module) -> list[_NormBase]:
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats and m.training]
 
 
-def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], batches: Iterable[Any]) -> int:
+def estimate_statistics(
+    model: nn.Module,
+    run: Callable[[nn.Module, Any], Any],
+    batches: Iterable[Any],
+    *,
+    also: Iterable[nn.Parameter] = (),
+) -> int:
     """Set every norm's running statistics to their mean over batches of training data.
 
     Norms that run in evaluation mode while the model trains keep theirs. Random states and all other buffers stay as
@@ -30,6 +36,7 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
         model: in either mode; it is left as it was.
         run: one forward pass on a batch.
         batches: of training data.
+        also: parameters that a forward pass of this model writes; they stay as they were.
 
     Returns:
         How many batches there were; 0 where no norm has statistics, and then none was run.
@@ -48,7 +55,7 @@ def estimate_statistics(model: nn.Module, run: Callable[[nn.Module, Any], Any], 
         momenta = [norm.momentum for norm in norms]
         count = 0
         try:
-            with untouched(model, but=norms):
+            with untouched(model, but=norms, also=also):
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.momentum = None  # the mean over all batches

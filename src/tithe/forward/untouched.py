@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from tithe.forward.modes import training
 from tithe.forward.rng import RandomStates
 
 _CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
-def untouched(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Generator[None]:
+def untouched(
+    model: nn.Module, *, but: Collection[nn.Module] = (), also: Iterable[nn.Parameter] = ()
+) -> Generator[None]:
     """Put back, after the block, what forward passes in it drew and wrote.
 
     That is the random states, buffers of any kind (statistics, counters, queues, codebooks), and what modules keep
-    without registering it: numbers, tensors, lists, generators. Parameters are the block's own business.
+    without registering it: numbers, tensors, lists, generators. Parameters are left out, unless `also` names them.
 
     Buffers are replaced by copies meanwhile, so that the real ones are not even written to.
 
     Args:
         model: any module.
         but: modules whose own buffers and attributes may change.
+        also: parameters that a forward pass of this model writes (`written_weights`).
     """
+    weights = [(parameter, parameter.data, parameter.detach().clone()) for parameter in also]
     modules = [module for module in model.modules() if module not in but]
     states = RandomStates()
     undo = [restore for module in modules for restore in _generators_and_containers(module)]
@@ -50,7 +56,34 @@ def untouched(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Generator
                     holder.update(entries)
         for restore in undo:
             restore()
+        for parameter, data, values in weights:
+            data.copy_(values)
+            parameter.data = data
         states.restore()
+
+
+def written_weights(model: nn.Module, run: Callable[[], object]) -> list[nn.Parameter]:
+    """Return the frozen parameters that a forward pass writes in training mode, such as a teacher's moving averages.
+
+    Nothing of the model changes. Where the forward pass fails, what it wrote before counts.
+
+    Args:
+        model: any module.
+        run: one forward pass.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    if not frozen:
+        return []
+    before = [parameter.detach().clone() for parameter in frozen]
+    with torch.no_grad(), training(model), untouched(model, also=frozen):
+        with suppress(Exception):
+            run()
+        return [p for p, value in zip(frozen, before, strict=True) if not _same(p, value)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    fake = isinstance(one, FakeTensor) or isinstance(other, FakeTensor)
+    return fake or (one.shape == other.shape and torch.equal(one, other))
 
 
 def _generators_and_containers(module: nn.Module) -> Iterator[Callable[[], object]]:

@@ -12,7 +12,7 @@ from torch import nn
 from tithe.batch import num_samples, slice_batch
 from tithe.coupling import Coupling, Unfollowed, couple
 from tithe.errors import TitheError
-from tithe.forward import untouched, watch_call
+from tithe.forward import untouched, watch_call, written_weights
 from tithe.narrow.remedy import with_remedy
 from tithe.narrow.stage import Stage
 from tithe.narrow.subnet_loss import check_scalar
@@ -45,7 +45,8 @@ def make_stage(
     """
     if batch is None:
         raise TitheError("attach", found="no batch in data=", expected="at least one", remedy="pass batches")
-    few, samples, inputs = _few(model, loss, batch)
+    written = written_weights(model, lambda: loss(model, batch))
+    few, samples, inputs = _few(model, loss, batch, written)
     spelled: dict[str, list[str]] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -53,10 +54,10 @@ def make_stage(
 
     def attempt(globs: Sequence[str], of: Sequence[str] = names) -> Stage:
         left = [n for n in of if not any(fnmatchcase(other, glob) for other in spelled[n] for glob in globs)]
-        coupling = couple(model, lambda: loss(model, few), left, samples)
+        coupling = couple(model, lambda: loss(model, few), left, samples, also=written)
         if not coupling.groups:
             raise _Nothing(model, coupling)
-        return _fitting(model, coupling, lambda: loss(model, few))
+        return _fitting(model, coupling, written, lambda: loss(model, few))
 
     try:
         return attempt(()), inputs
@@ -94,7 +95,7 @@ class _Nothing(TitheError):
         return TitheError(self.place, found=self.found, expected=self.expected, remedy=remedy)
 
 
-def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
+def _few(model: nn.Module, loss: Loss, batch: Any, written: Sequence[nn.Parameter]) -> tuple[Any, int, Any]:
     """A batch that is as small as the loss allows, how many samples it counts, and the model's inputs on it.
 
     Where samples are not counted by the first dimension of each tensor (images of several sizes in a list), a part of
@@ -107,7 +108,7 @@ def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
 
     def failure_on(part: Any) -> Exception | None:
         try:
-            with torch.no_grad(), untouched(model):
+            with torch.no_grad(), untouched(model, also=written):
                 inputs.append(watch_call(model, lambda: check_scalar(loss(model, part))))
         except torch.OutOfMemoryError:
             raise
@@ -134,14 +135,14 @@ def _few(model: nn.Module, loss: Loss, batch: Any) -> tuple[Any, int, Any]:
     ) from failure
 
 
-def _fitting(model: nn.Module, coupling: Coupling, run: Callable[[], Any]) -> Stage:
+def _fitting(model: nn.Module, coupling: Coupling, written: Sequence[nn.Parameter], run: Callable[[], Any]) -> Stage:
     """A stage that works, with the numbers of its modules by name or, where these do not do, by what works."""
-    stage = Stage(model, coupling)
+    stage = Stage(model, coupling, written=written)
     try:
         try_narrow(stage, run)
     except Unfit as refusal:
         for counts in _other_counts(model, coupling):
-            other = Stage(model, coupling, counts)
+            other = Stage(model, coupling, counts, written)
             try:
                 try_narrow(other, run)
             except Unfit:

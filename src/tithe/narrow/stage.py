@@ -9,7 +9,7 @@ Classes, forwards and `state_dict` stay untouched. Kernels are the ordinary ones
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from tithe.coupling import Coupling, Group
+from tithe.forward import untouched
 from tithe.narrow.widths import Count, find_counts
 from tithe.selection import Grid
 
@@ -77,10 +78,17 @@ class Stage:
         model: the model; nothing is changed until `run`.
         coupling: which positions may be absent.
         counts: the numbers of its modules that follow a width, or None to find them, in a model of full width.
+        written: frozen parameters that a forward pass of the model writes.
     """
 
-    def __init__(self, model: nn.Module, coupling: Coupling, counts: Sequence[Count] | None = None) -> None:
-        self.model, self.coupling = model, coupling
+    def __init__(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        counts: Sequence[Count] | None = None,
+        written: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self.model, self.coupling, self.written = model, coupling, tuple(written)
         self.counts = tuple(find_counts(model, coupling) if counts is None else counts)
         self.running = False
         self.tensors: dict[str, Tensor] = {}
@@ -161,6 +169,10 @@ class Stage:
         """Return the smaller tensors padded for that layout."""
         return {name: fit.take(name, tensor) for name, tensor in self.tensors.items()}
 
+    def untouched(self) -> AbstractContextManager[None]:
+        """Put back what further forward passes inside the block write."""
+        return untouched(self.model, also=self.written)
+
     @contextmanager
     def run(self, grids: Mapping[str, Grid], live: Mapping[str, Tensor], *, spare: bool = False) -> Generator[None]:
         """Run the model as the narrow network of `grids` inside the block.
@@ -218,7 +230,7 @@ class Stage:
             length = lengths[count.axis]
             setattr(module, count.attribute, count.at(length))
             left.append(replace(count, full=count.at(length), length=length))
-        return Stage(self.model, self.coupling.shrink(alive), left)
+        return Stage(self.model, self.coupling.shrink(alive), left, self.written)
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, int]]:
         """Return the widths that modules of `model`, a copy at any width, state: path → attribute → number."""

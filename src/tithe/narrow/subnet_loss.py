@@ -31,7 +31,7 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     """
     fit, found = stage.fit(mask), list[float]()
     for _ in range(1 + twice):
-        with torch.no_grad(), untouched(stage.model), stage.run(fit.read, stage.filled(fit)):
+        with torch.no_grad(), stage.untouched(), stage.run(fit.read, stage.filled(fit)):
             found.append(check_scalar(closure()))
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
@@ -82,7 +82,7 @@ def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequen
 
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
     grids, total = stage.grids(mask), 0.0
-    with torch.no_grad(), training(stage.model), untouched(stage.model), stage.run(grids, stage.live(grids)):
+    with torch.no_grad(), training(stage.model), stage.untouched(), stage.run(grids, stage.live(grids)):
         counts = _counts(batches)
         for batch, count in zip(batches, counts, strict=True):
             total += float(loss(stage.model, batch)) * count

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tithe.batch import leaves
 from tithe.coupling import Group
 from tithe.errors import TitheError
-from tithe.forward import evaluating, training, untouched
+from tithe.forward import evaluating, training
 from tithe.narrow.stage import Stage
 
 Run = Callable[[], Any]
@@ -101,7 +101,7 @@ def _run(stage: Stage, mask: Tensor, run: Run, *, zeros: bool) -> _Outcome:
         for name, grid in grids.items():
             grid.scatter_(whole[name], live[name])
         grids, live = {}, whole
-    with torch.no_grad(), untouched(stage.model), _watched(stage.model) as (running, outputs), stage.run(grids, live):
+    with torch.no_grad(), stage.untouched(), _watched(stage.model) as (running, outputs), stage.run(grids, live):
         try:
             loss = run()
         except torch.OutOfMemoryError:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
-from tithe.forward import estimate_statistics, untouched
+from tithe.forward import estimate_statistics
 from tithe.method import Narrowing, NarrowMethod
 from tithe.narrow import (
     InferenceNetwork,
@@ -270,7 +270,7 @@ class NarrowPlan(Plan):
         self._settled = True
         self._draw()
         with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):  # norms see that they are trained
-            estimate_statistics(self.model, self._loss, batches)
+            estimate_statistics(self.model, self._loss, batches, also=self.stage.written)
         self._parts.close()
         return loss
 
@@ -301,7 +301,7 @@ class NarrowPlan(Plan):
         def both(shapes: Any) -> Tensor:
             if again:
                 second = self.stage.fit(self._masks[1])
-                with torch.no_grad(), untouched(self.model), self.stage.run(second.read, self.stage.filled(second)):
+                with torch.no_grad(), self.stage.untouched(), self.stage.run(second.read, self.stage.filled(second)):
                     self._loss(self.model, shapes)
                 del second
             live = self._parts.open(self.stage, first)
@@ -310,7 +310,7 @@ class NarrowPlan(Plan):
             return self._loss(self.model, shapes)
 
         try:
-            with untouched(self.model):
+            with self.stage.untouched():
                 found = ledger.predict(self.model, both, batch, inside=inside)
         finally:
             for part in self._parts.values():
