@@ -35,7 +35,7 @@ def untouched(
         but: modules whose own buffers and attributes may change.
         also: parameters that a forward pass of this model writes (`written_weights`).
     """
-    weights = [(parameter, parameter.data, parameter.detach().clone()) for parameter in also]
+    weights = [(weight, weight.data, _memory(weight), weight.detach().clone()) for weight in also]
     modules = [module for module in model.modules() if module not in but]
     states = RandomStates()
     undo = [restore for module in modules for restore in _generators_and_containers(module)]
@@ -56,9 +56,10 @@ def untouched(
                     holder.update(entries)
         for restore in undo:
             restore()
-        for parameter, data, values in weights:
-            data.copy_(values)
-            parameter.data = data
+        for weight, data, memory, values in weights:
+            if _memory(weight) != memory:
+                weight.data = data
+            weight.data.copy_(values)
         states.restore()
 
 
@@ -79,6 +80,10 @@ def written_weights(model: nn.Module, run: Callable[[], object]) -> list[nn.Para
         with suppress(Exception):
             run()
         return [p for p, value in zip(frozen, before, strict=True) if not _same(p, value)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
