@@ -109,7 +109,7 @@ def other_counts(model: nn.Module, coupling: Coupling, known: Iterable[Count]) -
     for path, module in model.named_modules():
         if not type(module).__module__.startswith("torch.nn."):
             others = [name for name in vars(module) if (path, name) not in taken and _may_be_a_width(name)]
-            found += _of_submodules(path, module, others, coupling, names)
+            found += _of_submodules(path, module, others, coupling, names, units=True)
     return found
 
 
@@ -139,12 +139,18 @@ def _own(module: nn.Module) -> Mapping[str, tuple[str, int]]:
 
 
 def _of_submodules(
-    path: str, module: nn.Module, attributes: Iterable[str], coupling: Coupling, names: Mapping[int, str]
+    path: str,
+    module: nn.Module,
+    attributes: Iterable[str],
+    coupling: Coupling,
+    names: Mapping[int, str],
+    *,
+    units: bool = False,
 ) -> Iterator[Count]:
     """Counts of heads and hidden units, kept by the module around the layers that make them.
 
     Which axis such a number speaks of follows from its value: it is the axis's length or its number of heads, or those
-    of one of its three equal parts (query, key and value from one product).
+    of one of its three equal parts (query, key and value from one product); with `units`, how many units it has, too.
     """
     own = {name: vars(module)[name] for name in attributes if type(vars(module).get(name)) is int}
     own = {name: value for name, value in own.items() if value > 1}
@@ -154,7 +160,8 @@ def _of_submodules(
     for attribute, value in own.items():
         for at in _made_inside(module, coupling, names):
             length = len(coupling.axes[at])
-            if length in {value * part * size for part in (1, 3) for size in (1, *sizes)}:
+            fits = length in {value * part * size for part in (1, 3) for size in (1, *sizes)}
+            if fits or (units and value == len(coupling.axes[at].unique())):
                 yield Count(path, attribute, value, at, length)
                 break
 
