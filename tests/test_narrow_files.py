@@ -184,6 +184,16 @@ def test_a_model_that_runs_nowhere_here_is_made_all_the_same(tmp_path: Path) -> 
     assert torch.equal(model(IMAGES[0]), plan.export()(IMAGES[0]))
 
 
+def test_a_model_without_data_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.safetensors"
+    _trained(GROUPED["groups"]()).save(path)
+    with torch.device("meta"):
+        model = GROUPED["groups"]()
+    with pytest.raises(TitheError, match="meta device"):
+        tithe.apply(model, path)
+    assert model[0].out_channels == 16
+
+
 def test_what_stays_as_wide_keeps_its_memory(tmp_path: Path) -> None:
     path = tmp_path / "narrow.safetensors"
     _trained(GROUPED["groups"]()).save(path)

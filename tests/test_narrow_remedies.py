@@ -229,6 +229,23 @@ def test_a_decision_at_the_root_is_refused_without_a_false_promise() -> None:
     assert "where" not in error.value.remedy.replace("no where= was found", "").replace("torch.where", "")
 
 
+def test_a_forward_pass_that_cannot_be_watched_is_refused() -> None:
+    class Addresses(nn.Module):
+        """Reads memory behind the back of torch, and minds who is looking."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+                raise LookupError("not while somebody is looking")
+            return self.b(self.a(x))
+
+    with pytest.raises(TitheError, match=r"fails while its operators are watched .LookupError"):
+        tithe.attach(Addresses(), VRPGE(0.5), loss=_loss, data=[VECTORS])
+
+
 # --- nothing to leave out
 
 

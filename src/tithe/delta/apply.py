@@ -73,6 +73,14 @@ def _apply_network(model: Model, file: TensorFile, header: Header, widths: Mappi
     place = str(file.path)
     check_widths(place, model, header)
     matches = _matches(model, state_tensors(model), header, file.path, any_shape=True)
+    for match in matches:
+        if match.target.is_meta:
+            raise TitheError(
+                match.name,
+                found="a tensor on the meta device",
+                expected="weights in memory",
+                remedy="build the network on the device that it is to run on",
+            )
     records = {name: read_record(file, name, entry) for name, entry in header.entries.items()}
     values = [(match.target, _placed(records[match.name], match.target).values) for match in matches]
     known = disagreements(model)

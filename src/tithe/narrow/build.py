@@ -54,7 +54,17 @@ def make_stage(
 
     def attempt(globs: Sequence[str], of: Sequence[str] = names) -> Stage:
         left = [n for n in of if not any(fnmatchcase(other, glob) for other in spelled[n] for glob in globs)]
-        coupling = couple(model, lambda: loss(model, few), left, samples, also=written)
+        try:
+            coupling = couple(model, lambda: loss(model, few), left, samples, also=written)
+        except (TitheError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Unfollowed(
+                type(model).__name__,
+                found=f"a forward pass that fails while its operators are watched ({type(error).__name__}: {error})",
+                expected="one that runs inside a TorchDispatchMode",
+                remedy="use torch's own operators",
+            ) from error
         if not coupling.groups:
             raise _Nothing(model, coupling)
         return _fitting(model, coupling, written, lambda: loss(model, few))
