@@ -52,13 +52,50 @@ def test_an_unknown_operation_on_what_is_whole_anyway_is_no_matter() -> None:
     assert [group.name for group in trace(model).groups] == ["4"]
 
 
-def test_decisions_on_computed_values_are_refused() -> None:
-    model = nn.Sequential(Decides(), nn.ReLU())
+class Branches(nn.Module):
+    """Decides by the sum of what its second layer makes, with the channels of the first at hand."""
+
+    def __init__(self, *, returns_it: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.returns_it = nn.Linear(6, 8), nn.Linear(8, 6), returns_it
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, bool]:
+        h = torch.relu(self.one(x))
+        y = self.two(h)
+        positive = bool(y.sum() > 0)
+        if self.returns_it:
+            return y, positive
+        return self.two(h.flip(1)) if positive else y
+
+
+@pytest.mark.parametrize("model", [Decides(), Branches()], ids=lambda model: type(model).__name__)
+def test_decisions_on_computed_values_are_refused(model: nn.Module) -> None:
     with pytest.raises(TitheError) as error:
-        trace(model)
+        trace(nn.Sequential(model, nn.ReLU()))
     assert error.value.place == "0"
     assert "decide what runs" in error.value.found
     assert error.value.remedy
+
+
+def test_a_module_that_is_whole_may_decide_among_its_own_tensors() -> None:
+    inside = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6), Branches())
+    assert [group.name for group in trace(inside, "3.*").groups] == ["0"]
+    with pytest.raises(TitheError, match="3: found values computed from the weights that decide what runs"):
+        trace(inside)
+
+
+def test_a_decision_that_a_module_tells_others_is_refused() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.inner = nn.Linear(6, 9), nn.Linear(9, 6), Branches(returns_it=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, positive = self.inner(x)
+            return self.two(self.one(y).flip(1) if positive else self.one(y))
+
+    with pytest.raises(TitheError, match="inner: found values computed from the weights that decide what runs"):
+        trace(Outer(), "inner.*")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ labels      what is known of a tensor's entries            assemble  from what w
 operations  the table: products, extents (along an axis), moves (entries go elsewhere)
 """
 
-from tithe.coupling.couple import couple
+from tithe.coupling.couple import Unfollowed, couple
 from tithe.coupling.groups import Coupling, Group, Term
 
-__all__ = ["Coupling", "Group", "Term", "couple"]
+__all__ = ["Coupling", "Group", "Term", "Unfollowed", "couple"]

@@ -13,9 +13,10 @@ from tithe.delta.check_base import Match, check_base, check_form
 from tithe.delta.file import TensorFile
 from tithe.delta.fingerprint import state_tensors, storage_key, ties, words
 from tithe.delta.format import Header, Record, decode, read_record
-from tithe.delta.network import check_widths, make_narrow
+from tithe.delta.network import SAME_CLASS, check_answers, check_numbers, check_widths, disagreements, narrow
 from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
+from tithe.forward import Probe, ask
 
 Model = TypeVar("Model", bound=nn.Module)
 _SAME_NETWORK: Final = (
@@ -26,7 +27,8 @@ _SAME_NETWORK: Final = (
 def apply(model: Model, path: str | Path) -> Model:
     """Write a delta into `model`, in place; applying it again changes nothing.
 
-    A file that holds a narrow network makes a model of full width, whatever its values, that network.
+    A file that holds a narrow network makes a model of full width, whatever its values, that network. If the file tells
+    what the saved network answered to numbers that can be drawn again, the model is asked the same.
 
     Args:
         model: the base that the delta was made from, or the tuned model itself, attached or not, on any device.
@@ -37,7 +39,8 @@ def apply(model: Model, path: str | Path) -> Model:
 
     Raises:
         TitheError: when the file is truncated, damaged, no delta or of a later version; when names, shapes, dtypes or
-            ties differ; or when the model is another base. The model then has every bit it had before.
+            ties differ; when the model is another base; or when a narrow network does not run or answers otherwise than
+            the saved one. The model then has every bit it had before.
 
     Example:
         >>> import tempfile, tithe
@@ -66,16 +69,47 @@ def apply(model: Model, path: str | Path) -> Model:
 
 
 def _apply_network(model: Model, file: TensorFile, header: Header, widths: Mapping[str, Mapping[str, int]]) -> Model:
-    """Make `model` the narrow network of a file."""
-    check_widths(str(file.path), model, header)
-    _matches(model, state_tensors(model), header, file.path, any_shape=True)
+    """Make `model` the narrow network of a file, and ask it what the saved one was asked."""
+    place = str(file.path)
+    check_widths(place, model, header)
+    matches = _matches(model, state_tensors(model), header, file.path, any_shape=True)
+    for match in matches:
+        if match.target.is_meta:
+            raise TitheError(
+                match.name,
+                found="a tensor on the meta device",
+                expected="weights in memory",
+                remedy="build the network on the device that it is to run on",
+            )
     records = {name: read_record(file, name, entry) for name, entry in header.entries.items()}
-    make_narrow(model, widths, {name: entry.shape for name, entry in header.entries.items()})
-    state = state_tensors(model)
-    with torch.no_grad():
-        for name, record in records.items():
-            write_record(state[name], _placed(record, state[name]))
+    values = [(match.target, _placed(records[match.name], match.target).values) for match in matches]
+    known = disagreements(model)
+    try:
+        with torch.no_grad(), narrow(model, widths, values):
+            check_numbers(place, model, known)
+            if header.probe is not None:
+                check_answers(place, model, header.probe)
+    except TitheError:
+        raise
+    except Exception as error:
+        if header.probe is not None and _runs(model, header.probe):
+            raise TitheError(
+                place,
+                found=f"a forward pass that fails in the network made from it ({type(error).__name__}: {error})",
+                expected="one that runs, as in the network that was saved",
+                remedy=SAME_CLASS,
+            ) from error
+        with torch.no_grad(), narrow(model, widths, values):  # it does not run here whatever its width
+            check_numbers(place, model, known)
     return model
+
+
+def _runs(model: nn.Module, probe: Probe) -> bool:
+    try:
+        ask(model, probe.inputs)
+    except Exception:
+        return False
+    return True
 
 
 def write_record(target: Tensor, record: Record) -> None:

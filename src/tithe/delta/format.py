@@ -14,7 +14,11 @@ A narrow network (version 2) stores every tensor whole, at its own shape, and ha
 
     "widths": {"MODULE": {"out_channels": 12, …}, …}
 
-the numbers by which the modules of a wider network become it.
+the numbers by which the modules of a wider network become it, and where it could be asked,
+
+    "probe": {"inputs": …, "answers": …}
+
+a question to it and its answer (`tithe.forward.probe`). Readers of version 2 may leave the probe out of account.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from torch import Tensor
 from tithe.delta.file import CODES, DTYPES, TensorFile
 from tithe.delta.fingerprint import checksum
 from tithe.errors import TitheError
+from tithe.forward import Probe
 
 VERSION: Final = 2
 Kind = Literal["kept", "indices", "dense"]
@@ -67,13 +72,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The description of a delta: tensors by name, free metadata, the writer, and a narrow network's widths."""
+    """The description of a delta: tensors by name, free metadata, the writer, a narrow network's widths and probe."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     version: int = 1
     library: str = ""
     widths: Mapping[str, Mapping[str, int]] | None = None
+    probe: Probe | None = None
 
     def stored(self) -> dict[str, Entry]:
         """Return the entries that a record changes."""
@@ -113,6 +119,8 @@ def encode(header: Header) -> dict[str, str]:
     }
     if header.widths is not None:
         content["widths"] = {path: dict(numbers) for path, numbers in header.widths.items()}
+    if header.probe is not None:
+        content["probe"] = header.probe.plain()
     return {"tithe": seal(json.dumps(content, separators=(",", ":")))}
 
 
@@ -176,9 +184,10 @@ def decode(file: TensorFile) -> Header:
         metadata = {str(key): str(value) for key, value in content["metadata"].items()}
         library = str(content["library"])
         widths = None if version == 1 else {str(path): _numbers(told) for path, told in content["widths"].items()}
+        probe = Probe.of(content["probe"]) if version > 1 and "probe" in content else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, "a header with missing or malformed parts") from error
-    header = Header(entries, metadata, version, library, widths)
+    header = Header(entries, metadata, version, library, widths, probe)
     _check_layout(file, header)
     if text != seal(text[: text.rfind(',"checksum":')] + "}"):
         raise _damaged(file, "a header that does not match its checksum")

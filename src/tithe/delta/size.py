@@ -45,7 +45,7 @@ def delta_bytes(state: Mapping[str, Tensor], selected: Mapping[str, int], whole:
 def network_bytes(
     state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], widths: Mapping[str, Mapping[str, int]]
 ) -> int:
-    """Bytes of the file of a narrow network, to the last few of its free metadata.
+    """Bytes of the file of a narrow network, to the last few hundred of its free metadata and its probe.
 
     Args:
         state: the `state_dict` of the whole network; tied names share one storage.

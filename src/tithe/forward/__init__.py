@@ -1,13 +1,30 @@
 """Restore what a forward pass draws and changes besides its output, so that it leaves the model unchanged.
 
 rng    random states to go back to              modes  training or evaluation for the time of a pass
-gradients        losses that take one within themselves
-norm_statistics  running statistics, estimated again over data
+gradients  losses that take one within themselves
+untouched  everything that a further pass writes    norm_statistics  running statistics, estimated again over data
+probe  what a network answers, to know it by
 """
 
 from tithe.forward.gradients import asked_for_gradient
 from tithe.forward.modes import evaluating, training
 from tithe.forward.norm_statistics import estimate_statistics, tracked
+from tithe.forward.probe import Probe, ask, differs, make_probe, watch_call
 from tithe.forward.rng import RandomStates
+from tithe.forward.untouched import untouched, written_weights
 
-__all__ = ["RandomStates", "asked_for_gradient", "estimate_statistics", "evaluating", "tracked", "training"]
+__all__ = [
+    "Probe",
+    "RandomStates",
+    "ask",
+    "asked_for_gradient",
+    "differs",
+    "estimate_statistics",
+    "evaluating",
+    "make_probe",
+    "tracked",
+    "training",
+    "untouched",
+    "watch_call",
+    "written_weights",
+]

@@ -2,11 +2,14 @@
 
 stage      the model's own forward on smaller tensors    widths       what its modules say of their own width
 live_weight  θ of a weight for the time of a step          build        from a model to a stage that works
+trial      whether it works, compared with zeros         remedy       what to leave whole, tried before it is offered
 inference  between steps: the likeliest network          subnet_loss  networks tried out on data
 probabilities  of units, learned                         state        what is saved, checked
+copying    of modules that Python alone does not copy
 """
 
 from tithe.narrow.build import make_stage
+from tithe.narrow.copying import copy_module
 from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Probabilities
@@ -20,6 +23,7 @@ __all__ = [
     "Probabilities",
     "Stage",
     "check_same_loss",
+    "copy_module",
     "find_best",
     "loss_without_gradient",
     "make_stage",

@@ -10,7 +10,7 @@ its bits, momentum and weight decay included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,21 +49,36 @@ class LiveWeight:
         if self.leaf is None:
             self._fit, self._grid = fit, fit.grids[self.name]
             weight = self.weight.detach()
-            self.leaf = nn.Parameter(weight if self._grid.full else fit.take(self.name, weight), self.trained)
+            if self._received:
+                live = fit.pad(self.name, self.theta.detach())
+            else:
+                live = weight if self._grid.full else fit.take(self.name, weight)
+            self.leaf = nn.Parameter(live, self.trained)
         grad = self.theta.grad
         self.leaf.grad = None if grad is None else fit.pad(self.name, grad)
         return self.leaf
 
     def receive(self) -> None:
         """Turn θ into the live part with its gradient, after a backward pass."""
-        assert self.leaf is not None
-        assert self._fit is not None
-        grad = self.leaf.grad
+        live, grad = self.stripped()
         if not self._received:
             self.theta.grad = None
-            self.theta.data = self._fit.strip(self.name, self.leaf.data)
+            self.theta.data = live
             self._received, self._version = True, self.theta._version
-        self.theta.grad = None if grad is None else self._fit.strip(self.name, grad)
+        self.theta.grad = grad
+
+    def stripped(self) -> tuple[Tensor, Tensor | None]:
+        """Let go of what modules read, and return it and its gradient without padding.
+
+        One weight after the other, so that padded and unpadded parts of all of them never stand side by side.
+        """
+        assert self.leaf is not None
+        assert self._fit is not None
+        leaf, self.leaf = self.leaf, None
+        grad = None if leaf.grad is None else self._fit.strip(self.name, leaf.grad)
+        leaf.grad = None  # the graph of a loss that the caller keeps holds the leaf, but needs nothing of it any more
+        leaf.data = self.theta.data if self._received else self._fit.strip(self.name, leaf.data)
+        return leaf.data, grad
 
     @property
     def received(self) -> bool:
@@ -77,7 +92,7 @@ class LiveWeight:
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Show the optimizer the live part of its state for this weight."""
-        if self._grid is None or self._grid.full or self.leaf is None:
+        if self._grid is None or self._grid.full:
             return
         state = optimizer.state.get(self.theta, {})
         for key, value in state.items():
@@ -87,7 +102,7 @@ class LiveWeight:
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer's state of the live part back into the whole state."""
-        if self._grid is None or self._grid.full or self.leaf is None:
+        if self._grid is None or self._grid.full:
             return
         state = optimizer.state.get(self.theta, {})
         for key, value in state.items():
@@ -147,13 +162,30 @@ class LiveWeights(dict[str, LiveWeight]):
                 live[name] = tensor if fit.grids[name].full else fit.take(name, tensor)
         return live
 
-    def receive(self, stage: Stage, fit: Fit, live: Mapping[str, Tensor]) -> None:
-        """Give every θ its gradient after backward, and write statistics back into the whole."""
+    def receive(self, stage: Stage, fit: Fit, live: dict[str, Tensor]) -> None:
+        """Give every θ its gradient after backward, and write statistics back into the whole.
+
+        Args:
+            stage: of the model.
+            fit: of the step.
+            live: what `open` returned; it is emptied.
+        """
+        self._receive(stage, fit, live, LiveWeight.receive)
+
+    def rehearse(self, stage: Stage, fit: Fit, live: dict[str, Tensor]) -> list[Any]:
+        """Do on shapes alone what `receive` does, with θ as it was; the result stands for what stays in memory."""
+        kept: list[Any] = []
+        self._receive(stage, fit, live, lambda part: kept.append(part.stripped()))
+        return kept
+
+    def _receive(self, stage: Stage, fit: Fit, live: dict[str, Tensor], weight: Callable[[LiveWeight], None]) -> None:
         for name, tensor in stage.tensors.items():
+            part = live.pop(name)
             if name in self:
-                self[name].receive()
-            elif live[name] is not tensor:
-                fit.grids[name].scatter_(tensor, fit.strip(name, live[name]))
+                del part
+                weight(self[name])
+            elif part is not tensor:
+                fit.grids[name].scatter_(tensor, fit.strip(name, part))
 
     @property
     def received(self) -> bool:

@@ -9,9 +9,9 @@ Classes, forwards and `state_dict` stay untouched. Kernels are the ordinary ones
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from tithe.coupling import Coupling, Group
-from tithe.narrow.widths import counts
+from tithe.forward import untouched
+from tithe.narrow.widths import Count, find_counts
 from tithe.selection import Grid
 
 _MISSING = object()
@@ -76,10 +77,19 @@ class Stage:
     Args:
         model: the model; nothing is changed until `run`.
         coupling: which positions may be absent.
+        counts: the numbers of its modules that follow a width, or None to find them, in a model of full width.
+        written: frozen parameters that a forward pass of the model writes.
     """
 
-    def __init__(self, model: nn.Module, coupling: Coupling) -> None:
-        self.model, self.coupling = model, coupling
+    def __init__(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        counts: Sequence[Count] | None = None,
+        written: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self.model, self.coupling, self.written = model, coupling, tuple(written)
+        self.counts = tuple(find_counts(model, coupling) if counts is None else counts)
         self.running = False
         self.tensors: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
@@ -90,7 +100,7 @@ class Stage:
                     self.tensors[known[id(tensor)]] = tensor
                     self._places.setdefault(known[id(tensor)], []).append((module, key))
         self._cut = {name: sorted(coupling.places[name].items()) for name in self.tensors}
-        self._counts = counts(model, coupling)
+        self._counts = [(model.get_submodule(count.path), count) for count in self.counts]
         rows = [(group.start, group.num_units, self._multiple(group)) for group in coupling.groups]
         self._starts, sizes, multiples = torch.tensor(rows, dtype=torch.int64).view(-1, 3).unbind(1)
         self._rounding = torch.arange(len(rows)).repeat_interleave(sizes), multiples
@@ -159,6 +169,10 @@ class Stage:
         """Return the smaller tensors padded for that layout."""
         return {name: fit.take(name, tensor) for name, tensor in self.tensors.items()}
 
+    def untouched(self) -> AbstractContextManager[None]:
+        """Put back what further forward passes inside the block write."""
+        return untouched(self.model, also=self.written)
+
     @contextmanager
     def run(self, grids: Mapping[str, Grid], live: Mapping[str, Tensor], *, spare: bool = False) -> Generator[None]:
         """Run the model as the narrow network of `grids` inside the block.
@@ -186,8 +200,8 @@ class Stage:
                 for module, key in self._places[name]:
                     show(module, key, tensor)
             lengths = self._lengths(grids)
-            for count in self._counts:
-                show(count.module, count.attribute, count.at(lengths[count.axis]))
+            for module, count in self._counts:
+                show(module, count.attribute, count.at(lengths[count.axis]))
             yield
         finally:
             self.running = False
@@ -197,26 +211,33 @@ class Stage:
                 else:
                     own[key] = value
 
-    def settle(self, grids: Mapping[str, Grid]) -> None:
-        """Make the model itself that narrow network: replace its tensors by their live part, for good."""
+    def settle(self, alive: Tensor) -> Stage:
+        """Make the model itself a narrow network, for good: its tensors become their live part.
+
+        Args:
+            alive: bool (n,), the units that stay.
+
+        Returns:
+            The stage of the model as it is then.
+        """
+        grids = self.grids(alive)
         lengths = self._lengths(grids)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.data = grids[name].gather(tensor.data)
-        for count in self._counts:
-            setattr(count.module, count.attribute, count.at(lengths[count.axis]))
+        left: list[Count] = []
+        for module, count in self._counts:
+            length = lengths[count.axis]
+            setattr(module, count.attribute, count.at(length))
+            left.append(replace(count, full=count.at(length), length=length))
+        return Stage(self.model, self.coupling.shrink(alive), left, self.written)
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, int]]:
-        """Return the widths that modules of `model`, a copy at any width, store: path → attribute → number.
-
-        Args:
-            model: of the same structure.
-        """
+        """Return the widths that modules of `model`, a copy at any width, state: path → attribute → number."""
         found: dict[str, dict[str, int]] = {}
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        for count in self._counts:
-            path = paths[id(count.module)]
-            found.setdefault(path, {})[count.attribute] = getattr(model.get_submodule(path), count.attribute)
+        for count in self.counts:
+            module = model.get_submodule(count.path)
+            found.setdefault(count.path, {})[count.attribute] = getattr(module, count.attribute)
         return found
 
     def _lengths(self, grids: Mapping[str, Grid]) -> Sequence[int]:

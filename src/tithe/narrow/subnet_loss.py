@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from tithe.batch import num_samples
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, asked_for_gradient, evaluating, training
+from tithe.forward import RandomStates, asked_for_gradient, evaluating, training, untouched
 from tithe.narrow.stage import Stage
 
 Loss = Callable[[Any, Any], Tensor]
 
 
 def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any], *, twice: bool) -> float:
-    """Return the loss of a narrow network; random states and running statistics stay as they were.
+    """Return the loss of a narrow network; random states and buffers stay as they were.
 
     Args:
         stage: of the model.
@@ -31,11 +31,9 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
     """
     fit, found = stage.fit(mask), list[float]()
     states = RandomStates()
-    with torch.no_grad():
-        for _ in range(1 + twice):
-            with stage.run(fit.read, stage.filled(fit), spare=True):
-                found.append(_number(_value(closure, states)))
-            states.restore()
+    for _ in range(1 + twice):
+        with torch.no_grad(), stage.untouched(), stage.run(fit.read, stage.filled(fit)):
+            found.append(check_scalar(_value(closure, states)))
     if not math.isclose(found[0], found[-1], rel_tol=1e-4, abs_tol=1e-7) and math.isfinite(sum(found)):
         raise TitheError(
             "loss",
@@ -58,7 +56,12 @@ def _value(closure: Callable[[], Any], states: RandomStates) -> Any:
         return closure()
 
 
-def _number(loss: Any) -> float:
+def check_scalar(loss: Any) -> float:
+    """Return a loss as a number.
+
+    Raises:
+        TitheError: when it is no scalar tensor.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TitheError(
             "loss",
@@ -72,7 +75,7 @@ def _number(loss: Any) -> float:
 def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> tuple[float, Tensor]:
     """Return the lowest mean training loss of several narrow networks, and the mask of that network.
 
-    Random states and running statistics stay as they were; each network sees the same random draws.
+    Random states and buffers stay as they were; each network sees the same random draws.
 
     Args:
         stage: of the model.
@@ -91,12 +94,20 @@ def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequen
 
 
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
-    grids, states, total = stage.grids(mask), RandomStates(), 0.0
-    with torch.no_grad(), training(stage.model), stage.run(grids, stage.live(grids), spare=True):
-        for batch in batches:
-            total += float(loss(stage.model, batch)) * num_samples(batch)
-    states.restore()
-    return total / sum(map(num_samples, batches))
+    grids, total = stage.grids(mask), 0.0
+    with torch.no_grad(), training(stage.model), stage.untouched(), stage.run(grids, stage.live(grids)):
+        counts = _counts(batches)
+        for batch, count in zip(batches, counts, strict=True):
+            total += float(loss(stage.model, batch)) * count
+    return total / sum(counts)
+
+
+def _counts(batches: Sequence[Any]) -> list[int]:
+    """The samples of each batch; batches that do not tell how many they hold count alike."""
+    try:
+        return [num_samples(batch) for batch in batches]
+    except TitheError:
+        return [1 for _ in batches]
 
 
 def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) -> None:
@@ -107,7 +118,7 @@ def check_same_loss(one: nn.Module, other: nn.Module, loss: Loss, example: Any) 
     """
     found: list[float] = []
     for model in (one, other):
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), untouched(model):
             found.append(float(loss(model, example)))
     if not math.isclose(*found, rel_tol=1e-3, abs_tol=1e-5):
         raise TitheError(

@@ -10,7 +10,6 @@ epoch's end: what has probability 0 is dropped for good, weights and optimizer s
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import math
@@ -31,6 +30,7 @@ from tithe.narrow import (
     Probabilities,
     Stage,
     check_same_loss,
+    copy_module,
     find_best,
     loss_without_gradient,
     make_stage,
@@ -63,7 +63,8 @@ class NarrowPlan(Plan):
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
-        self.stage = make_stage(model, loss, next(iter(self._data), None), list(split.candidates))
+        batch = next(iter(self._data), None)
+        self.stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
@@ -285,20 +286,18 @@ class NarrowPlan(Plan):
         self._settled = True
         self._draw()
         with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):  # norms see that they are trained
-            estimate_statistics(self.model, self._loss, batches)
+            estimate_statistics(self.model, self._loss, batches, also=self.stage.written)
         self._parts.close()
         return loss
 
     def _drop(self, alive: Tensor) -> None:
         """Let units go for good: bool (n,) says which stay."""
         grids = self.stage.grids(alive)
-        self.stage.settle(grids)
+        self.stage = self.stage.settle(alive)
         for name, part in self._parts.items():
             part.shrink(grids[name], self._optimizers.bound)
-        coupling = self.stage.coupling.shrink(alive)
-        self.probabilities.shrink(coupling, alive)
+        self.probabilities.shrink(self.stage.coupling, alive)
         self._alive[self._alive.nonzero().flatten()[~alive]] = False
-        self.stage = Stage(self.model, coupling)
 
     # ------------------------------------------------------------------------------------------- what goes out and in
 
@@ -313,18 +312,22 @@ class NarrowPlan(Plan):
         first = self._fit.fresh()
         again = not torch.equal(*self._masks)
         inside = contextlib.ExitStack()  # backward runs in the narrow network too
+        received: list[Any] = []
 
         def both(shapes: Any) -> Tensor:
             if again:
                 second = self.stage.fit(self._masks[1])
-                with torch.no_grad(), self.stage.run(second.read, self.stage.filled(second), spare=True):
+                with torch.no_grad(), self.stage.untouched(), self.stage.run(second.read, self.stage.filled(second)):
                     self._loss(self.model, shapes)
                 del second
-            inside.enter_context(self.stage.run(first.read, self._parts.open(self.stage, first)))
+            live = self._parts.open(self.stage, first)
+            inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
+            inside.enter_context(self.stage.run(first.read, live))
             return self._loss(self.model, shapes)
 
         try:
-            found = ledger.predict(self.model, both, batch, inside=inside)
+            with self.stage.untouched():
+                found = ledger.predict(self.model, both, batch, inside=inside)
         finally:
             for part in self._parts.values():
                 part.forget()
@@ -353,7 +356,7 @@ class NarrowPlan(Plan):
         self._check_live()
         self._inference.unhook()
         try:
-            network = copy.deepcopy(self.model)
+            network = copy_module(self.model)
         finally:
             self._inference.hook()
         inner = Lean.of(network)
@@ -363,8 +366,8 @@ class NarrowPlan(Plan):
             parameter.requires_grad_(self._parts[name].trained if name in self._parts else parameter.requires_grad)
             parameter.grad = None
         if not self._settled:
-            stage = Stage(network, self.stage.coupling)
-            stage.settle(stage.grids(self.probabilities.likely(self.num_steps)))
+            likely = self.probabilities.likely(self.num_steps)
+            Stage(network, self.stage.coupling, self.stage.counts).settle(likely)
         if example is not None:
             check_same_loss(self.model, network, self._loss, example)
         return network
@@ -373,7 +376,7 @@ class NarrowPlan(Plan):
         """Write the narrow network that `export` gives, atomically; `tithe.apply` makes a freshly built model it."""
         network = self.export()
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
-        delta.write_network(path, network, self.stage.numbers(network), metadata=told)
+        delta.write_network(path, network, self.stage.numbers(network), metadata=told, inputs=self._inputs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on from here: tensors, probabilities, and which units are left."""
