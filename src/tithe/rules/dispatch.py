@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.rules.base import Rule, Ruled
+from tithe.rules.functional import lifted, spread, swapped
 from tithe.rules.sparse.probes import Probe, SquareProbe
 from tithe.rules.table import CHANNELS, ENTRIES, SPARSE, WINGS, Handler, state
 from tithe.rules.theta import Binding
+from tithe.rules.transforms import each_row, transformed
 from tithe.selection import Channels, Selection
 
 _RULES = WINGS[SPARSE]
@@ -176,6 +178,7 @@ def register(
     return enter
 
 
+@each_row
 class Graft(torch.autograd.Function):
     """The weight itself, with Sᵀ as its backward: `apply(weight, theta, selection)`."""
 
@@ -188,7 +191,7 @@ class Graft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """The gradient of θ: ∇θ = Sᵀ ∇w."""
-        return None, ctx.selection.gather(grads[0]), None
+        return None, ctx.selection.gather(dense(grads[0])), None
 
 
 class ProbeGraft(torch.autograd.Function):
@@ -211,7 +214,7 @@ class ProbeGraft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Hands the gradient to the probe."""
-        ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(grads[0])
+        ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(dense(grads[0]))
         return None, None, None
 
 
@@ -250,9 +253,9 @@ class Carrier(Tensor):
                     return func(*args, **kwargs)
             return func(*_each(raw, args), **_each(raw, kwargs))
         if not torch.is_grad_enabled():
-            return func(*_each(raw, args), **_each(raw, kwargs))
+            return func(*_each(graft, args), **_each(graft, kwargs))
         handler = _RULES.get(func)
-        if handler is not None:
+        if handler is not None and not transformed():
             out = handler(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -278,12 +281,34 @@ def graft(weight: Tensor) -> Tensor:
     """The parameter under a carrier with Sᵀ as its backward; any other tensor as it is."""
     if not isinstance(weight, Carrier):
         return weight
-    binding = asking(weight)
+    given = another(weight)
+    if given is not None:
+        return spread(raw(weight), given, weight.binding)
+    binding = asking(weight) if torch.is_grad_enabled() else None
     if binding is None:
         return raw(weight)
-    if binding.probe is not None:
-        return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe))
+    probe = binding.probe
+    if torch._C._are_functorch_transforms_active():
+        return lifted(raw(weight), binding, partial(_gathered, binding.selection) if probe is None else probe.alone)
+    if probe is not None:
+        return cast(Tensor, ProbeGraft.apply(raw(weight), probe.anchor, probe))
     return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.selection))
+
+
+def another(weight: Any) -> Tensor | None:
+    """What `torch.func.functional_call` put in the place of a carrier's θ; None where nothing was."""
+    if not isinstance(weight, Carrier) or weight.binding.probe is not None or not weight.binding.selection.size:
+        return None
+    return swapped(weight.binding)
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as the strided tensor that selections read: that of a table looked up with `sparse=True` is none."""
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _gathered(selection: Selection, grad: Tensor) -> Tensor:
+    return selection.gather(dense(grad))
 
 
 def asking(weight: Any) -> Binding | None:
@@ -330,6 +355,8 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
     """
     if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
         return True
+    if another(weight) is not None or another(bias) is not None:
+        return True
     if weight.binding.probe is not None or not weight.binding.selection.whole:
         return False
     return not isinstance(bias, Carrier) or (bias.binding.probe is None and bias.binding.selection.whole)
@@ -355,6 +382,20 @@ def autocast(x: Tensor, *, to_float32: bool = False) -> Tensor:
     return x.to(torch.float32 if to_float32 else torch.get_autocast_dtype(kind))
 
 
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+def plain(x: Any) -> bool:
+    """Whether x is a dense tensor of torch's own kind, whose entries are what its memory holds.
+
+    No carrier or other subclass, which may mean something else by an operation; not nested, sparse or quantised; no
+    view that negates when it is read.
+    """
+    if type(x) not in _PLAIN or x.layout != torch.strided or x.is_nested or x.is_quantized:
+        return False
+    return torch.compiler.is_compiling() or not x.is_neg()
+
+
 def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
     """Whether x is an ordinary tensor of the dtype that the operation will compute in.
 
@@ -363,7 +404,7 @@ def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
         weight: the weight.
         cast: autocast reaches the operation; where it does not, ids and other numbers that are not real fit too.
     """
-    if not isinstance(x, Tensor) or isinstance(x, Carrier):
+    if not plain(x):
         return False
     if not cast:
         return x.dtype == weight.dtype or not x.is_floating_point()

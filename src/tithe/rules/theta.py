@@ -33,6 +33,8 @@ def theta_key(parameter: str) -> str:
 class CommonTheta(ABC):
     """One parameter that stands for θ of several weights."""
 
+    parameter: nn.Parameter
+
     @abstractmethod
     def view(self, binding: Binding) -> Tensor:
         """What stands for θ of this weight in autograd."""
@@ -44,6 +46,9 @@ class Binding:
     Args:
         name: the parameter's name in the model.
         weight: the real parameter; it keeps its key in `state_dict` and gets no gradient of its own.
+
+    Attributes:
+        home: the module and the key where θ is registered, and `functional_call` may put another tensor.
     """
 
     def __init__(self, name: str, weight: nn.Parameter) -> None:
@@ -56,6 +61,7 @@ class Binding:
         self.counted = False
         self.probe: Probe | None = None
         self.common: CommonTheta | None = None
+        self.home: tuple[nn.Module, str] | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
         self.committed = self.theta._version

@@ -17,10 +17,12 @@ from torch.autograd.function import once_differentiable
 from tithe.rules.lean.bitpack import layout
 from tithe.rules.lean.derivative_codes import GATES, SLOPES
 from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.transforms import each_row
 
 # pyright: reportIncompatibleMethodOverride=false
 
 
+@each_row
 class Gated(torch.autograd.Function):
     """An activation with two derivatives: `apply(x, kind, low, high, inplace)`; a bit an element says which."""
 
@@ -41,6 +43,7 @@ class Gated(torch.autograd.Function):
         return torch.ops.tithe.gate_grad.default(grads[0], *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
+@each_row
 class Sloped(torch.autograd.Function):
     """A smooth activation: `apply(x, kind, alpha, inplace)`; keeps an 8-bit code of its derivative."""
 

@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend
 from tithe.rules.dispatch import autocast
 from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
 from tithe.rules.lean.dispatch import Leanness, asks, catch, ordinary
+from tithe.rules.transforms import each_row
 
 _AT_ONCE = 1 << 18
 """Probabilities that are worked on at a time."""
@@ -171,6 +172,7 @@ def probabilities(q: Tensor, kt: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._safe_softmax.default(scores.add_(bias), -1)
 
 
+@each_row
 class Fused(torch.autograd.Function):
     """Attention by a stock kernel: `apply(attention, bits, q, k, v, mask)`; backward runs it again, or its steps."""
 
@@ -203,6 +205,7 @@ class Fused(torch.autograd.Function):
         return None, None, *(next(found) if t.requires_grad else None for t in inputs), None
 
 
+@each_row
 class Composed(torch.autograd.Function):
     """Attention in the order of operations of stock's unfused one: `apply(attention, bits, q, k, v, mask)`."""
 

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from tithe.rules.lean.activation import Sloped
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import Leanness, asks, catch
+from tithe.rules.transforms import each_row
 
 
+@each_row
 class Product(torch.autograd.Function):
     """The product of two tensors of one shape: `apply(a, u)`."""
 

@@ -122,6 +122,11 @@ class Probe(ABC):
     def whole(self, grad: Tensor) -> None:
         """Add the gradient of all samples together, in the weight's shape."""
 
+    def alone(self, grad: Tensor) -> None:
+        """Add the gradient of a use that mixes all samples, in the weight's shape."""
+        self.separable = False
+        self.whole(grad if grad.layout == torch.strided else grad.to_dense())
+
     @abstractmethod
     def stacked(self, grads: Tensor) -> None:
         """Add gradients that come one per sample, (N, ...) for a weight of leading size 1."""
