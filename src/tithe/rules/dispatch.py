@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tithe.errors import TitheError
 from tithe.rules.base import Rule, Ruled
 from tithe.rules.functional import lifted, spread, swapped
 from tithe.rules.sparse.probes import Probe, SquareProbe
@@ -231,7 +232,9 @@ class Carrier(Tensor):
         weight = binding.weight.detach()
         if isinstance(weight, FakeTensor):  # it cannot become another subclass; `raw` answers for it
             weight = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta")
-        carrier = torch.Tensor._make_subclass(cls, weight, False)
+        carrier = torch.Tensor._make_subclass(cls, weight, True)
+        with torch._C.DisableTorchFunctionSubclass():
+            carrier.register_post_accumulate_grad_hook(_passed_by)
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
         carrier.memory = binding.weight.untyped_storage()._cdata
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
@@ -268,6 +271,35 @@ class Carrier(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Carrier, (self.binding, self.owner, self.key)
+
+
+def _passed_by(carrier: Carrier) -> None:
+    """Hand on a gradient that reached the carrier itself: θ gets it by graft.
+
+    A nested tensor, or another subclass that is asked first, may run an operation on the carrier's memory without
+    asking it. Where something else stood in the weight's or in θ's place, that was left out.
+
+    Raises:
+        TitheError: when it was.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        grad, carrier.grad = carrier.grad, None
+    if another(carrier) is not None or raw(carrier) is not carrier.binding.weight:
+        raise TitheError(
+            carrier.binding.name,
+            found="an operation of a tensor subclass, which passes by what functional_call put in the weight's place",
+            expected="operations on plain tensors",
+            remedy="hand plain tensors to functional_call: padded, instead of nested",
+        )
+    probe, create_graph = carrier.binding.probe, torch.is_grad_enabled()
+    if grad is None or not carrier.binding.active:
+        return
+    if probe is not None:
+        probe.alone(grad)
+        return
+    with torch.enable_grad():
+        weight = graft(carrier)
+    torch.autograd.backward(weight, grad, create_graph=create_graph)
 
 
 def raw(weight: Tensor) -> Tensor:

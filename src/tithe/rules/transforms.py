@@ -41,6 +41,8 @@ def each_row(function: FunctionT) -> FunctionT:
     single = cast(Any, function).backward
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():
+            return single(ctx, *grads)
         for is_batch, rows in ((_functorch.is_legacy_batchedtensor, _Legacy), (_functorch.is_batchedtensor, _Rows)):
             if any(grad is not None and is_batch(grad) for grad in grads):
                 with rows() as batch:
