@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
 from tithe.errors import TitheError
 from tithe.rules.base import Rule, Ruled
@@ -179,6 +180,22 @@ def register(
     return enter
 
 
+_FIRST: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def asked_first(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
+    """Send `operations` to a handler whether or not a gradient is recorded: those that write into the weight.
+
+    It returns the result, or NotImplemented to let the call go on.
+    """
+
+    def enter(handler: Handler) -> Handler:
+        _FIRST.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return enter
+
+
 @each_row
 class Graft(torch.autograd.Function):
     """The weight itself, with Sᵀ as its backward: `apply(weight, theta, selection)`."""
@@ -255,6 +272,11 @@ class Carrier(Tensor):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             return func(*_each(raw, args), **_each(raw, kwargs))
+        first = _FIRST.get(func)
+        if first is not None:
+            out = first(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if not torch.is_grad_enabled():
             return func(*_each(graft, args), **_each(graft, kwargs))
         handler = _RULES.get(func)
@@ -335,7 +357,12 @@ def another(weight: Any) -> Tensor | None:
 
 
 def dense(grad: Tensor) -> Tensor:
-    """A gradient as the strided tensor that selections read: that of a table looked up with `sparse=True` is none."""
+    """A gradient as the strided tensor that selections read.
+
+    That of a table looked up with `sparse=True` is sparse; that of a masked tensor is masked, and none where it is.
+    """
+    if isinstance(grad, MaskedTensor):
+        return cast(Tensor, grad.to_tensor(0.0))
     return grad if grad.layout == torch.strided else grad.to_dense()
 
 
@@ -439,5 +466,5 @@ def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
     if not plain(x):
         return False
     if not cast:
-        return x.dtype == weight.dtype or not x.is_floating_point()
+        return x.dtype == weight.dtype or not (x.is_floating_point() or x.is_complex())
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
