@@ -114,6 +114,7 @@ def attach(
     _check_free(model)
     plan = method.make_plan(Maker(model, Settings(loss, data, where, head, seed)))
     try:
+        plan.set_aside()
         if state is not None:
             plan.load_state_dict(state)
         else:

@@ -62,6 +62,7 @@ class NarrowPlan(Plan):
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
+        self._split.check_memory("may become narrow")
         self.stage = make_stage(model, loss, next(iter(self._data), None), list(split.candidates))
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
@@ -400,6 +401,7 @@ class NarrowPlan(Plan):
         self._inference.unhook()
         for handle in self._handles:
             handle.remove()
+        self._split.restore_left_out()
         for part in self._parts.values():
             part.release()
         for name, required in self._frozen_head.items():

@@ -21,7 +21,8 @@ from tithe.errors import TitheError
 # pyright: reportPrivateUsage=false
 
 FunctionT = TypeVar("FunctionT", bound=type[torch.autograd.Function])
-_functorch = cast(Any, torch._C)._functorch
+_torch: Any = torch
+_functorch = _torch._C._functorch
 outside = temporarily_clear_interpreter_stack
 """A context in which no transform runs."""
 
@@ -100,11 +101,11 @@ class _Legacy(_Rows):
 
     def _batch(self, grad: Tensor) -> Tensor | None:
         is_batch = _functorch.is_legacy_batchedtensor(grad)
-        return torch._remove_batch_dim(grad, self.level, 1, 0) if is_batch else None
+        return _torch._remove_batch_dim(grad, self.level, 1, 0) if is_batch else None
 
     def join(self, rows: Sequence[Tensor | None]) -> Tensor | None:
         """One batch of what was found for each row."""
-        return None if rows[0] is None else torch._add_batch_dim(torch.stack(cast(Any, rows)), 0, self.level)
+        return None if rows[0] is None else _torch._add_batch_dim(torch.stack(cast(Any, rows)), 0, self.level)
 
 
 class Lifted(torch.autograd.Function):

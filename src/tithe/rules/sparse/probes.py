@@ -70,7 +70,7 @@ class Probe(ABC):
             folded = torch.cat([values.sum(0), by_row.index_add_(0, rows, values.sum(1))])
         else:
             total = self.total()
-            flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
+            flat = total.flatten(1) if total.dim() > 1 else total.reshape(1, -1)
             folded = torch.cat([flat.sum(0), flat.sum(1)])
         self.clear()
         return folded
