@@ -219,11 +219,12 @@ def predict(
                 _check(loss)
                 loss.backward()
         except RuntimeError as error:
-            if "tensor subclass" not in str(error).lower():  # as torch says when a fake is asked for `.numpy()`
+            said = str(error).lower()  # as torch says when a fake is asked for `.numpy()`, or meets an operator
+            if "tensor subclass" not in said and "no fake impl" not in said:
                 raise
             raise TitheError(
                 "the forward pass",
-                found=f"data asked of a tensor that has only a shape ({error})",
+                found=f"what a tensor that has only a shape cannot do ({error})",
                 expected="torch operators from the batch to the loss",
                 remedy="measure a real step with tithe.measure, or stay in torch",
             ) from error

@@ -23,6 +23,7 @@ from torch.masked import MaskedTensor
 
 from tithe.errors import TitheError
 from tithe.rules.base import Rule, Ruled
+from tithe.rules.checkpoints import current_frame, hand_over
 from tithe.rules.functional import lifted, spread, swapped
 from tithe.rules.sparse.probes import Probe, SquareProbe
 from tithe.rules.table import CHANNELS, ENTRIES, SPARSE, WINGS, Handler, state
@@ -32,6 +33,7 @@ from tithe.selection import Channels, Selection
 
 _RULES = WINGS[SPARSE]
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
 _KEEP_OUTPUT = frozenset(
     f"{name}Backward0" for name in ("Relu", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Exp", "Sqrt", "Rsqrt")
 )
@@ -271,6 +273,8 @@ class Carrier(Tensor):
             if torch.compiler.is_compiling():
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+            if func == _REQUIRES_GRAD:  # checkpointing asks it of weights that are handed over as arguments
+                return asking(args[0]) is not None or raw(args[0]).requires_grad
             return func(*_each(raw, args), **_each(raw, kwargs))
         first = _FIRST.get(func)
         if first is not None:
@@ -279,6 +283,8 @@ class Carrier(Tensor):
                 return out
         if not torch.is_grad_enabled():
             return func(*_each(graft, args), **_each(graft, kwargs))
+        if not torch.compiler.is_compiling() and current_frame() is not None:
+            _each(_hand_over, (args, kwargs))
         handler = _RULES.get(func)
         if handler is not None and not transformed():
             out = handler(*args, **kwargs)
@@ -378,6 +384,11 @@ def asking(weight: Any) -> Binding | None:
     if not isinstance(weight, Carrier) or not weight.binding.active:
         return None
     return weight.binding if raw(weight) is weight.binding.weight else None
+
+
+def _hand_over(carrier: Tensor) -> Tensor:
+    hand_over(carrier)
+    return carrier
 
 
 def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
