@@ -315,10 +315,10 @@ def _closest(pattern: str, names: Sequence[str]) -> str | None:
     for glob in (f"{bare}.*", f"*.{bare}.*", f"*.{bare}", f"*{bare}*"):
         if bare and any(fnmatchcase(name, glob) for name in names):
             return glob
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    pieces = {path.rpartition(".")[2]: path for path in paths if path}
-    near = difflib.get_close_matches(bare.rpartition(".")[2] or bare, pieces, n=1, cutoff=0.6)
-    return f"{pieces[near[0]]}.*" if near else None
+    paths = [path for path in dict.fromkeys(name.rpartition(".")[0] for name in names) if path]
+    parts = {path.rpartition(".")[2]: path for path in paths}
+    near = difflib.get_close_matches(bare, parts, n=1) or difflib.get_close_matches(bare, paths, n=1)
+    return f"{parts.get(near[0], near[0])}.*" if near else None
 
 
 def _check_overlap(floats: Mapping[str, nn.Parameter]) -> None:

@@ -292,6 +292,12 @@ class Carrier(Tensor):
                 return out
         return func(*_each(graft, args), **_each(graft, kwargs))
 
+    def __getattr__(self, name: str) -> Any:
+        """What someone set on the parameter: the scale of codes, a mark for an optimizer."""
+        if name in Carrier.__annotations__:  # of a carrier that is not made yet
+            raise AttributeError(name)
+        return getattr(raw(self), name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
         from copy import deepcopy
 
