@@ -254,6 +254,8 @@ class Carrier(Tensor):
         carrier = torch.Tensor._make_subclass(cls, weight, True)
         with torch._C.DisableTorchFunctionSubclass():
             carrier.register_post_accumulate_grad_hook(_passed_by)
+        if not isinstance(binding.weight, FakeTensor):
+            vars(carrier).update(vars(binding.weight))  # the scale of codes, a mark for an optimizer
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
         carrier.memory = binding.weight.untyped_storage()._cdata
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
@@ -291,12 +293,6 @@ class Carrier(Tensor):
             if out is not NotImplemented:
                 return out
         return func(*_each(graft, args), **_each(graft, kwargs))
-
-    def __getattr__(self, name: str) -> Any:
-        """What someone set on the parameter: the scale of codes, a mark for an optimizer."""
-        if name in Carrier.__annotations__:  # of a carrier that is not made yet
-            raise AttributeError(name)
-        return getattr(raw(self), name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
         from copy import deepcopy
