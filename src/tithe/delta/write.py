@@ -163,13 +163,14 @@ def _dense(name: str, tensor: Tensor, aliases: tuple[str, ...]) -> tuple[Entry, 
 
 def _sparse(name: str, tensor: Tensor, indices: Tensor, aliases: tuple[str, ...]) -> tuple[Entry, dict[str, Tensor]]:
     """The entry and record for `indices` of a trained tensor; dense where that takes fewer bytes."""
-    flat, at = words(name, tensor), indices.cpu()
+    at = indices.cpu()
+    if at.numel() == 0:
+        return Entry(tensor.dtype, tuple(tensor.shape), "kept", digest(name, tensor), "", aliases), {}
+    flat = words(name, tensor)
     stored_as = index_dtype(flat.numel())
     if at.numel() * (stored_as.itemsize + tensor.dtype.itemsize) > tensor.numel() * tensor.dtype.itemsize:
         return _dense(name, tensor, aliases)
     base = digest(name, tensor, at)
-    if at.numel() == 0:
-        return Entry(tensor.dtype, tuple(tensor.shape), "kept", base, "", aliases), {}
     parts = {f"{name}#indices": at.to(stored_as), f"{name}#values": flat[at].view(tensor.dtype)}
     content = checksum(*parts.values())
     return Entry(tensor.dtype, tuple(tensor.shape), "indices", base, content, aliases), parts

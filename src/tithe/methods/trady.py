@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tithe.budget import Budget
+from tithe.budget import Budget, written_as_percent
 from tithe.errors import TitheError
 from tithe.method import SelectionContext, SparseMethod, Spending
 from tithe.ranking import Ranking
@@ -82,7 +82,10 @@ class TraDy(SparseMethod):
             )
         if not 0 < self.coverage <= 1:
             raise TitheError(
-                "TraDy", found=f"coverage={self.coverage}", expected="a fraction in (0, 1]", remedy="try 0.97"
+                "TraDy",
+                found=f"coverage={self.coverage}",
+                expected="a fraction in (0, 1]",
+                remedy=written_as_percent("coverage", self.coverage, "try 0.97"),
             )
         if self.samples < 1:
             raise TitheError("TraDy", found=f"samples={self.samples}", expected="at least 1", remedy="try 256")

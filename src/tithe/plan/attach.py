@@ -115,6 +115,7 @@ def attach(
     _check_whole(model)
     plan = method.make_plan(Maker(model, Settings(loss, data, where, head, seed)))
     try:
+        plan.set_aside()
         if state is not None:
             plan.load_state_dict(state)
         else:

@@ -85,7 +85,12 @@ class Plan(ABC):
             prices = self._prices()
         finally:
             states.restore()
-        return "\n".join([repr(self), *prices])
+        return "\n".join([repr(self), *(f"  {note}" for note in self._notes()), *prices])
+
+    def _notes(self) -> list[str]:
+        """Return sentences about what is not trained, for `print(plan)`."""
+        said = self._split.say_left_out()
+        return [said] if said else []
 
     def _prices(self) -> list[str]:
         if self._loss is None or self._data is None or isinstance(self._data, Iterator):
@@ -107,6 +112,14 @@ class Plan(ABC):
     def _predict_stock(self, batch: Any) -> Ledger | None:
         """Price the same step with all weights trained by torch's own operations; None where the plan cannot tell."""
         return None
+
+    def set_aside(self) -> None:
+        """Freeze the weights that no plan can select from until `release`, and name them once.
+
+        Warns:
+            TitheWarning: when there are any.
+        """
+        self._split.freeze_left_out()
 
     def watch(self) -> None:
         """Follow the model and whatever optimizer trains it from now on."""

@@ -179,6 +179,8 @@ class Mount:
     def show_root(self, parameter: nn.Parameter) -> None:
         """Register a θ that weights have in common on the model itself."""
         self.model.register_parameter(theta_key(""), parameter)
+        for binding in self.bindings.values():
+            binding.home = self.model, theta_key("")
         self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
         loading = _Loading()
         self._handles.append(self.model.register_load_state_dict_pre_hook(loading.provide))
@@ -190,6 +192,7 @@ class Mount:
         module._parameters.pop(theta_key(key), None)
         if binding.theta.numel() and binding.common is None:
             module.register_parameter(theta_key(key), binding.theta)
+            binding.home = module, theta_key(key)
 
     def still(self) -> None:
         """Keep every norm with running statistics and no selected value in evaluation mode."""

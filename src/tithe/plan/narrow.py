@@ -63,6 +63,7 @@ class NarrowPlan(Plan):
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
+        self._split.check_memory("may become narrow")
         batch = next(iter(self._data), None)
         self.stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.probabilities = Probabilities(self.stage.coupling, method)
@@ -414,6 +415,7 @@ class NarrowPlan(Plan):
 
     def _let_go(self) -> None:
         self._inference.unhook()
+        self._split.restore_left_out()
         for part in self._parts.values():
             part.release()
         for name, required in self._frozen_head.items():

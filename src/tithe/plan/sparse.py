@@ -52,6 +52,11 @@ class SparsePlan(Plan):
         for parameter in self._head.values():
             parameter.requires_grad_(True)
         self._mount.still()
+        split.warn_of_new_head()
+
+    def _notes(self) -> list[str]:
+        said = self._split.say_missing_head()
+        return super()._notes() + ([said] if said else [])
 
     def start(self) -> None:
         """Make the first choice, or only check that it can be made when the method warms up first.
@@ -305,6 +310,7 @@ class SparsePlan(Plan):
 
     def _let_go(self) -> None:
         self._mount.release()
+        self._split.restore_left_out()
         if self._lean is not None:
             self._lean.release()
         for name, parameter in self._head.items():

@@ -40,6 +40,7 @@ class SubspacePlan(Plan):
     def __init__(self, model: nn.Module, method: SubspaceMethod, settings: Settings) -> None:
         super().__init__(model, settings)
         self.method, split = method, self._split
+        split.check_memory("moves, or takes the checkpoints' values")
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)
         weights = start_weights(self.history, method.start)
@@ -310,6 +311,7 @@ class SubspacePlan(Plan):
         self._settle()
         self._handle.remove()
         self._mount.release()
+        self._split.restore_left_out()
         for name, required in self._required.items():
             self._floats[name].requires_grad_(required)
 

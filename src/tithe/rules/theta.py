@@ -50,6 +50,9 @@ class Binding:
     Args:
         name: the parameter's name in the model.
         weight: the real parameter; it keeps its key in `state_dict` and gets no gradient of its own.
+
+    Attributes:
+        home: the module and the key where θ is registered, and `functional_call` may put another tensor.
     """
 
     def __init__(self, name: str, weight: nn.Parameter) -> None:
@@ -63,6 +66,7 @@ class Binding:
         self.counted = False
         self.probe: Probe | None = None
         self.common: CommonTheta | None = None
+        self.home: tuple[nn.Module, str] | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
         self._rest = _digest(weight.detach())  # of the entries that are not selected

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tithe import distributed
 from tithe.batch import leaves, map_batch, num_samples, slice_batch
 from tithe.errors import TitheError
-from tithe.ledger import measure
+from tithe.ledger import TransformError, measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
 from tithe.rules.sparse.probes import Listener, SampleProbe, deaf
 from tithe.scoring.likelihood import Likelihood
@@ -133,7 +133,11 @@ class Passes:
         for binding in self.bindings:
             binding.probe = listeners[binding.name]
         with _listening(self.head) as missed:
-            saved = measure(lambda: self._backward(self.bindings, few)).kept / num_samples(few)
+            try:
+                saved = measure(lambda: self._backward(self.bindings, few)).kept / num_samples(few)
+            except TransformError:  # more passes than need be, then
+                self._backward(self.bindings, few)
+                saved = 0.0
         _check_reached([name for name, listener in listeners.items() if not listener.reached], "where")
         _check_reached(missed, "head")
         micro = max(1, min(_MICRO, size // 5))

@@ -37,6 +37,7 @@ from tithe.rules.dispatch import autocast
 from tithe.rules.double_backward import differentiated, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
+from tithe.rules.transforms import each_row
 
 _AT_ONCE = 1 << 18
 """Probabilities that are worked on at a time."""
@@ -182,6 +183,7 @@ def probabilities(q: Tensor, kt: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._safe_softmax.default(scores.add_(bias), -1)
 
 
+@each_row
 class Fused(torch.autograd.Function):
     """Attention by a stock kernel: `apply(attention, bits, q, k, v, mask)`; backward runs it again, or its steps."""
 
@@ -215,6 +217,7 @@ class Fused(torch.autograd.Function):
         return None, None, *(next(found) if t.requires_grad else None for t in inputs), None
 
 
+@each_row
 class Composed(torch.autograd.Function):
     """Attention in the order of operations of stock's unfused one: `apply(attention, bits, q, k, v, mask)`."""
 

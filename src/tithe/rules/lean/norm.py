@@ -26,11 +26,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
 from tithe.rules.base import saved_tensors
-from tithe.rules.dispatch import Carrier, Graft, asking, raw
+from tithe.rules.dispatch import Carrier, Graft, another, asking, raw
 from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 from tithe.rules.theta import Binding
+from tithe.rules.transforms import each_row
 
 _AT_ONCE = 1 << 18
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
@@ -136,6 +137,7 @@ class Norm:
         return laid.reshape(laid.shape[0] * self.groups, -1)
 
 
+@each_row
 class _Lean(torch.autograd.Function):
     """Runs a norm: `apply(norm, bits, x, weight, bias, theta_weight, theta_bias, of_weight, of_bias)`.
 
@@ -347,7 +349,7 @@ def lean_norm(leanness: Leanness, norm: Norm, x: Tensor, weight: Tensor | None, 
     """
     if not asks(x) or torch.compiler.is_compiling() or x.numel() == 0 or (leanness.exact and leanness.bits is None):
         return NotImplemented
-    if _probed(weight, bias):  # a score asks for terms that the plan's own rule has
+    if _probed(weight, bias) or another(weight) is not None or another(bias) is not None:  # the plan's own rule knows
         return NotImplemented
     scale, shift = (None if w is None else raw(w) for w in (weight, bias))
     if (scale is not None and not ordinary(scale)) or (shift is not None and (scale is None or not ordinary(shift))):

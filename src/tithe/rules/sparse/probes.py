@@ -76,7 +76,7 @@ class Probe(ABC):
             folded = torch.cat([values.sum(0), by_row.index_add_(0, rows, values.sum(1))])
         else:
             total = self.total()
-            flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
+            flat = total.flatten(1) if total.dim() > 1 else total.reshape(1, -1)
             folded = torch.cat([flat.sum(0), flat.sum(1)])
         self.clear()
         return folded
@@ -132,6 +132,11 @@ class Probe(ABC):
     @abstractmethod
     def whole(self, grad: Tensor) -> None:
         """Add the gradient of all samples together, in the weight's shape."""
+
+    def alone(self, grad: Tensor) -> None:
+        """Add the gradient of a use that mixes all samples, in the weight's shape."""
+        self.separable = False
+        self.whole(grad if grad.layout == torch.strided else grad.to_dense())
 
     @abstractmethod
     def stacked(self, grads: Tensor) -> None:
