@@ -8,7 +8,7 @@ None) is passed along as it is.
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from tithe.errors import TitheError
 
-__all__ = ["leaves", "map_batch", "num_samples", "slice_batch"]
+_Part = slice | list[int]
+
+__all__ = ["leaves", "map_batch", "num_samples", "slice_batch", "take_samples"]
 
 
 def map_batch(fn: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -92,6 +94,23 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
     """
     layout = _layout(batch)
     return batch if (start, stop) == (0, layout.count) else _cut(batch, layout, slice(start, stop))
+
+
+def take_samples(batch: Any, samples: Sequence[int]) -> Any:
+    """Return the samples with these numbers, in this order, in the structure of the batch.
+
+    Raises:
+        TitheError: as `num_samples`.
+
+    Example:
+        >>> import torch
+        >>> take_samples({"x": torch.arange(4), "note": "four"}, [3, 0])
+        {'x': tensor([3, 0]), 'note': 'four'}
+    """
+    first = samples[0] if samples else 0
+    if list(samples) == list(range(first, first + len(samples))):
+        return slice_batch(batch, first, first + len(samples))
+    return _cut(batch, _layout(batch), list(samples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +226,14 @@ def _signature(node: Any) -> Any:
     return (type(node), tuple(_signature(item) for item in node)) if isinstance(node, tuple) else type(node)
 
 
-def _cut(node: Any, layout: _Layout, part: slice, depth: int = 0) -> Any:
+def _cut(node: Any, layout: _Layout, part: _Part, depth: int = 0) -> Any:
     if isinstance(node, Tensor):
         return _rows(node, part) if node.dim() and node.shape[0] == layout.count else node
     if isinstance(node, PackedSequence):
-        return pack_sequence(unpack_sequence(node)[part], enforce_sorted=False)
+        return pack_sequence(_picked(unpack_sequence(node), part), enforce_sorted=False)
     as_long = _is_list(node) and len(node) == layout.count
     if as_long and (_holds_samples(node, alone=depth == 0) or (depth > 0 and _is_column(node, layout))):
-        values = list(node)[part]
+        values = _picked(node, part)
         return values if isinstance(node, list) else tuple(values)
     return _rebuilt(node, lambda item: _cut(item, layout, part, depth + 1))
 
@@ -232,12 +251,17 @@ def _is_column(items: Any, layout: _Layout) -> bool:
     return images and len(items) > 2  # as many as an image has channels
 
 
-def _rows(tensor: Tensor, part: slice) -> Tensor:
-    """Rows of a tensor, as a view where its layout has one."""
+def _picked(items: Any, part: _Part) -> list[Any]:
+    return list(items)[part] if isinstance(part, slice) else [items[n] for n in part]
+
+
+def _rows(tensor: Tensor, part: _Part) -> Tensor:
+    """Rows of a tensor; those of a slice as a view where the layout has one."""
     if tensor.is_nested:
-        return torch.nested.as_nested_tensor(list(tensor.unbind()[part]), layout=tensor.layout)
+        return torch.nested.as_nested_tensor(_picked(tensor.unbind(), part), layout=tensor.layout)
     if tensor.layout is not torch.strided:
-        return tensor.index_select(0, torch.arange(part.start, min(part.stop, tensor.shape[0]), device=tensor.device))
+        rows = range(tensor.shape[0])[part] if isinstance(part, slice) else part
+        return tensor.index_select(0, torch.tensor(list(rows), device=tensor.device))
     return tensor[part]
 
 
