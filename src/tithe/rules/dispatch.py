@@ -291,9 +291,14 @@ def asking(weight: Any) -> Binding | None:
 
     A module whose parameter was swapped from outside (`torch.func.functional_call`) computes with what was swapped in.
     """
-    if not isinstance(weight, Carrier) or not weight.binding.active:
+    if not isinstance(weight, Carrier) or not weight.binding.active or _runs_stock(weight):
         return None
     return weight.binding if raw(weight) is weight.binding.weight else None
+
+
+def _runs_stock(weight: Carrier) -> bool:
+    """Whether the weight is scored by the gradients of torch's own operations."""
+    return weight.binding.probe is not None and weight.binding.probe.stock
 
 
 def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -328,7 +333,7 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
 
     Then the stock operation runs; where everything is selected, training is stock training bit for bit.
     """
-    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
+    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight or _runs_stock(weight):
         return True
     if weight.binding.probe is not None or not weight.binding.selection.whole:
         return False

@@ -9,7 +9,7 @@ the saving of batches allows, weights are scored in groups whose sums are smalle
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -38,17 +38,20 @@ from tithe.scoring.loss import (
 
 Statistic = Literal["square", "sum"]
 
-_MICRO = 8
-"""Most samples of the largest batch to a pass, and at most half of it: enough for dense products; of shorter ones more
-fit."""
+_MICRO, _LEAST = 8, 4
+"""Most samples of the largest batch to a pass: enough for dense products; of shorter ones more fit. Fewer than the
+least are scored one by one, by torch's own operations."""
 _FEW = 16
 """Up to so many samples are scored one by one: to find out whether a batch may be scored at once costs as much."""
 _STEP = 0.7
 """What a step that trains part of a network keeps for backward, against what a pass that scores all of it keeps
 (measured on BERT-like encoders and ResNets)."""
-_PASS, _DENSE = 64.0, 96.0
-"""Positions that take as long as what a pass does with a weight apart from them: reading it; and as what a loop over
-single samples does with its gradient besides: writing, squaring and adding it."""
+_PASS, _DENSE, _CALL = 64.0, 96.0, 2.5e6
+"""Positions that take as long as reading a weight in a pass, and as writing, squaring and adding its gradient in a loop
+over single samples; and multiplications that take as long as the calls for a weight in a pass, half of which the loop
+makes too (BERT-like encoders and ResNets, one thread)."""
+_SURE = 0.6
+"""Part of that loop's time that an estimate may take."""
 _AGREE = 1e-3
 """Relative difference at which a weight scored by batch is taken to mix samples, and is scored one by one instead."""
 _HEAPS = 0.75
@@ -95,6 +98,8 @@ class Passes:
         self._head, self._unheard = dict(head or {}), dict(head or {})
         self._weights = {b.name: b.weight for b in bindings}
         self._unreached = set(self._weights)
+        tables = {module._parameters["weight"] for module in model.modules() if isinstance(module, nn.Embedding)}
+        self._tables = {b.name for b in bindings if b.weight in tables}
         share = -(-samples // distributed.world_size())
         self.batches: list[Any] = []
         have = 0
@@ -112,7 +117,8 @@ class Passes:
                 "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
             )
         self._largest = max(self.batches, key=_num_elements)
-        self._micro = min(_MICRO, -(-num_samples(self._largest) // 2)) if self.num_samples > _FEW else 1
+        micro = min(_MICRO, num_samples(self._largest))
+        self._micro = micro if self.num_samples > _FEW and micro >= _LEAST else 1
 
     def scores(self, statistic: Statistic, or_else: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
@@ -151,17 +157,23 @@ class Passes:
         """
         need = {b.name: float(b.weight.numel() * _itemsize(b)) for b in self.bindings}
         total = limit = sum(need.values())
-        if statistic == "square" and self._micro > 1:
+        if statistic == "square" and self._micro > 1 and self._num_affordable(0.0) > 1:
             listeners = {b.name: Listener(b.weight) for b in self.bindings}
             one = slice_batch(self._largest, 0, 1)
             saved = measure(lambda: self._backward(listeners, one, self._largest)).kept
             for name, listener in listeners.items():
                 need[name] = min(listener.held * self.num_samples**_HEAPS, need[name]) or need[name]
             size, total = num_samples(self._largest), sum(need.values())
-            limit = max(
-                total / _num_affordable(listeners, self._micro), saved * (_STEP * size - self._micro), total / 8
-            )
-        limit = min(limit, max(_free_bytes(self.bindings[0].weight.device), total / 8))
+            limit = max(saved * (_STEP * size - self._micro), total / 8)
+            sizes = {name: self._weights[name].numel() for name in listeners}
+            met = sum(sizes[name] * listener.positions for name, listener in listeners.items()) / sum(sizes.values())
+            most = self._num_affordable(met)
+            while len(self._dealt(need, limit)) > most:
+                limit *= 1.05
+        return self._dealt(need, min(limit, max(_free_bytes(self.bindings[0].weight.device), total / 8)))
+
+    def _dealt(self, need: Mapping[str, float], limit: float) -> list[list[Binding]]:
+        """Weights in the model's order, as many to a group as stay within the limit."""
         groups: list[list[Binding]] = [[]]
         held = 0.0
         for binding in self.bindings:
@@ -172,6 +184,20 @@ class Passes:
             held += need[binding.name]
         return groups
 
+    def _num_affordable(self, positions: float) -> int:
+        """In how many groups weights can be scored in the time of a loop over single samples.
+
+        Each group runs forward and the input gradient, 2 T positions a sample, and reads each weight in each pass; two
+        samples are run twice. The loop reads, writes, squares and adds a dense gradient for each sample besides.
+
+        Args:
+            positions: T, by which a weight is multiplied, the mean over weights; with 0 the most groups come out.
+        """
+        calls = _CALL * len(self._weights) / max(sum(weight.numel() for weight in self._weights.values()), 1)
+        num_passes = 3 + -(-self.num_samples // self._micro)
+        group = (self.num_samples + 2) * 2 * positions + num_passes * (_PASS + calls)
+        return max(1, int(_SURE * self.num_samples * (2 * positions + _DENSE + calls / 2) / group))
+
     def _sums(self, group: list[Binding]) -> dict[str, Probe]:
         probes: dict[str, Probe] = {b.name: SumProbe(b.weight) for b in group}
         for batch in self.batches:
@@ -180,31 +206,40 @@ class Passes:
 
     def _squares(self, group: list[Binding]) -> dict[str, Probe]:
         probes = {b.name: SquareProbe(b.weight) for b in group}
-        pair = _unlike(self._largest) if self._micro > 1 else []
-        done = [_Piece(self._largest, [n]) for n in pair]
+        first = _unlike(self._largest) if self._micro > 1 else []
+        done = [_Piece(self._largest, [n]) for n in first]
         losses = [self._backward(probes, piece.take(), self._largest) for piece in done]
-        together = bool(pair) and self._agree(probes, pair, losses)
-        for piece in self._pieces(pair, together):
-            if together:
-                self._backward(probes, piece.take(), piece.batch)
-                done.append(piece)
-                mixing = {name: SquareProbe(self._weights[name]) for name, p in probes.items() if not p.separable}
-                if not mixing:
-                    continue
-                # What was added up so far may be wrong: it is scored again, and from here on nothing at once.
-                for name, probe in mixing.items():
-                    probe.reached = probes[name].reached
-                self._one_by_one(mixing, done)
-                probes |= mixing
-                together = False
-            else:
-                self._one_by_one(probes, [piece])
+        together = bool(first) and self._agree(probes, first, losses)
+        rest = list(self._pieces(first, together))
+        while together and rest:
+            done.append(rest.pop(0))
+            self._backward(probes, done[-1].take(), done[-1].batch)
+            together = not any(probe.wrong for probe in probes.values())
+        probes |= self._anew(probes, done)
+        self._one_by_one(probes, rest)
+        probes |= self._anew(probes, [*done, *rest], by_rule=True)
         return dict(probes)
 
-    def _one_by_one(self, probes: Mapping[str, Probe], pieces: Iterable[_Piece]) -> None:
-        for piece in pieces:
-            for n in piece.samples:
-                self._backward(probes, slice_batch(piece.batch, n, n + 1), piece.batch)
+    def _anew(
+        self, probes: Mapping[str, SquareProbe], done: Sequence[_Piece], *, by_rule: bool = False
+    ) -> dict[str, SquareProbe]:
+        """New probes for weights of which what was added up is wrong, with the same samples scored one by one."""
+        anew: dict[str, SquareProbe] = {}
+        for name, probe in probes.items():
+            if probe.wrong:
+                anew[name] = SquareProbe(self._weights[name])
+                anew[name].reached, anew[name].by_rule = probe.reached, by_rule
+        if anew:
+            self._one_by_one(anew, done)
+        return anew
+
+    def _one_by_one(self, probes: Mapping[str, SquareProbe], pieces: Iterable[_Piece]) -> None:
+        """Score single samples, by torch's own operations where they do as well: tables hold touched rows alone."""
+        leaves = {name: p for name, p in probes.items() if not p.by_rule and name not in self._tables}
+        with _leaves(self._weights, leaves):
+            for piece in pieces:
+                for n in piece.samples:
+                    self._backward(probes, slice_batch(piece.batch, n, n + 1), piece.batch)
 
     def _pieces(self, scored: list[int], together: bool) -> Iterator[_Piece]:
         """All samples but those of the largest batch that are scored already, as many at once as a pass runs."""
@@ -376,6 +411,33 @@ class Passes:
         return any(bool(probe.total().any()) for probe in probes.values())
 
 
+@contextmanager
+def _leaves(weights: Mapping[str, Tensor], probes: Mapping[str, SquareProbe]) -> Generator[None]:
+    """Hand probes the gradients of their weights, each as it arrives and one at a time."""
+
+    def hear(probe: SquareProbe) -> Callable[[Tensor], None]:
+        def heard(weight: Tensor) -> None:
+            if weight.grad is not None:
+                with torch.no_grad():
+                    probe.gradient(weight.grad)
+                weight.grad = None
+
+        return heard
+
+    handles: list[Any] = []
+    try:
+        for name, probe in probes.items():
+            probe.stock = True
+            handles.append(weights[name].requires_grad_(True).register_post_accumulate_grad_hook(hear(probe)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, probe in probes.items():
+            weights[name].requires_grad_(False)
+            probe.stock = False
+
+
 def _tables_last(group: list[Binding], probes: Mapping[str, Probe]) -> list[Binding]:
     """Tables hold only touched rows until asked for; asked last, they never stand beside the other sums.
 
@@ -384,17 +446,6 @@ def _tables_last(group: list[Binding], probes: Mapping[str, Probe]) -> list[Bind
     if distributed.world_size() > 1:
         return group
     return sorted(group, key=lambda b: probes[b.name].num_bytes < b.weight.numel())
-
-
-def _num_affordable(listeners: Mapping[str, Listener], micro: int) -> int:
-    """In how many groups weights can be scored, `micro` samples at once, in the time of a loop over single samples.
-
-    A pass runs forward and the input gradient, 2 T positions a sample, and reads each weight; T of the weight gradient
-    are run once in all. The loop reads, writes, squares and adds a dense gradient for each sample besides.
-    """
-    sizes = {name: listener.shape.numel() for name, listener in listeners.items()}
-    met = sum(sizes[name] * listener.positions for name, listener in listeners.items()) / max(sum(sizes.values()), 1)
-    return max(1, int((2 * met + _DENSE) / (2 * met + _PASS / micro)))
 
 
 def _free_bytes(device: torch.device) -> float:

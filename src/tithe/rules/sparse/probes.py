@@ -22,6 +22,12 @@ class Probe(ABC):
 
     Args:
         weight: the weight; only its shape, dtype and device are used.
+
+    Attributes:
+        separable: whether several samples of a pass could be told apart so far.
+        expand: whether a weight of leading size 1 is handed out once for each sample.
+        reached: whether a gradient has reached the weight.
+        stock: torch's own operations run for now, and whoever set this hands their gradients to the probe.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -34,6 +40,7 @@ class Probe(ABC):
         self.separable = True
         self.expand = True
         self.reached = False
+        self.stock = False
         self.clear()
 
     def clear(self) -> None:
@@ -129,10 +136,15 @@ class SquareProbe(Probe):
     before they are squared. A pass over several is exact where the probe stays `separable`: the weight is used once, by
     an operation that tells samples apart, and samples of the same shapes always bring it as many rows, which tells a
     layer that sees all of a sample from one that parts of it are routed to.
+
+    Attributes:
+        by_rule: torch's own operations would not do, whoever runs the passes has found.
+        wrong: what was added up mixes samples, or tears the gradient of one apart.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
+        self.wrong = self.by_rule = False
         self._lengths: dict[Hashable, int] = {}
         self._uses: list[tuple[Callable[[], None], Callable[[], Tensor]]] = []
 
@@ -141,6 +153,7 @@ class SquareProbe(Probe):
         super().end()
         if self.calls > 1:
             self.separable = False
+        self.wrong = self.wrong or not (self.separable or self.num_samples == 1)
         uses, self._uses = self._uses, []
         if len(uses) == 1:
             uses[0][0]()
@@ -149,6 +162,13 @@ class SquareProbe(Probe):
             for _, gradient in uses:
                 total += gradient().reshape(self.shape)
             self._add_square(total)
+
+    def gradient(self, grad: Tensor) -> None:
+        """Add the square of what torch's own operations found for one sample, all uses together."""
+        self.reached = True
+        self.calls += 1
+        self.wrong = self.wrong or self.calls > 1  # a reentrant checkpoint hands out what it finds part by part
+        self._add_square(grad.to_dense() if grad.is_sparse else grad)
 
     def _use(self, num_rows: int, add: Callable[[], None], gradient: Callable[[], Tensor]) -> None:
         """Take one use of the weight.
