@@ -264,16 +264,20 @@ class SelectionContext:
         self.shapes = {b.name: tuple(b.weight.shape) for b in bindings}
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
-    def scores(self, kind: str, *, samples: int = 1024, fisher: str = "empirical") -> Iterator[tuple[str, Tensor]]:
+    def scores(
+        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", or_else: str = ""
+    ) -> Iterator[tuple[str, Tensor]]:
         """Stream the name and the score of each tensor; tables of which few rows were touched come last.
 
         Args:
             kind: "fisher", "gradient", "magnitude" or "random".
             samples: how many samples scores of gradients are taken over.
             fisher: "empirical" or "true".
+            or_else: what could be done without gradients, as the error for scores that are all zero ends.
 
         Raises:
-            TitheError: when the score needs data or a loss and there is none.
+            TitheError: when the score needs data or a loss and there is none, when a weight gets no gradient from any
+                of the data, or when every gradient is zero.
         """
         if kind == "magnitude":
             return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
@@ -282,7 +286,7 @@ class SelectionContext:
             return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
         loss, batches = self.require_data(f"for the score {kind!r}", or_else=', or use score="magnitude" or "random"')
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
-        return passes.scores("square" if kind == "fisher" else "sum")
+        return passes.scores("square" if kind == "fisher" else "sum", or_else)
 
     def layers(self) -> dict[str, Layer]:
         """Return the price list of input channels, for the shapes of the first batch.
@@ -304,10 +308,18 @@ class SelectionContext:
             )
         return self._memory.layers
 
-    def channel_norms(self, samples: int) -> dict[str, Tensor]:
-        """Return Σ over batches of the norm of each input channel's gradient, by name (`tithe.scoring`)."""
+    def channel_norms(self, samples: int, *, or_else: str = "") -> dict[str, Tensor]:
+        """Return Σ over batches of the norm of each input channel's gradient, by name (`tithe.scoring`).
+
+        Args:
+            samples: how many samples norms are taken over.
+            or_else: what could be done without them, as the error for norms that are all zero ends.
+
+        Raises:
+            TitheError: when there is no loss or no data, or every gradient is zero.
+        """
         loss, batches = self.require_data("for scores of gradients")
-        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples)
+        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples, or_else)
 
     def weight(self, name: str) -> Tensor:
         """Return the values of one tensor to choose from."""

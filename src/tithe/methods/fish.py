@@ -127,7 +127,9 @@ class FISH(SparseMethod):
     def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
         """Choose one selection for each tensor of the context, empty ones included."""
         k = self.num_selected(context)
-        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher)
+        first = ", or train the head first with warmup=" if context.num_head and not self.warmup else ""
+        instead = f'{first}, or choose by score="magnitude"'
+        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher, or_else=instead)
         sizes = context.sizes
         picked = top_k(scores, k, sizes) if self.scope == "global" else top_in_each(scores, share(k, sizes))
         return {name: Coordinates(context.shapes[name], indices.cpu()) for name, indices in picked.items()}

@@ -32,6 +32,8 @@ ChannelScore = Literal["uniform", "rgn", "fisher"]
 _TRIALS = 64
 """Draws whose median size is the buffer's: its error is then a sixth of one draw's spread."""
 
+_WITHOUT = ', or draw without gradients, by layers="all" and score="uniform"'
+
 
 @dataclass(frozen=True)
 class TraDy(SparseMethod):
@@ -195,7 +197,7 @@ class TraDy(SparseMethod):
         return cover({name: ranking.rgn[name] for name in layers}, self.coverage)
 
     def _measure(self, context: SelectionContext) -> Tensor:
-        ranking = Ranking.of(context.layers(), context.channel_norms(self.samples))
+        ranking = Ranking.of(context.layers(), context.channel_norms(self.samples, or_else=_WITHOUT))
         return torch.tensor(list(ranking.rgn.values()), dtype=torch.float64)
 
     def _order(self, context: SelectionContext, costs: Costs) -> Tensor:
@@ -203,7 +205,11 @@ class TraDy(SparseMethod):
         if self.score == "uniform":
             epoch = context.epoch if self.dynamic else 0
             return _shuffle(costs.weights.numel(), (context.seed + 1) * 1_000_003 + epoch)
-        norms = context.channel_norms(self.samples) if self.score == "rgn" else self._information(context, costs)
+        norms = (
+            context.channel_norms(self.samples, or_else=_WITHOUT)
+            if self.score == "rgn"
+            else self._information(context, costs)
+        )
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])
         values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
@@ -213,7 +219,7 @@ class TraDy(SparseMethod):
         """Name → Fisher information of each channel, the sum over its weights."""
         layers = {layer.name: layer for layer in costs.layers}
         information: dict[str, Tensor] = {}
-        for name, score in context.scores("fisher", samples=self.samples):
+        for name, score in context.scores("fisher", samples=self.samples, or_else=_WITHOUT):
             if name in layers:
                 layer = layers[name]
                 every_one = torch.arange(layer.num_channels)

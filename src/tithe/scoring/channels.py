@@ -17,6 +17,8 @@ from tithe.rules.sparse.channel_probes import ChannelProbe, Meter
 from tithe.scoring.loss import (
     Loss,
     adds_up,
+    all_zero_error,
+    check_depends,
     check_loss,
     compute_loss,
     evaluation,
@@ -98,6 +100,7 @@ def channel_norms(
     loss: Loss,
     batches: Iterable[Any],
     samples: int,
+    or_else: str = "",
 ) -> dict[str, Tensor]:
     """Sum ‖∂L/∂W_c‖₂ over batches for every input channel c; only one layer's gradient exists at a time.
 
@@ -108,17 +111,19 @@ def channel_norms(
         loss: the mean loss over the samples of a batch.
         batches: the data; whole batches are read until they hold `samples` samples, over all ranks.
         samples: how many.
+        or_else: what could be done without norms, as the error for norms that are all zero ends.
 
     Returns:
         Name → (channels,), float32 or float64 as the weight.
 
     Raises:
-        TitheError: when there is no sample, the loss is not a finite scalar with a gradient, or a norm is not finite.
+        TitheError: when there is no sample, the loss is not a finite scalar with a gradient, a norm is not finite, or
+            all of them are zero.
     """
     scored = [b for b in bindings if b.name in layers]
     probes = {b.name: _probe(b, layers[b.name]) for b in scored}
     share = -(-samples // distributed.world_size())
-    seen, summed = 0, None
+    seen, summed, batch = 0, None, None
     with _listening(scored, probes), evaluation(model):
         for batch in batches:
             size = num_samples(batch)
@@ -136,7 +141,11 @@ def channel_norms(
                 break
     if not seen:
         raise TitheError("data", found="no samples", expected="at least one batch", remedy="pass data= an iterable")
-    return {name: check_finite(name, distributed.sum_(probe.norms)) for name, probe in probes.items()}
+    norms = {name: check_finite(name, distributed.sum_(probe.norms)) for name, probe in probes.items()}
+    if not any(bool(norm.any()) for norm in norms.values()):
+        check_depends(model, loss, batch)
+        raise all_zero_error(model, next(iter(norms)), or_else)
+    return norms
 
 
 def _only_unruled(binding: Binding, meter: Meter) -> bool:

@@ -143,6 +143,25 @@ def _runs(loss: Loss, model: nn.Module, batch: Any) -> bool:
     return True
 
 
+def all_zero_error(model: nn.Module, name: str, or_else: str) -> TitheError:
+    """Make the error for scores of which none is above zero, which would be picked by their order alone.
+
+    Args:
+        model: its first weight that holds nothing but zeros is named: no gradient passes through it.
+        name: of the first weight that was scored.
+        or_else: what could be done without these scores, as the remedy ends.
+    """
+    named = model.named_parameters()
+    zero = next((n for n, p in named if p.dim() > 1 and p.numel() and not p.is_meta and not bool(p.any())), None)
+    why = "" if zero is None else f", and {zero} holds nothing but zeros, through which no gradient passes"
+    return TitheError(
+        name,
+        found=f"scores that are all zero, of this weight and of every other{why}",
+        expected="gradients to choose by",
+        remedy=f"give {zero or 'the layers above'} small random values, as nn.init.normal_(…, std=0.02){or_else}",
+    )
+
+
 def is_sum(one: float, other: float, both: float) -> bool:
     """Whether the loss of two samples is the sum of their losses and not the mean."""
     total = one + other

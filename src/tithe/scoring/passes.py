@@ -26,6 +26,7 @@ from tithe.scoring.likelihood import Likelihood
 from tithe.scoring.loss import (
     Loss,
     adds_up,
+    all_zero_error,
     check_depends,
     check_loss,
     compute_loss,
@@ -391,16 +392,7 @@ class Passes:
                 expected="a loss that is a mean over the samples of a batch; this one compares them",
                 remedy='use a score that takes whole batches, as score="gradient" does',
             )
-        parameters = self.model.named_parameters()
-        zero = [name for name, p in parameters if p.dim() > 1 and p.numel() and not p.is_meta and not bool(p.any())]
-        found = f", and {zero[0]} holds nothing but zeros, through which no gradient passes" if zero else ""
-        name = zero[0] if zero else "the layers above what is scored"
-        return TitheError(
-            self.bindings[0].name,
-            found=f"scores that are all zero, of this weight and of all others{found}",
-            expected="gradients to choose by",
-            remedy=f"give {name} small random values, as nn.init.normal_(…, std=0.02){or_else}",
-        )
+        return all_zero_error(self.model, self.bindings[0].name, or_else)
 
     def _compares(self) -> bool:
         batch = self._largest
