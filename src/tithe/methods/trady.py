@@ -22,7 +22,7 @@ from tithe.errors import TitheError
 from tithe.method import SelectionContext, SparseMethod, Spending
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
-from tithe.select.channel_costs import Costs, cover
+from tithe.select.channel_costs import Costs, Layer, cover
 from tithe.select.topk import under_budget
 from tithe.selection import Channels, Selection
 
@@ -139,7 +139,7 @@ class TraDy(SparseMethod):
             if layer.name in selections:
                 spent += float(costs.kept[start]) * selections[layer.name].items.numel()
             start += layer.num_channels
-        budget, everything = self.budget, context.layers().values()
+        budget, everything = self.budget, self._priced(context).values()
         head = float(budget.of(0)) - costs.limit if budget.bytes is not None else 0.0
         return Spending(
             spent=spent + head,
@@ -151,8 +151,11 @@ class TraDy(SparseMethod):
             of_layers=len(everything),
         )
 
+    def _priced(self, context: SelectionContext) -> Mapping[str, Layer]:
+        return context.layers(largest=self.budget.bytes is not None)
+
     def _costs(self, context: SelectionContext) -> Costs:
-        priced = context.layers()
+        priced = self._priced(context)
         everything = list(priced.values())
         if self.layers == "topk":
             names = set(self._ranked(context))
@@ -185,7 +188,7 @@ class TraDy(SparseMethod):
         return least
 
     def _ranked(self, context: SelectionContext) -> list[str]:
-        layers = context.layers()
+        layers = self._priced(context)
         if isinstance(self.ranking, (str, Path)):
             ranking = Ranking.load(self.ranking)
         elif self.ranking is not None:
@@ -197,7 +200,7 @@ class TraDy(SparseMethod):
         return cover({name: ranking.rgn[name] for name in layers}, self.coverage)
 
     def _measure(self, context: SelectionContext) -> Tensor:
-        ranking = Ranking.of(context.layers(), context.channel_norms(self.samples, or_else=_WITHOUT))
+        ranking = Ranking.of(self._priced(context), context.channel_norms(self.samples, or_else=_WITHOUT))
         return torch.tensor(list(ranking.rgn.values()), dtype=torch.float64)
 
     def _order(self, context: SelectionContext, costs: Costs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.method import Memory, SelectionContext, SparseMethod, Spending, first_batches
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
@@ -45,6 +46,8 @@ class SparsePlan(Plan):
         self._chosen = False
         self._committed = False  # whether a bound optimizer's step has written θ since the last `step`
         self._memory, self._num_states = Memory(), 0
+        self._drawn_for: Tensor | None = None  # the limits of inputs that the present choice was priced for
+        self._said_exceeded = False
         self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
             parameter.requires_grad_(True)
@@ -182,6 +185,10 @@ class SparsePlan(Plan):
         self.num_steps += 1
         if not self._chosen:
             return self.num_steps >= self.method.warmup and self.reselect()
+        if self._selected.larger and distributed.world_size() == 1:  # ranks follow at their next choice, together
+            exceeded = self._follow_inputs()
+            if exceeded and self.method.reselect is not None:
+                return self.reselect()
         return self._due(step=self.num_steps) and self.reselect()
 
     def end_epoch(self) -> bool:
@@ -198,10 +205,57 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._selected.commit()
-        return self._take(self.method.choose(self.context()))
+        self._follow_inputs()
+        limits = self._memory.max_positions
+        if limits is self._drawn_for:
+            return self._take(self.method.choose(self.context()))
+        try:
+            chosen = self.method.choose(self.context())
+        except TitheError:
+            chosen = {}
+        if any(selection.size for selection in chosen.values()):
+            return self._take(chosen)
+        # The budget is too small for such inputs, which was said: it is kept for those that were priced before.
+        self._memory.max_positions = self._drawn_for
+        changed = self._take(self.method.choose(self.context()))
+        self._selected.limit(limits)
+        return changed
+
+    def _follow_inputs(self) -> bool:
+        """Price what comes for the largest input that was met; returns whether the present choice exceeds its budget.
+
+        Warns:
+            TitheWarning: the first time that it does.
+        """
+        limits = self._memory.max_positions
+        raised = None if limits is None or not self._chosen else self._selected.outgrown(limits)
+        if raised is limits or raised is None:
+            return False
+        self._memory.max_positions = raised
+        self._selected.limit(raised)
+        try:
+            spending = self.spending()
+        except TitheError:  # such inputs leave nothing to choose
+            spent = "more bytes than there are for any choice"
+        else:
+            if spending is None or spending.spent <= spending.limit:
+                return False
+            spent = f"{spending.spent:,.0f} bytes of {spending.limit:,.0f}"
+        if not self._said_exceeded:
+            self._said_exceeded = True
+            again = "is priced for it" if self.method.reselect is not None else "stays"
+            warnings.warn(
+                f"{type(self.method).__name__}: a batch was larger than those that its budget was priced for, and a "
+                f"step on it takes {spent}; the next choice {again}. "
+                "Put the largest batch into data= at attach.",
+                TitheWarning,
+                stacklevel=3,
+            )
+        return True
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
+        self._drawn_for = self._memory.max_positions
         return self._selected.take(chosen, self._memory.max_positions) or first
 
     def context(self) -> SelectionContext:
@@ -282,6 +336,7 @@ class SparsePlan(Plan):
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen, self._num_states = found.chosen, found.num_states
         self._memory.tensors, self._memory.max_positions = dict(found.memory), found.max_positions
+        self._drawn_for = found.max_positions
         self._selected.set_capacity(found.capacity)
         self._selected.take(selected, self._memory.max_positions)
         for binding in self._candidates:
