@@ -79,6 +79,13 @@ TOKENS = torch.arange(18).view(2, 9)
 LISTS: dict[str, tuple[Any, int, Any]] = {
     "images and boxes": ((IMAGES, [_boxes(2), _boxes(1)]), 2, lambda b: (b[0][:1], b[1][:1])),
     "as many images as channels, as many boxes": ((ALIKE, [_boxes(3)] * 3), 3, lambda b: (b[0][:1], b[1][:1])),
+    "one image, two boxes": (([torch.rand(3, 8, 8)], [_boxes(2)]), 1, lambda b: b),
+    "lists of images and of masks": (
+        ([torch.rand(3, 8, 8)] * 2, [torch.rand(1, 8, 8)] * 2, torch.arange(2)),
+        2,
+        lambda b: (b[0][:1], b[1][:1], b[2][:1]),
+    ),
+    "a list each": ([[torch.rand(3, 8, 8), 1]] * 2, 2, lambda b: b[:1]),
     "one image": (([torch.rand(3, 8, 8)], [_boxes(3)]), 1, lambda b: b),
     "images and a tensor of labels": ((ALIKE, torch.arange(3)), 3, lambda b: (b[0][:1], b[1][:1])),
     "stacked images, boxes in a list": (

@@ -203,7 +203,8 @@ def _holds_samples(items: Any, *, alone: bool = False) -> bool:
     inner = [list(leaves(item)) for item in items]
     if not any(inner):
         return alone
-    if _is_list(items[0]) and len(items) <= len(items[0]) and len({_signature(item) for item in items[0]}) == 1:
+    alike = _is_list(items[0]) and len({_signature(item) for item in items[0]}) == 1
+    if alike and (isinstance(items[0], list) or len(items) <= len(items[0])):
         return False  # (images, masks): a list of columns, each a list of samples
     if any(isinstance(value, (int, float, str)) for item in items for value in _items(item)):
         return True
@@ -223,7 +224,10 @@ def _signature(node: Any) -> Any:
     """What makes items alike: the type, of tensors also dtype and number of dimensions, of lists what they hold."""
     if isinstance(node, Tensor):
         return node.dtype, node.dim()
-    return (type(node), tuple(_signature(item) for item in node)) if isinstance(node, tuple) else type(node)
+    if not isinstance(node, (list, tuple)):
+        return type(node)
+    inner = [_signature(item) for item in cast("list[Any]", node)]
+    return type(node), inner[0] if len(set(inner)) == 1 else tuple(inner)
 
 
 def _cut(node: Any, layout: _Layout, part: _Part, depth: int = 0) -> Any:

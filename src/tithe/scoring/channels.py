@@ -23,6 +23,7 @@ from tithe.scoring.loss import (
     compute_loss,
     evaluation,
     is_reentrant_cut,
+    quiet_loss,
     reentrant_error,
 )
 from tithe.select.channel_costs import Layer
@@ -48,7 +49,7 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
     """
     with _listening(bindings, {b.name: Meter(b.weight) for b in bindings}) as meters:
         try:
-            ledger.predict(model, lambda fakes: check_loss(loss(model, fakes), finite=False), batch)
+            ledger.predict(model, lambda fakes: check_loss(quiet_loss(loss, model, fakes), finite=False), batch)
         except TitheError:  # a forward pass that needs values, as routing to experts does
             for meter in meters.values():
                 meter.usages.clear()

@@ -87,6 +87,16 @@ def reentrant_error(name: str) -> TitheError:
     )
 
 
+def quiet_loss(loss: Loss, model: nn.Module, batch: Any) -> Any:
+    """Return what the loss function returns, without torch's warning of a checkpoint that cuts the graph.
+
+    Weights that get no gradient from any of the data are named instead.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_REENTRANT)
+        return loss(model, batch)
+
+
 def compute_loss(loss: Loss, model: nn.Module, batch: Any, whole: Any = None) -> Tensor:
     """Return the checked loss of a batch, without a gradient where none of the weights that are scored is reached.
 
@@ -99,11 +109,8 @@ def compute_loss(loss: Loss, model: nn.Module, batch: Any, whole: Any = None) ->
     Raises:
         TitheError: as `check_loss`, or when the model runs on the whole batch and not on a part of it.
     """
-    value: Any
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_REENTRANT)  # which weights get no gradient is said by name
-            value = loss(model, batch)
+        value = quiet_loss(loss, model, batch)
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError) as error:
         if whole is None or not _runs(loss, model, whole):
             raise
@@ -179,7 +186,7 @@ def adds_up(model: nn.Module, loss: Loss, batches: list[Any]) -> bool:
     if num_samples(batch) < 2:
         return False
     with torch.no_grad():
-        one, other, both = (_number(loss(model, take_samples(batch, at))) for at in ([0], [1], [0, 1]))
+        one, other, both = (_number(quiet_loss(loss, model, take_samples(batch, at))) for at in ([0], [1], [0, 1]))
     summed = is_sum(one, other, both)
     if summed:
         say_sum()

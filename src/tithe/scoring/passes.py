@@ -231,16 +231,23 @@ class Passes:
                 anew[name] = SquareProbe(self._weights[name])
                 anew[name].reached, anew[name].by_rule = probe.reached, by_rule
         if anew:
-            self._one_by_one(anew, done)
+            # A reentrant checkpoint gives nothing to a weight inside unless one below asks for a gradient too.
+            others = {name: Listener(weight) for name, weight in self._weights.items() if name not in anew}
+            self._one_by_one(anew, done, others if by_rule else {})
         return anew
 
-    def _one_by_one(self, probes: Mapping[str, SquareProbe], pieces: Iterable[_Piece]) -> None:
+    def _one_by_one(
+        self,
+        probes: Mapping[str, SquareProbe],
+        pieces: Iterable[_Piece],
+        others: Mapping[str, Listener] | None = None,
+    ) -> None:
         """Score single samples, by torch's own operations where they do as well: tables hold touched rows alone."""
         leaves = {name: p for name, p in probes.items() if not p.by_rule and name not in self._tables}
         with _leaves(self._weights, leaves):
             for piece in pieces:
                 for n in piece.samples:
-                    self._backward(probes, slice_batch(piece.batch, n, n + 1), piece.batch)
+                    self._backward({**probes, **(others or {})}, slice_batch(piece.batch, n, n + 1), piece.batch)
 
     def _pieces(self, scored: list[int], together: bool) -> Iterator[_Piece]:
         """All samples but those of the largest batch that are scored already, as many at once as a pass runs."""
@@ -357,7 +364,7 @@ class Passes:
         for batch in self.batches:
             if not self._unreached and not self._unheard:
                 break
-            listeners = {name: Listener(self._weights[name]) for name in self._unreached}
+            listeners = {name: Listener(weight) for name, weight in self._weights.items()}
             self._backward(listeners, batch)
             self._unreached -= {name for name, listener in listeners.items() if listener.reached}
         device = self.bindings[0].weight.device
