@@ -168,7 +168,7 @@ class SquareProbe(Probe):
         self.reached = True
         self.calls += 1
         self.wrong = self.wrong or self.calls > 1  # a reentrant checkpoint hands out what it finds part by part
-        self._add_square(grad.to_dense() if grad.is_sparse else grad)
+        self._add_square(grad)
 
     def _use(self, num_rows: int, add: Callable[[], None], gradient: Callable[[], Tensor]) -> None:
         """Take one use of the weight.
@@ -272,7 +272,7 @@ class SquareProbe(Probe):
             self._add_square(grad(slice(n * step, (n + 1) * step)))
 
     def _add_square(self, grad: Tensor) -> None:
-        grad = grad.to(self.dtype)
+        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.dtype)
         self.dense.addcmul_(grad, grad)
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
