@@ -9,11 +9,15 @@ evaluation mode; weights outside the mask are not touched by weight decay or mom
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from tithe.budget import Budget, written_as_percent
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.method import SelectionContext, SparseMethod
 from tithe.schedule import Schedule
 from tithe.select.topk import share, top_in_each, top_k
@@ -138,7 +142,24 @@ class FISH(SparseMethod):
     def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
         """Choose one selection for each tensor of the context, empty ones included."""
         k = self.num_selected(context)
-        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher)
-        sizes = context.sizes
-        picked = top_k(scores, k, sizes) if self.scope == "global" else top_in_each(scores, share(k, sizes))
+        first = ", or train the head first with warmup=" if context.num_head and not self.warmup else ""
+        instead = f'{first}, or choose by score="magnitude"'
+        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher, or_else=instead)
+        sizes, scored = context.sizes, list[int]()
+        counted = _counting(scores, scored)
+        picked = top_k(counted, k, sizes) if self.scope == "global" else top_in_each(counted, share(k, sizes))
+        if self.needs_data and sum(scored) < k < sum(sizes.values()):
+            warnings.warn(
+                f"FISH: of {k} weights, {k - sum(scored)} are chosen by their place alone: only {sum(scored)} have a "
+                "score above zero. Use a lower density, or more samples.",
+                TitheWarning,
+                stacklevel=2,
+            )
         return {name: Coordinates(context.shapes[name], indices.cpu()) for name, indices in picked.items()}
+
+
+def _counting(scores: Iterable[tuple[str, Tensor]], found: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The same scores; `found` gets the number of each tensor's that are not zero."""
+    for name, score in scores:
+        found.append(int(score.count_nonzero()))
+        yield name, score

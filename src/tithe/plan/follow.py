@@ -138,7 +138,7 @@ class Followed:
 
     def _check_flag(self, binding: Binding) -> None:
         weight = binding.weight
-        if not weight.requires_grad:
+        if not weight.requires_grad or binding.probe is not None:  # scores may ask for gradients of the weight itself
             return
         weight.requires_grad_(False)
         weight.grad = None

@@ -110,8 +110,8 @@ class Served(NamedTuple):
             return NotImplemented
         if self.cast:
             x = autocast(x, to_float32=self.cast == "float32")
-        if of_weight is not None and by_channels:
-            of_weight.check_positions(x.numel() // max(x.shape[call.axis], 1))
+        if of_weight is not None and by_channels and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+            of_weight.note_positions(x.numel() // max(x.shape[call.axis], 1))
         rule = call.rule(x, of_weight, of_bias)
         if of_weight is not None and of_weight.probe is None and x is call.x and not torch.compiler.is_compiling():
             rule.held = outlives(x, of_weight)
@@ -350,8 +350,8 @@ def raw(weight: Tensor) -> Tensor:
     """The parameter under a carrier, as its module holds it now; any other tensor as it is."""
     if not isinstance(weight, Carrier):
         return weight
-    if not torch.compiler.is_compiling():  # a block may be called apart from the model, whose hook commits otherwise
-        weight.binding.commit()
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        weight.binding.commit()  # a block may be called apart from the model, whose hook commits otherwise
     return cast(Tensor, weight.owner._parameters.get(weight.key, weight.binding.weight))
 
 
@@ -399,7 +399,7 @@ def asking(weight: Any) -> Binding | None:
 
     A module whose parameter was swapped from outside (`torch.func.functional_call`) computes with what was swapped in.
     """
-    if not isinstance(weight, Carrier) or not weight.binding.active:
+    if not isinstance(weight, Carrier) or not weight.binding.active or _runs_stock(weight):
         return None
     return weight.binding if raw(weight) is weight.binding.weight else None
 
@@ -407,6 +407,11 @@ def asking(weight: Any) -> Binding | None:
 def _hand_over(carrier: Tensor) -> Tensor:
     hand_over(carrier)
     return carrier
+
+
+def _runs_stock(weight: Carrier) -> bool:
+    """Whether the weight is scored by the gradients of torch's own operations."""
+    return weight.binding.probe is not None and weight.binding.probe.stock
 
 
 def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -445,7 +450,7 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
 
     Then the stock operation runs; where everything is selected, training is stock training bit for bit.
     """
-    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
+    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight or _runs_stock(weight):
         return True
     if another(weight) is not None or another(bias) is not None:
         return True

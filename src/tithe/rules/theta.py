@@ -63,6 +63,7 @@ class Binding:
         self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
         self.max_positions: int | None = None
+        self.seen_positions = 0
         self.counted = False
         self.probe: Probe | None = None
         self.common: CommonTheta | None = None
@@ -89,19 +90,14 @@ class Binding:
             return True
         return (selection.groups, selection.transposed) == (groups, transposed)
 
-    def check_positions(self, positions: int) -> None:
-        """Refuse an input larger than the one that the selection's price was made for.
+    def note_positions(self, positions: int) -> None:
+        """Note an input larger than the one that the selection's price was made for; the plan says so after the step.
 
-        Raises:
-            TitheError: when `positions`, the values of one input channel, pass the limit.
+        Args:
+            positions: the values of one input channel.
         """
-        if self.max_positions is not None and positions > self.max_positions:
-            raise TitheError(
-                self.name,
-                found=f"{positions} values of each input channel",
-                expected=f"at most {self.max_positions}, for which the budget was priced",
-                remedy="put the largest batch first in data=, or run what needs no gradient under torch.no_grad()",
-            )
+        if self.max_positions is not None and positions > max(self.max_positions, self.seen_positions):
+            self.seen_positions = positions
 
     def saw(self, shape: torch.Size, outlived: bool) -> None:
         """Note in backward whether an input of this shape was alive without the rule, as a batch is that is held."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from tithe import distributed, ledger
@@ -16,10 +15,21 @@ from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
 from tithe.rules.sparse.channel_probes import ChannelProbe, Meter
 from tithe.rules.sparse.probes import deaf
-from tithe.scoring.passes import check_loss
+from tithe.scoring.loss import (
+    Loss,
+    adds_up,
+    all_zero_error,
+    check_depends,
+    check_loss,
+    compute_loss,
+    evaluation,
+    is_reentrant_cut,
+    quiet_loss,
+    reentrant_error,
+)
 from tithe.select.channel_costs import Layer
+from tithe.select.topk import check_finite
 
-Loss = Callable[[Any, Any], Tensor]
 _P = TypeVar("_P", Meter, ChannelProbe)
 
 
@@ -40,14 +50,17 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
     """
     with _listening(bindings, {b.name: Meter(b.weight) for b in bindings}) as meters:
         try:
-            ledger.predict(model, lambda fakes: loss(model, fakes), batch)
+            ledger.predict(model, lambda fakes: check_loss(quiet_loss(loss, model, fakes), finite=False), batch)
         except TitheError:  # a forward pass that needs values, as routing to experts does
             for meter in meters.values():
                 meter.usages.clear()
-            with _quiet(model):
+            with evaluation(model):
                 with deaf(meters.values()):
-                    found = check_loss(loss(model, batch))
+                    found = check_loss(compute_loss(loss, model, batch))
                 found.backward()
+    unheard = [b.name for b in bindings if b.weight.dim() > 1 and not meters[b.name].heard]
+    if unheard and is_reentrant_cut(model, loss, batch):
+        raise reentrant_error(unheard[0])
     unruled = [b.name for b in bindings if _only_unruled(b, meters[b.name])]
     if unruled:
         named = ", ".join(unruled[:4]) + (" …" if len(unruled) > 4 else "")
@@ -91,6 +104,7 @@ def channel_norms(
     loss: Loss,
     batches: Iterable[Any],
     samples: int,
+    or_else: str = "",
 ) -> dict[str, Tensor]:
     """Sum ‖∂L/∂W_c‖₂ over batches for every input channel c; only one layer's gradient exists at a time.
 
@@ -101,32 +115,42 @@ def channel_norms(
         loss: the mean loss over the samples of a batch.
         batches: the data; whole batches are read until they hold `samples` samples, over all ranks.
         samples: how many.
+        or_else: what could be done without norms, as the error for norms that are all zero ends.
 
     Returns:
         Name → (channels,), float32 or float64 as the weight.
 
     Raises:
-        TitheError: when there is no sample, or the loss is not a finite scalar with a gradient.
+        TitheError: when there is no sample, the loss is not a finite scalar with a gradient, a norm is not finite, or
+            all of them are zero.
     """
     scored = [b for b in bindings if b.name in layers]
     probes = {b.name: _probe(b, layers[b.name]) for b in scored}
     share = -(-samples // distributed.world_size())
-    seen = 0
-    with _listening(scored, probes), _quiet(model):
+    seen, summed, batch = 0, None, None
+    with _listening(scored, probes), evaluation(model):
         for batch in batches:
+            size = num_samples(batch)
+            if summed is None:
+                summed = adds_up(model, loss, [batch])
             for probe in probes.values():
-                probe.begin(num_samples(batch))
+                probe.begin(size)
             with deaf(probes.values()):
-                found = check_loss(loss(model, batch))
-            found.backward()
+                value = compute_loss(loss, model, batch)
+            if value.requires_grad:
+                (value / size if summed and size else value).backward()
             for probe in probes.values():
                 probe.end()
-            seen += num_samples(batch)
+            seen += size
             if seen >= share:
                 break
     if not seen:
         raise TitheError("data", found="no samples", expected="at least one batch", remedy="pass data= an iterable")
-    return {name: distributed.sum_(probe.norms) for name, probe in probes.items()}
+    norms = {name: check_finite(name, distributed.sum_(probe.norms)) for name, probe in probes.items()}
+    if not any(bool(norm.any()) for norm in norms.values()):
+        check_depends(model, loss, batch)
+        raise all_zero_error(model, next(iter(norms)), or_else)
+    return norms
 
 
 def _only_unruled(binding: Binding, meter: Meter) -> bool:
@@ -147,21 +171,3 @@ def _listening(bindings: Sequence[Binding], probes: dict[str, _P]) -> Generator[
     finally:
         for binding in bindings:
             binding.probe = None
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Generator[None]:
-    """Evaluation mode, gradients enabled for the probes alone; every flag as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
