@@ -44,7 +44,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _guarded(interrupted: str = "stopped before the first step: nothing to save") -> Generator[None]:
+def _guarded(interrupted: str = "stopped: nothing was written") -> Generator[None]:
     """Turn what went wrong into one message and an exit code: 2 refused, 3 not finite, 130 interrupted."""
     try:
         yield
@@ -127,7 +127,7 @@ def train(
     for backward only what it needs; lean_bits = 8 codes attention and
     norms in 8 bits, lean_exact = true keeps smooth activations exact.
     """  # noqa: D301
-    with _guarded():
+    with _guarded("stopped before the first checkpoint: nothing is saved"):
         from tithe.app.train import read_recipe
         from tithe.app.train import train as run
 
@@ -265,7 +265,7 @@ def average(
       tithe average one.pt two.pt -o both.pt --weights 0.2,0.8
       tithe average tuned/* -o soup --recipe mrpc.toml --plot soup.png
     """  # noqa: D301
-    with _guarded("stopped: nothing was written"):
+    with _guarded():
         from tithe.app import average as averages
 
         told = {"method": method, "decay": decay, "bits": bits, "granularity": granularity, "epochs": epochs, "lr": lr}

@@ -8,11 +8,10 @@ deltas                                     one delta, at the places that all of 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -22,15 +21,16 @@ from torch import Tensor
 
 from tithe.averages.formats import DeltaEntry, Entry, FileEntry, PickleEntry, load
 from tithe.averages.history import History, spans
-from tithe.averages.recorder import KEY, is_full
+from tithe.averages.recorder import KEY
 from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form
 from tithe.averages.stacked import DeltaRows, PlainRows
 from tithe.averages.weighted_sum import Block, Given, Piece, Progress, Stream, Sums
-from tithe.delta.file import replacing, save_tensors
+from tithe.delta.file import save_tensors
 from tithe.delta.fingerprint import checksum
 from tithe.delta.format import Header, encode, index_dtype
 from tithe.delta.source import PICKLES
 from tithe.errors import TitheError
+from tithe.files import check_place, replacing
 
 _WEIGHTS: Final = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 _OF_A_RUN: Final = ("trainer_state.json",)
@@ -112,7 +112,8 @@ def _write(history: History, output: Path, sums: Sums) -> Path:
     deltas = [entry for entry in entries if isinstance(entry, DeltaEntry)]
     if deltas:
         _check_deltas(deltas)
-    with _writing(output, sum(form.nbytes for form in rows.forms.values())) as temporary:
+    num_bytes, folder = sum(form.nbytes for form in rows.forms.values()), folder_of(rows.paths[0]) is not None
+    with replacing(output, folder=folder, num_bytes=num_bytes) as temporary:
         if deltas:
             _write_delta(temporary, deltas, sums)
         elif isinstance(rows, PlainRows):
@@ -188,10 +189,7 @@ def check_output(output: Path, first: Path) -> None:
         TitheError: when something is there, or its name says another format.
     """
     folder = folder_of(first) is not None
-    if output.exists() and (output.is_file() or not folder or any(output.iterdir())):
-        raise TitheError(
-            str(output), found="an existing file or folder", expected="a new path", remedy="choose another output"
-        )
+    check_place(output, folder=folder, new=True)
     if folder:
         return
     pickles = first.suffix in PICKLES
@@ -209,29 +207,6 @@ def folder_of(checkpoint: Path) -> Path | None:
     if checkpoint.is_dir():
         return checkpoint
     return checkpoint.parent if checkpoint.name == _OLD else None
-
-
-@contextlib.contextmanager
-def _writing(output: Path, num_bytes: int) -> Generator[Path]:
-    """A temporary neighbour of the output that takes its place when all is written; a full disk is said plainly."""
-    free = shutil.disk_usage(output.parent).free if output.parent.is_dir() else num_bytes
-    try:
-        if free < num_bytes:
-            raise _no_room(output, f"{free:,} bytes of room", num_bytes)
-        with replacing(output) as temporary:
-            yield temporary
-    except (OSError, RuntimeError) as error:
-        # torch.save ends its file after it could not write to it, and says what it finds then.
-        before = error.__context__
-        if not is_full(error) and not (isinstance(before, OSError) and is_full(before)):
-            raise
-        raise _no_room(output, "no room left", num_bytes) from error
-
-
-def _no_room(output: Path, found: str, num_bytes: int) -> TitheError:
-    return TitheError(
-        str(output), found=found, expected=f"{num_bytes:,} bytes", remedy="make room, or name another place"
-    )
 
 
 def _write_plain(target: Path, entries: Sequence[Entry], sums: Sums) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tithe.delta.file import replacing, save_tensors
+from tithe.delta.file import write_tensors
 from tithe.delta.fingerprint import checksum, state_tensors, ties, words
 from tithe.delta.format import Entry, Header, encode
 from tithe.errors import TitheError
@@ -31,16 +31,15 @@ def write_network(
     Raises:
         TitheError: when the file cannot be written, or a tensor cannot be stored.
     """
-    final, state = Path(path), state_tensors(network)
+    state = state_tensors(network)
     entries: dict[str, Entry] = {}
     for lead, names in ties(state, first=(name for name, _ in network.named_parameters())).items():
         words(lead, state[lead])
         aliases = tuple(name for name in names if name != lead)
         shape = tuple(state[lead].shape)
         entries[lead] = Entry(state[lead].dtype, shape, "dense", "", checksum(state[lead]), aliases)
-    with replacing(final) as temporary:
-        stored = {f"{lead}#dense": state[lead] for lead in entries}
-        save_tensors(temporary, stored, encode(Header(entries, metadata, widths=widths)))
+    stored = {f"{lead}#dense": state[lead] for lead in entries}
+    write_tensors(path, stored, encode(Header(entries, metadata, widths=widths)))
 
 
 def check_widths(place: str, model: nn.Module, header: Header) -> None:
