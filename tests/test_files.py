@@ -24,6 +24,7 @@ from torch import nn
 import tithe
 from deltas import net
 from tithe import TitheError
+from tithe.averages.average import average
 from tithe.files import NotWrittenError, is_full, replacing
 
 Writer = Callable[[Path], object]
@@ -105,7 +106,7 @@ def _writers(inputs: Path) -> dict[str, tuple[str, Writer]]:
             ".safetensors",
             lambda path: tithe.merge(inputs / "one.safetensors", inputs / "delta.safetensors", path),
         ),
-        "average": (".safetensors", lambda path: tithe.averages.average(both, path)),
+        "average": (".safetensors", lambda path: average(both, path)),
         "ranking": (".json", ranking.save),
         "figure": (".png", _figure),
     }
