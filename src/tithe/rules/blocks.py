@@ -17,8 +17,8 @@ def blocks(series: Sequence[_Block], size: Callable[[_Block], object], like: Ten
     """Yield the blocks that a loop goes through, none of which needs another's result.
 
     A loop of ten operators over a thousand blocks takes minutes on shapes alone, and tells nothing new after the second
-    of one size: what is in memory while it runs is the same in each. There the second stands for all between the first
-    and the last, and says so to whoever counts operations (`repeats`).
+    of one size: what is in memory while it runs is the same in each. There the second stands for all of its size but
+    the first, and says so to whoever counts operations (`repeats`).
 
     Args:
         series: the blocks, in order.
@@ -28,13 +28,14 @@ def blocks(series: Sequence[_Block], size: Callable[[_Block], object], like: Ten
     if not isinstance(like, FakeTensor) or len(series) < 4 or len({size(block) for block in series[:-1]}) > 1:
         yield from series
         return
+    rest = series[-1:] if size(series[-1]) != size(series[1]) else series[:0]
     yield series[0]
-    _standing.append(len(series) - 2)
+    _standing.append(len(series) - 1 - len(rest))
     try:
         yield series[1]
     finally:
         _standing.pop()
-    yield series[-1]
+    yield from rest
 
 
 def repeats() -> int:

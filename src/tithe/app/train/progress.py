@@ -59,6 +59,7 @@ class Reporter:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines = _cut(self._log, lines)
         with writing(folder / "tensorboard"):
+            _check_room(folder / "tensorboard")
             purge = done + 1 if done else None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=_NEVER)
         self._shown = time.monotonic()
@@ -138,6 +139,16 @@ def read_log(folder: Path, split: str) -> list[dict[str, Any]]:
     file = folder / "log.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [entry for entry in map(json.loads, lines) if entry["split"] == split]
+
+
+def _check_room(folder: Path) -> None:
+    """Write a little and remove it: the board's own thread writes its first lines, and cannot say what went wrong."""
+    folder.mkdir(exist_ok=True)
+    room = folder / ".room"
+    try:
+        room.write_bytes(bytes(4096))
+    finally:
+        room.unlink(missing_ok=True)
 
 
 def _cut(log: Path, lines: int) -> int:

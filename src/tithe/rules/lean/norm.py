@@ -229,7 +229,7 @@ def _gradients(
     step = max(1, _AT_ONCE // gy[:1].numel())
     axes = [0, 2] if norm.kind == "group" else [0]
     zero, one = torch.zeros_like(rstd[: step * norm.groups]), torch.ones_like(rstd[: step * norm.groups])
-    for start in blocks(range(0, gy.shape[0], step), lambda _: step, gy):
+    for start in blocks(range(0, gy.shape[0], step), lambda start: min(step, gy.shape[0] - start), gy):
         part = slice(start, start + step)
         g, xhat = gy[part].to(rstd.dtype), known.of(part, rstd.dtype)
         if norm.kind == "layer":

@@ -66,8 +66,8 @@ class Touch:
         row = torch.div(outer, shape[1], rounding_mode="floor")
         column = outer - row * shape[1]
         rows, columns = _touched(row, shape[0]), _touched(column, shape[1])
-        inner = (indices % depth).int() if len(shape) > 2 else None
         row, column = _places(row, rows, shape[0]), _places(column, columns, shape[1])
+        inner = (indices % depth).int() if len(shape) > 2 else None
         return cls(rows, columns, row, column, inner, shape, indices)
 
     def at(self, by_rows: bool, by_columns: bool) -> Tensor:
