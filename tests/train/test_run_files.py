@@ -192,7 +192,7 @@ def test_a_run_that_is_refused_leaves_no_folder(edit: Edit, workplace: Path) -> 
 
 @pytest.mark.parametrize("room", [40, 3_000, 12_000])
 def test_a_full_disk_stops_a_run_with_words_and_it_can_be_resumed(room: int, edit: Edit, workplace: Path) -> None:
-    """Hit at the board, at a checkpoint's state, at its tensors: a limit on the size of files stands for a full disk."""
+    """Hit at the board, a checkpoint's state, its tensors: a limit on the size of files stands for a full disk."""
     path = edit(SHORT)
     run(path, "run.output=whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -215,7 +215,7 @@ def test_a_disk_that_fills_up_later_says_where_to_go_on(edit: Edit, workplace: P
     for name in ("delta.safetensors", "result.json", "loss.png"):
         (out / name).unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_200, hard))
     try:
         with pytest.raises(TitheError, match=r"delta.safetensors: found no room.*then go on from step 6 with --resume"):
             run(path, resume=True)
@@ -300,9 +300,9 @@ print(*[forked(seed) for seed in range(int(sys.argv[2]))], forked(None))
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)], ids=["a few", "many"])
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)], ids=["a few", "many"])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(kills: int, edit: Edit, workplace: Path) -> None:
-    path = edit(SHORT, ("[run]", "[history]\nevery = 2\nbits = 8\n[average]\nepochs = 1\nlr = 0.1\n[run]"))
+    path = edit(SHORT, ("[run]", "[history]\nevery = 2\n[average]\nepochs = 1\nlr = 0.1\n[run]"))
     started = time.monotonic()
     run(path, "run.output=whole")
     most = 1.2 * (time.monotonic() - started)

@@ -56,9 +56,28 @@ def _guarded(interrupted: str = "stopped: nothing was written") -> Generator[Non
             raise
         _say(f"error: the package {error.name} is not installed. Remedy: pip install 'tithe[train]'")
         raise typer.Exit(2) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _say(f"error: {_told(error)}")
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         _say(interrupted)
         raise typer.Exit(130) from None
+
+
+def _told(error: OSError) -> TitheError:
+    """What the system says of a file, or of standard output where it names none."""
+    found = error.strerror or str(error)
+    if error.filename is not None:
+        return TitheError(
+            str(error.filename), found=found, expected="a file that can be used", remedy="check the path, or the disk"
+        )
+    # What is left in the buffer would fail again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return TitheError(
+        "standard output", found=found, expected="a place that takes what is printed", remedy="send it to another file"
+    )
 
 
 @app.command()

@@ -30,8 +30,9 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, place: str) -> None:
-        self._path, self._new = folder / _NAME, not folder.exists()
+        self._path = folder / _NAME
         with writing(folder):
+            self._new = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = None
             while descriptor is None:
