@@ -22,11 +22,12 @@ MAX_LINES = 600
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "method"}
 PARTS |= {"delta", "averages", "forward"}
-CORE = VALUES | PARTS | {"plan", "ranking"}
+CORE = VALUES | PARTS | {"files", "plan", "ranking"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "batch": {"errors"},
     "selection": {"errors"},
     "budget": {"errors"},
@@ -38,26 +39,26 @@ ROOMS: dict[str, set[str]] = {
     "coupling": {"errors", "batch", "forward"},
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
-    "delta": {"errors", "batch", "selection", "budget", "rules", "forward"},
-    "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
+    "delta": {"errors", "files", "batch", "selection", "budget", "rules", "forward"},
+    "averages": {"errors", "files", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
-    "ranking": {"errors", "batch", "selection", "rules", "delta", "method", "plan", "scoring", "select"},
+    "ranking": {"errors", "files", "batch", "selection", "rules", "method", "plan", "scoring", "select"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
     "app": set(),
-    "app.terminal": {"errors", "ledger"},
+    "app.terminal": {"errors", "files", "ledger"},
     "app.dense": {"tithe", "errors", "ledger", "plan"},
     "app.section": {"tithe", "errors", "app.dense"},
     "app.methods": {"tithe", "app.section", "app.price"},
-    "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
-    "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
+    "app.train": {"tithe", "errors", "files", "delta", "averages", "app.terminal", "app.section", "app.methods"},
+    "app.demo": {"tithe", "errors", "files", "delta", "app.dense", "app.methods", "app.train", "app.terminal"},
     "app.price": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"}
     | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
     "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
-    "app.cli": {"tithe", "errors", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
+    "app.cli": {"tithe", "errors", "files", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
     "integrations": {"tithe", "errors", "select"},
     "__main__": {"app.cli"},
 }

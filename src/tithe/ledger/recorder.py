@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
+from tithe.ledger.blank import fake_device
 from tithe.ledger.log import Block, Event, replay
 from tithe.ledger.table import Ledger
 
@@ -90,8 +91,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the operator and write down what it created."""
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # a fake's `.device`
-            return func(*args, **kwargs)
+        if (device := fake_device(func, args)) is not None:
+            return device
         inputs = tensors((args, kwargs))
         if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
             return NotImplemented  # the subclass first: its own operators come by here one by one

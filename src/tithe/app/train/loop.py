@@ -75,9 +75,8 @@ class Run:
         self.recipe = recipe
         check_writable(recipe)
         self.checkpoints = Checkpoints(recipe.output / "checkpoints")
-        steps = self.checkpoints.steps()
         if not resume:
-            check_output(recipe, steps)
+            check_output(recipe, self.checkpoints.steps())
         find_model(recipe)
         find_method(recipe)
         main = os.environ.get("RANK", "0") == "0"
@@ -87,6 +86,10 @@ class Run:
                 bar.say(note)
         self.accelerator = make_accelerator(recipe)
         world = self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            self.checkpoints.recover()
+        self.accelerator.wait_for_everyone()
+        steps = self.checkpoints.steps()
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
         self.console = console if self.accelerator.is_main_process else None
         self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
@@ -191,10 +194,12 @@ class Run:
             self.recipe.output,
             total=self.total_steps,
             done=at.step,
+            lines=at.logged,
             every=run.log_every,
             device=self.accelerator.device,
             console=self.console,
         )
+        self._reporter = reporter
         with reporter, self._signals.caught():
             self._show_draw(reporter, new=at.step == 0)
             if at.step == 0:
@@ -461,6 +466,7 @@ class Run:
         world, mine = self.accelerator.num_processes, random_state()
         everyone = cast(list[Any], gather_object([mine])) if world > 1 else [mine]
         if self.accelerator.is_main_process:
+            self.position.logged = self._reporter.flushed()
             state = {
                 "recipe": self.recipe.settings(),
                 "data": self.examples.fingerprint(),

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
 from tithe.rules.base import saved_tensors
+from tithe.rules.blocks import blocks
 from tithe.rules.dispatch import Carrier, Graft, another, asking, raw
 from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
@@ -295,7 +296,7 @@ def _gradients(
     step = max(1, _AT_ONCE // gy[:1].numel())
     axes = [0, 2] if norm.kind == "group" else [0]
     zero, one = torch.zeros_like(rstd[: step * norm.groups]), torch.ones_like(rstd[: step * norm.groups])
-    for start in range(0, gy.shape[0], step):
+    for start in blocks(range(0, gy.shape[0], step), lambda start: min(step, gy.shape[0] - start), gy):
         part = slice(start, start + step)
         g, xhat = gy[part].to(rstd.dtype), known.of(part, rstd.dtype)
         if norm.kind == "layer":
