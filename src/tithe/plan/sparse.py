@@ -143,13 +143,14 @@ class SparsePlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through.
         """
         self._check_live()
-        loss = check_loss(closure(), finite=False)
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            if self._selected.resized and "invalid gradient" in str(error):
-                raise distributed.fixed_sizes_error() from error
-            raise
+        with distributed.telling("backward"):
+            loss = check_loss(closure(), finite=False)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if self._selected.resized and "invalid gradient" in str(error):
+                    raise distributed.fixed_sizes_error() from error
+                raise
         return loss
 
     def bind(self, optimizer: torch.optim.Optimizer, *, elementwise: bool | None = None) -> None:
@@ -198,7 +199,8 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._selected.commit()
-        return self._take(self.method.choose(self.context()))
+        with distributed.together(f"choosing after {self.num_steps} steps"):
+            return self._take(self.method.choose(self.context()))
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
@@ -292,6 +294,7 @@ class SparsePlan(Plan):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
+        self._watch_no_more()
         self._selected.commit()
         for handle in self._handles:
             handle.remove()
@@ -325,4 +328,5 @@ class SparsePlan(Plan):
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._selected.commit()
         self._committed = True
+        self._watch_step()
         self._selected.check_ranks()

@@ -108,12 +108,14 @@ class Passes:
         Raises:
             TitheError: when a weight gets no gradient from any sample.
         """
+        distributed.meet("the number of samples to score")
         total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
         with self._evaluation():
             for group in self._groups():
                 probes = self._squares(group) if statistic == "square" else self._sums(group)
                 for binding in _tables_last(group, probes):
                     binding.probe = None
+                    distributed.meet(f"the score of {binding.name}")  # not of the group: ranks may group otherwise
                     score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
                     yield binding.name, score.abs_() if statistic == "sum" else score
 
