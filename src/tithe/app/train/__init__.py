@@ -37,9 +37,11 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     """
     from rich.console import Console
 
+    from tithe import distributed
     from tithe.app.train.loop import Run
     from tithe.app.train.report import finish
 
     run = Run(recipe, resume=resume, console=console or Console(stderr=True))
-    run.fit()
-    return finish(run)
+    with distributed.telling("the run"):
+        run.fit()
+        return finish(run)

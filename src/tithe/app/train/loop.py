@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
+from tithe import distributed
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
 from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
@@ -33,7 +34,7 @@ from tithe.app.train.position import Position, bill, drawn
 from tithe.app.train.progress import Reporter
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import Recording, recorded_steps
-from tithe.app.train.setup import attach, check_output, find_method, load_state, make_accelerator
+from tithe.app.train.setup import attach, check_output, compare_ranks, find_method, load_state, make_accelerator
 from tithe.app.train.signals import Interrupted, StopSignals
 from tithe.errors import TitheError
 
@@ -57,6 +58,12 @@ class Run:
 
     def __init__(self, recipe: Recipe, *, resume: bool, console: Console) -> None:
         self.recipe = recipe
+        self.accelerator = make_accelerator(recipe)
+        with distributed.together("the start of the run"):
+            self._prepare(resume, console)
+
+    def _prepare(self, resume: bool, console: Console) -> None:
+        recipe = self.recipe
         self.checkpoints = Checkpoints(recipe.output / "checkpoints")
         steps = self.checkpoints.steps()
         if not resume:
@@ -64,7 +71,7 @@ class Run:
         find_model(recipe)
         find_method(recipe)
         self.examples = read_examples(recipe)
-        self.accelerator = make_accelerator(recipe)
+        compare_ranks(recipe, self.examples, steps)
         world = self.accelerator.num_processes
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
         self.console = console if self.accelerator.is_main_process else None
