@@ -121,7 +121,7 @@ def attach(
                 plan.load_state_dict(state)
             else:
                 plan.start()
-            plan.watch = ranks
+            plan.ranks = ranks
             ranks.watch(
                 model,
                 plan.named_parameters(),

@@ -21,7 +21,7 @@ from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
 
 
-class Watch(Protocol):
+class RankChecks(Protocol):
     """Looks whether ranks still agree; see `tithe.plan.ranks.Ranks`."""
 
     def after_step(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
@@ -61,7 +61,7 @@ class Plan(ABC):
     """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
     shares_work: ClassVar[bool] = False
     """Whether the ranks there are when attaching share something out."""
-    watch: Watch | None = None
+    ranks: RankChecks | None = None
     """What `attach` looks at the ranks with: told after each step, closed by `release`."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -313,18 +313,18 @@ class Plan(ABC):
     def release(self) -> None:
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
 
-    def _watch_step(self, named: Callable[[], Iterable[tuple[str, Tensor]]] | None = None) -> None:
+    def _check_ranks(self, named: Callable[[], Iterable[tuple[str, Tensor]]] | None = None) -> None:
         """Have it checked after an optimizer's step that ranks still agree.
 
         Args:
             named: gives what has to be the same; the default is what is trained.
         """
-        if self.watch is not None:
-            self.watch.after_step(named or self.named_parameters)
+        if self.ranks is not None:
+            self.ranks.after_step(named or self.named_parameters)
 
-    def _watch_no_more(self) -> None:
-        if self.watch is not None:
-            self.watch.close()
+    def _leave_ranks(self) -> None:
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _check_live(self) -> None:
         if self._released:

@@ -180,7 +180,7 @@ class NarrowPlan(Plan):
                 remedy="call plan.bind(optimizer) once, before training",
             )
         self._parts.close()
-        self._watch_step(self._watched)
+        self._check_ranks(self._watched)
         if not self._settled:
             self._learn()
         self._difference = None
@@ -415,7 +415,7 @@ class NarrowPlan(Plan):
         """Give the model back, at the widths that are left: trained values stay, no attribute, hook or flag does."""
         if self._released:
             return
-        self._watch_no_more()
+        self._leave_ranks()
         self._inference.unhook()
         for handle in self._handles:
             handle.remove()

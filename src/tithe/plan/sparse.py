@@ -294,7 +294,7 @@ class SparsePlan(Plan):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
-        self._watch_no_more()
+        self._leave_ranks()
         self._selected.commit()
         for handle in self._handles:
             handle.remove()
@@ -328,5 +328,5 @@ class SparsePlan(Plan):
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._selected.commit()
         self._committed = True
-        self._watch_step()
+        self._check_ranks()
         self._selected.check_ranks()

@@ -322,7 +322,7 @@ class SubspacePlan(Plan):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
-        self._watch_no_more()
+        self._leave_ranks()
         self._settle()
         for handle in self._handles:
             handle.remove()
@@ -333,7 +333,7 @@ class SubspacePlan(Plan):
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._commit(force=True)
-        self._watch_step()
+        self._check_ranks()
 
     def _commit(self, *, force: bool = False) -> None:
         if self._sharing.commit(force=force):
