@@ -53,7 +53,17 @@ ROOMS: dict[str, set[str]] = {
     "app.dense": {"tithe", "errors", "ledger", "plan"},
     "app.section": {"tithe", "errors", "app.dense"},
     "app.methods": {"tithe", "app.section", "app.price"},
-    "app.train": {"tithe", "errors", "files", "delta", "averages", "app.terminal", "app.section", "app.methods"},
+    "app.train": {
+        "tithe",
+        "errors",
+        "files",
+        "delta",
+        "averages",
+        "distributed",
+        "app.terminal",
+        "app.section",
+        "app.methods",
+    },
     "app.demo": {"tithe", "errors", "files", "delta", "app.dense", "app.methods", "app.train", "app.terminal"},
     "app.price": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"}
     | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
@@ -141,13 +151,13 @@ def breaches(source: str, path: Path) -> list[str]:
                 (line, f"imports {module}", f"the core imports {listing(CORE_PACKAGES)} and the standard library")
             )
         if f"{module}.".startswith("torch.distributed.") and here != "distributed":
-            found.append((line, f"imports {module}", "distributed.py is the only importer of torch.distributed"))
+            found.append((line, f"imports {module}", "distributed/ is the only importer of torch.distributed"))
         if here not in KNOW_METHODS and METHOD.search(module):
             found.append((line, f"imports {module}", f"only {listing(KNOW_METHODS)} know a method's name"))
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="torch"), attr="distributed") if here != "distributed":
-                rule = "distributed.py is the only user of torch.distributed"
+                rule = "distributed/ is the only user of torch.distributed"
                 found.append((node.lineno, "uses torch.distributed", rule))
             case _:
                 pass
@@ -190,7 +200,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         ("app/train/loop.py", "from tithe.plan import Plan", ":1: imports tithe.plan.Plan: app.train may import"),
         ("plan.py", "from tithe.rules.sparse.linear import _way", ": a private name stays in its room"),
         ("ledger/table.py", "from rich.table import Table", ": the core imports numpy, safetensors, torch and"),
-        ("scoring.py", "from torch import distributed as dist", ": distributed.py is the only importer"),
+        ("scoring.py", "from torch import distributed as dist", ": distributed/ is the only importer"),
         ("scoring.py", "import torch\ntorch.distributed.barrier()", ":2: uses torch.distributed"),
         (
             "plan.py",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from tithe.plan.parameters import split_parameters
 from tithe.plan.watch import BeforeForward, Optimizers
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
+
+
+class RankChecks(Protocol):
+    """Looks whether ranks still agree; see `tithe.plan.ranks.Ranks`."""
+
+    def after_step(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        """Check after an optimizer's step; `named` gives what was trained."""
+
+    def close(self) -> None:
+        """Take off what looks at the model."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ class Plan(ABC):
     """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
     averages_gradients: ClassVar[bool] = False
     """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
+    shares_work: ClassVar[bool] = False
+    """Whether the ranks there are when attaching share something out."""
+    ranks: RankChecks | None = None
+    """What `attach` looks at the ranks with: told after each step, closed by `release`."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.seed = model, settings.seed
@@ -370,6 +384,7 @@ class Plan(ABC):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
+        self._leave_ranks()
         self._let_go()
         self._optimizers.stop()
         if self._watching is not None:
@@ -379,6 +394,19 @@ class Plan(ABC):
     @abstractmethod
     def _let_go(self) -> None:
         """Commit, and take everything off the model."""
+
+    def _check_ranks(self, named: Callable[[], Iterable[tuple[str, Tensor]]] | None = None) -> None:
+        """Have it checked after an optimizer's step that ranks still agree.
+
+        Args:
+            named: gives what has to be the same; the default is what is trained.
+        """
+        if self.ranks is not None:
+            self.ranks.after_step(named or self.named_parameters)
+
+    def _leave_ranks(self) -> None:
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _check_live(self) -> None:
         if self._released:

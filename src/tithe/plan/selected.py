@@ -100,6 +100,7 @@ class SelectedWeights:
             binding.seen_positions = 0
         factor = torch.tensor([max(seen, default=1.0)], dtype=torch.float64)
         if distributed.world_size() > 1:
+            distributed.meet("the sizes of inputs")
             factor = distributed.gather(factor.to(self.bindings[0].weight.device)).max().cpu()
         if float(factor) <= 1:
             return limits

@@ -73,13 +73,18 @@ class ThetaSharing:
             self.kept.forget()
         self.commit()
 
+    @property
+    def is_due(self) -> bool:
+        """Return whether θ moved since it was written."""
+        return self._committed != self.shared.parameter._version
+
     def commit(self, *, force: bool = False) -> bool:
         """Write the weights anew where θ changed; returns whether they were.
 
         Args:
             force: also when its version did not change, as after an update through `.data`.
         """
-        if not force and self._committed == self.shared.parameter._version:
+        if not force and not self.is_due:
             return False
         for binding, span in zip(self.bindings[: self.num_large], self.spans, strict=False):
             span.scatter_(binding.weight, self.shared.row(binding.name))

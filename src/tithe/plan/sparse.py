@@ -139,13 +139,14 @@ class SparsePlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through.
         """
         self._check_live()
-        loss = check_loss(closure(), finite=False)
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            if self._selected.resized and "invalid gradient" in str(error):
-                raise distributed.fixed_sizes_error() from error
-            raise
+        with distributed.telling("backward"):
+            loss = check_loss(closure(), finite=False)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if self._selected.resized and "invalid gradient" in str(error):
+                    raise distributed.fixed_sizes_error() from error
+                raise
         return loss
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
@@ -175,10 +176,11 @@ class SparsePlan(Plan):
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Write θ into the weights."""
         self._selected.commit()
-        self._selected.check_ranks()
 
     def finish_step(self) -> None:
         """Count a finished step, and choose where that is due."""
+        self._check_ranks()
+        self._selected.check_ranks()
         self.num_steps += 1
         if not self._chosen:
             self._changed |= self.num_steps >= self.method.warmup and self.reselect()
@@ -226,6 +228,10 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._mount.follow()
+        with distributed.together(f"choosing after {self.num_steps} steps"):
+            return self._choose_again()
+
+    def _choose_again(self) -> bool:
         self._follow_inputs()
         limits = self._memory.max_positions
         if limits is self._drawn_for:

@@ -308,6 +308,22 @@ class Carrier(Tensor):
                 return out
         return func(*_each(graft, args), **_each(graft, kwargs))
 
+    @property
+    def _local_tensor(self) -> Tensor:
+        """What fully_shard reads off a weight that it has sharded, before any hook of a plan can see the forward pass.
+
+        Raises:
+            TitheError: always, where the weight is sharded.
+        """
+        if hasattr(raw(self), "_local_tensor"):
+            raise TitheError(
+                self.binding.name,
+                found="a DTensor: the weight was sharded after a plan was attached",
+                expected="whole weights on every rank",
+                remedy="build the model anew, attach to it, and wrap it in DistributedDataParallel instead",
+            )
+        raise AttributeError("_local_tensor")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
         from copy import deepcopy
 

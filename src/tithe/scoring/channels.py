@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,8 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
         batch: its shapes are those the price is made for.
 
     Returns:
-        Name → layer, in the model's order; weights that are used in another way too are left out.
+        Name → layer, in the model's order; weights that are used in another way too are left out. On several ranks it
+        is the dearest price list of all: of the largest batch.
 
     Warns:
         TitheWarning: naming matrices that an operation without a rule for channels uses: they cannot be drawn from.
@@ -94,7 +97,21 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
             weight_bytes=binding.weight.element_size(),
             value_bytes=first.itemsize,
         )
-    return layers
+    return _dearest(layers)
+
+
+def _dearest(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The same price list on every rank: each has seen a batch of its own, and all have to afford the choice."""
+    if distributed.world_size() == 1:
+        return layers
+    distributed.compare("the prices of channels", {name: f"{v.num_channels} channels" for name, v in layers.items()})
+    own = [(layer.positions, layer.per_sample, layer.flops) for layer in layers.values()]
+    lists = [json.loads(note) for note in distributed.exchange("the sizes of inputs", json.dumps(own))]
+    dearest: list[tuple[int, float, float]] = max(lists, key=lambda each: sum(positions for positions, *_ in each))
+    return {
+        name: dataclasses.replace(layer, positions=positions, per_sample=per_sample, flops=flops)
+        for (name, layer), (positions, per_sample, flops) in zip(layers.items(), dearest, strict=True)
+    }
 
 
 def channel_norms(
@@ -146,6 +163,7 @@ def channel_norms(
                 break
     if not seen:
         raise TitheError("data", found="no samples", expected="at least one batch", remedy="pass data= an iterable")
+    distributed.meet("the gradient norms of channels")
     norms = {name: check_finite(name, distributed.sum_(probe.norms)) for name, probe in probes.items()}
     if not any(bool(norm.any()) for norm in norms.values()):
         check_depends(model, loss, batch)

@@ -131,6 +131,7 @@ class Passes:
         Raises:
             TitheError: when a weight gets no gradient from any of the data, or no weight gets one that is not zero.
         """
+        distributed.meet("the number of samples to score")
         total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
         nothing = True
         with evaluation(self.model), self._listening():
@@ -142,6 +143,7 @@ class Passes:
                     if probe.reached:
                         self._unreached.discard(name)
                 for binding in _tables_last(group, probes):
+                    distributed.meet(f"the score of {binding.name}")  # not of the group: ranks may group otherwise
                     score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
                     nothing = nothing and not bool(score.any())
                     yield binding.name, score.abs_() if statistic == "sum" else score
@@ -466,6 +468,7 @@ def _everywhere(names: list[str], missed: set[str], device: torch.device) -> lis
     """Those of `names` that are missed on every rank."""
     if not names:
         return []
+    distributed.meet("what gradients reach")
     reached = distributed.sum_(torch.tensor([name not in missed for name in names], device=device).int())
     return [name for name, ranks in zip(names, reached.tolist(), strict=True) if not ranks]
 

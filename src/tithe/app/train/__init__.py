@@ -46,6 +46,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     """
     from rich.console import Console
 
+    from tithe import distributed
     from tithe.app.train.checkpoints import Checkpoints
     from tithe.app.train.lock import RunLock
     from tithe.app.train.loop import Run
@@ -55,8 +56,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     with RunLock(recipe.output, recipe.place("run", "output")) if is_main else contextlib.nullcontext():
         try:
             run = Run(recipe, resume=resume, console=console or Console(stderr=True))
-            run.fit()
-            return finish(run)
+            with distributed.telling("the run"):
+                run.fit()
+                return finish(run)
         except KeyboardInterrupt:
             saved = Checkpoints(recipe.output / "checkpoints").steps()
             if not saved:

@@ -21,9 +21,8 @@ from tithe.app.train.merging import describe
 from tithe.app.train.position import bill, drawn
 from tithe.app.train.progress import read_log
 from tithe.app.train.recording import recorded_steps
+from tithe.app.train.setup import PACKAGES
 from tithe.files import replacing
-
-_PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
         "device": str(run.accelerator.device),
         "processes": run.accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": run.examples.fingerprint(),
         "recipe": run.recipe.settings(),
