@@ -26,6 +26,7 @@ from tithe.plan.narrow import NarrowPlan
 from tithe.plan.ranks import Ranks
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
+from tithe.plan.ties import holders_outside
 from tithe.scoring import Loss
 
 PlanT = TypeVar("PlanT", bound=Plan, covariant=True)
@@ -108,7 +109,7 @@ def attach(
         (['weight'], 3)
         >>> plan.release()
     """
-    settings, plan = Settings(loss, data, where, head, seed), None
+    settings, plan = Settings(loss, data, where, head, seed, holders_outside(model)), None
     try:
         with distributed.together("attach"):
             _check_method(method)

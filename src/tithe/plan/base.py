@@ -34,13 +34,14 @@ class RankChecks(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `attach` besides the model and the method."""
+    """The arguments of `attach` besides the model and the method, and the modules outside that hold its weights."""
 
     loss: Loss | None = None
     data: Iterable[Any] | None = None
     where: str | Sequence[str] = "*"
     head: str | Sequence[str] = ()
     seed: int = 0
+    outside: Sequence[nn.Module] = ()
 
 
 class Plan(ABC):
@@ -137,7 +138,8 @@ class Plan(ABC):
 
     def watch(self) -> None:
         """Follow the model and whatever optimizer trains it from now on."""
-        self._watching = self.model.register_forward_pre_hook(BeforeForward(self._before_forward))
+        before = BeforeForward(self._before_forward)  # first of all: a state is loaded before the weights are compared
+        self._watching = self.model.register_forward_pre_hook(before, prepend=True)
         self._optimizers.start()
 
     def start(self) -> None:

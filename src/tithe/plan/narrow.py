@@ -39,8 +39,10 @@ from tithe.narrow import (
 )
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
+from tithe.plan.follow import check_same, held_parameters
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.rank_means import mean_gradients, mean_statistics
+from tithe.plan.ties import check_untied
 from tithe.plan.watch import loss_scale
 from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
@@ -67,6 +69,7 @@ class NarrowPlan(Plan):
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         self._split.check_memory("may become narrow")
+        check_untied(model, settings.outside, "may become narrow")
         batch = next(iter(self._data), None)
         stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.stage = _agreed(stage)
@@ -75,6 +78,7 @@ class NarrowPlan(Plan):
         self._settled = False
         self._difference: float | None = None
         self._loss_scale = 1.0
+        self._held = held_parameters(model)
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
@@ -145,6 +149,7 @@ class NarrowPlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
         """
         self._check_live()
+        check_same(self._held)
         self._before_forward()  # in the narrow network it is too late to load a state
         if self._parts.received and all(parameter.grad is None for parameter in self.parameters()):
             self._difference = None  # cleared without a step, as after an overflow: the sum of losses starts anew

@@ -41,7 +41,7 @@ class SparsePlan(Plan):
         if isinstance(settings.data, Iterator) and method.needs_data:
             self._data = first_batches(settings.data, method.samples)
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
-        self._mount = Mount(model, bound, self._head)
+        self._mount = Mount(model, bound, self._head, settings.outside)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
         changes = method.reselect is not None or method.warmup > 0
         self._selected = SelectedWeights(self._mount, self._candidates, self._optimizers.bound, changes=changes)

@@ -62,7 +62,7 @@ class SubspacePlan(Plan):
             for name, tensor in found.rest.items():
                 tensor.copy_(values[name].view(tensor.shape))
         self._rest = tuple(found.rest)
-        self._mount = Mount(model, moving, self._head)
+        self._mount = Mount(model, moving, self._head, settings.outside)
         self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
         shared = SharedTheta(self.theta, list(moving))
         bindings = [self._mount.bindings[name] for name in moving]

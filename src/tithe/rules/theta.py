@@ -70,7 +70,7 @@ class Binding:
         self.home: tuple[nn.Module, str] | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
-        self._rest = _digest(weight.detach())  # of the entries that are not selected
+        self._rest = digest(weight.detach())  # of the entries that are not selected
         self._agreed(None)
 
     @property
@@ -143,9 +143,12 @@ class Binding:
 
     def follow(self) -> None:
         """Follow the weight to other memory, perhaps on another device."""
-        if self.selection.items.device != self.weight.device:
-            self.selection = self.selection.to(self.weight.device)
+        device = self.weight.device
+        if self.selection.items.device != device:
+            self.selection = self.selection.to(device)
             self.touch = self._touch()
+        if self._rest.device != device:
+            self._rest, self._digest = self._rest.to(device), self._digest.to(device)
 
     def _touch(self) -> Touch | None:
         selection = self.selection
@@ -206,18 +209,20 @@ class Binding:
             self.commit()
             return
         values = self.values
-        theta_changed, weight_changed = self.version != self._committed, self.weight._version != self._written
+        weight_changed = self.weight._version != self._written
         if values is None:
             if weight_changed:
                 self._note_written()
             return
+        # The version of a flat θ rises with a change of any part.
+        theta_changed = self.version != self._committed and not torch.equal(digest(values), self._digest)
         if theta_changed and not weight_changed:
             self.commit()
             return
         there = self.selection.gather(self.weight.detach())
         if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
             if not theta_changed and not weight_changed:  # through `.data`
-                theta_changed = not torch.equal(_digest(values), self._digest)
+                theta_changed = not torch.equal(digest(values), self._digest)
                 weight_changed = not theta_changed
             if theta_changed and weight_changed:
                 raise TitheError(
@@ -249,7 +254,7 @@ class Binding:
         if before is not None:
             changed = (_bits(self.weight.detach()) != _bits(before)).flatten().nonzero().flatten()
             self.moved = Coordinates(tuple(self.weight.shape), changed).union(self.moved)
-            self._rest = _digest(self.weight.detach()) - self._digest_selected()
+            self._rest = digest(self.weight.detach()) - self._digest_selected()
         elif self.weight._version != self._written:
             self.moved = self.selection.union(self.moved)
             self._note_written()
@@ -257,7 +262,7 @@ class Binding:
 
     def _note_written(self) -> None:
         """Note that torch counted writes into the weight: where they left other values, all of it has moved."""
-        rest = _digest(self.weight.detach()) - self._digest_selected()
+        rest = digest(self.weight.detach()) - self._digest_selected()
         if not torch.equal(rest, self._rest):
             self.moved, self._rest = Coordinates.everything(tuple(self.weight.shape)).to(self.weight.device), rest
         self.agree()
@@ -265,7 +270,7 @@ class Binding:
     def _digest_selected(self) -> Tensor:
         if not self.selection.size:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return _digest(self.selection.gather(self.weight.detach()))
+        return digest(self.selection.gather(self.weight.detach()))
 
     def agree(self) -> None:
         """Note that θ and the weight hold the same values now."""
@@ -273,7 +278,7 @@ class Binding:
 
     def _agreed(self, values: Tensor | None) -> None:
         self._committed, self._written = self.version, self.weight._version
-        self._digest = torch.zeros((), dtype=torch.int64) if values is None else _digest(values)
+        self._digest = torch.zeros((), dtype=torch.int64) if values is None else digest(values)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -284,7 +289,7 @@ def _bits(values: Tensor) -> Tensor:
     return values.view(_INTEGERS[values.element_size()])
 
 
-def _digest(values: Tensor) -> Tensor:
+def digest(values: Tensor) -> Tensor:
     """One number that another set of values is unlikely to share."""
     return _bits(values).sum(dtype=torch.int64)
 
