@@ -301,6 +301,8 @@ class Plan(ABC):
 
     def _before_forward(self) -> None:
         """Before the first forward pass that makes gradients: an optimizer may have loaded the plan's state."""
+        if torch.is_grad_enabled():
+            self._optimizers.finish()
         if not self._forward_began and torch.is_grad_enabled() and self.model.training:
             self._forward_began = True
             self._optimizers.search(loaded=True)

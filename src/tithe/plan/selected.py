@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,13 +143,13 @@ class SelectedWeights:
                     start += size
                 state[key] = after
 
-    def commit(self, *, force: bool = True) -> bool:
-        """Write every θ into its weight; returns whether any had changed.
+    def commit(self, held: Container[int] = ()) -> bool:
+        """Write every θ that changed into its weight; returns whether any had.
 
         Args:
-            force: also one whose version did not change, as after a fused kernel.
+            held: ids of parameters that are written also where their version did not change, as after a fused kernel.
         """
-        written = [binding.commit(force=force) for binding in self.bindings]
+        written = [b.commit(force=id(b.parameter) in held) for b in self.bindings]
         return any(written)
 
     @property

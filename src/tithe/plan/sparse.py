@@ -174,8 +174,8 @@ class SparsePlan(Plan):
             self._optimizers.check_holds()
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write θ into the weights."""
-        self._selected.commit()
+        """Write what the optimizer holds of θ into the weights, whatever kernel changed it."""
+        self._selected.commit({id(p) for group in optimizer.param_groups for p in group["params"]})
 
     def finish_step(self) -> None:
         """Count a finished step, and choose where that is due."""
@@ -211,7 +211,7 @@ class SparsePlan(Plan):
             )
 
     def _commit(self) -> bool:
-        return self._selected.commit(force=False)
+        return self._selected.commit()
 
     def end_epoch(self) -> bool:
         """Count a finished epoch, and choose where that is due; returns whether the choice changed."""

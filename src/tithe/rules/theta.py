@@ -122,7 +122,12 @@ class Binding:
     @property
     def version(self) -> int:
         """Rises with every change of θ that torch counts; not with one through `.data` or by a fused kernel."""
-        return (self.theta if self.common is None else self.common.parameter)._version
+        return self.parameter._version
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the optimizer holds: θ, or the parameter that it is a part of."""
+        return self.theta if self.common is None else self.common.parameter
 
     def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
