@@ -63,8 +63,7 @@ def test_bad_outputs(tmp_path: Path) -> None:
         (tmp_path / "folder", "found an existing file or folder"),
         (tmp_path / "none" / "out.safetensors", "found no folder"),
         (tmp_path / "out.pt", r"found the ending \.pt; expected \.safetensors"),
-        (tmp_path / ("n" * 300), r"found a place that cannot be written \(File name too long\)"),
-        (tmp_path / ("n" * 250), r"found a place that cannot be written \(File name too long\)"),
+        (tmp_path / ("n" * 300), r"cannot be written \(File name too long\)"),
     ):
         with pytest.raises(TitheError, match=words):
             average(paths, output)

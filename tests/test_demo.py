@@ -300,7 +300,7 @@ def test_an_interrupted_run_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine", encoding="utf-8")
-    with pytest.raises(TitheError, match="taken: found File exists; expected a folder"):
+    with pytest.raises(TitheError, match=r"taken: found .* \(File exists\); expected a folder"):
         run(taken, quick=True, console=Page())
     assert taken.read_text(encoding="utf-8") == "mine"
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tithe
 from narrow_plans import drawn, live_entries
-from oracles import Given, largest
+from oracles import Given, largest, thetas
 from slicing import zeroed
 from tithe import TitheError
 
@@ -160,7 +160,7 @@ def test_a_penalty_on_a_gradient_trains_as_stock_does(name: str, way: str) -> No
     dense = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in stock.named_parameters()}
     scale = max(float(grad.abs().max()) for grad in dense.values())
     checked = 0
-    for key, theta in plan.named_parameters():
+    for key, theta in thetas(plan).items():
         if theta.numel():
             want = plan.selections[key].gather(dense[key])
             got = torch.zeros_like(want) if theta.grad is None else theta.grad
@@ -235,20 +235,19 @@ def test_a_product_of_the_hessian_and_a_vector_of_theta(reselects: bool) -> None
     stock, model = _model("dense"), _model("dense")
     every = tithe.every(5) if reselects else None
     plan = tithe.attach(model, tithe.FISH(density=0.3, score="random", reselect=every))
-    thetas = {key: theta for key, theta in plan.named_parameters() if key in plan.selections and theta.numel()}
-    asked = [model.get_parameter("@theta")] if reselects else list(thetas.values())
+    asked = list(plan.parameters())
     grads = torch.autograd.grad(loss(model), asked, create_graph=True)
     products = torch.autograd.grad(sum((g * g.detach()).sum() for g in grads), asked)
     found = torch.cat([product.reshape(-1) for product in products])
     named = dict(stock.named_parameters())
     dense = dict(zip(named, torch.autograd.grad(loss(stock), list(named.values()), create_graph=True), strict=True))
     total = torch.zeros((), dtype=D)
-    for key in thetas:
+    for key in plan.selections:
         mask = torch.zeros_like(named[key]).reshape(-1)
         mask[plan.selected(key)] = 1
         total = total + (dense[key] * dense[key].detach() * mask.view_as(named[key])).sum()
     exact = dict(zip(named, torch.autograd.grad(total, list(named.values()), allow_unused=True), strict=True))
-    want = torch.cat([plan.selections[key].gather(exact[key]) for key in thetas])
+    want = torch.cat([plan.selections[key].gather(exact[key]) for key in plan.selections])
     torch.testing.assert_close(found[: want.numel()], want, rtol=1e-9, atol=1e-12)
 
 
@@ -270,7 +269,7 @@ def test_codes_refuse_a_penalty_at_the_first_backward_and_each_remedy_helps() ->
 
     def check(model: nn.Module, plan: tithe.Plan) -> None:
         plan.backward(lambda: penalty(model, DENSE))
-        for key, theta in plan.named_parameters():
+        for key, theta in thetas(plan).items():
             if theta.numel():
                 want = plan.selections[key].gather(stock.get_parameter(key).grad)
                 torch.testing.assert_close(theta.grad, want, rtol=1e-9, atol=1e-11)
@@ -278,7 +277,6 @@ def test_codes_refuse_a_penalty_at_the_first_backward_and_each_remedy_helps() ->
     tithe.Lean.of(model).release()  # pyright: ignore[reportOptionalMemberAccess]
     for theta in plan.parameters():
         theta.grad = None
-    model.get_parameter("@theta").grad = None
     check(model, plan)
     plain = _gelu()
     with pytest.raises(TitheError, match="gelu in a lean model"):  # no later than where the loss is known

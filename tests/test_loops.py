@@ -62,6 +62,7 @@ REFUSED = {
     ("VR-PGE", "HF Trainer"): "plan.parameters()",
     ("VR-PGE", "HF Trainer, resumed"): "plan.parameters()",
     ("VR-PGE", "Lightning"): "plan.backward",
+    ("VR-PGE", "DDP, attached before"): "plan.backward",
 }
 """Cells that end in an error, and what its remedy names."""
 WARNED = {("TraDy", "no `end_epoch`"): "end_epoch"}

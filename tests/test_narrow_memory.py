@@ -76,8 +76,8 @@ def test_a_dropped_network_goes_on_as_the_one_that_was_not_dropped() -> None:
         alive = _kill(plan)
         plan.probabilities.s.detach()[alive] = 1.0
     plans[0].end_epoch()
-    plans[1].step()  # draws again
-    plans[0].step()
+    for plan in reversed(plans):
+        plan.finish_step()  # draws again
     live = live_entries(plans[1], alive)
     for batch in case.batches(2, dtype=torch.float64):
         losses = [step(plan, opt, case, batch) for plan, opt in zip(plans, opts, strict=True)]

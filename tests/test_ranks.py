@@ -566,7 +566,7 @@ def test_a_plan_attached_before_the_group_is_compared_at_its_first_step(tmp_path
     _record(tmp_path / "history", 0, 4)
     found = play(tmp_path, alike, other_seed_late, span_late, init=False)
     assert_equal(*found["alike"])
-    refused(found["other_seed_late"], "the first step, seed:", "init_process_group() before tithe.attach()")
+    refused(found["other_seed_late"], "both written", "init_process_group() before tithe.attach()")
     refused(found["span_late"], "2 ranks, and a plan attached on 1", "init_process_group() before tithe.attach()")
 
 

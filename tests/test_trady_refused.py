@@ -147,7 +147,7 @@ def test_a_batch_larger_than_priced_is_said_and_the_next_draw_is_priced_for_it(
     case: Case, budget: str, larger: int
 ) -> None:
     model = case.model()
-    plan = _attach(case, model, TraDy(Budget(budget), layers="all"))
+    plan = _attach(case, model, TraDy(Budget(budget), layers="all", optimizer_states=0))
     opt = torch.optim.SGD(plan.parameters(), lr=0.01)
     plan.bind(opt)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_a_batch_larger_than_priced_is_said_and_the_next_draw_is_priced_for_it(
     state = plan.state_dict()
     plan.release()
     other = case.model()
-    resumed = _attach(case, other, TraDy(Budget(budget), layers="all"), state=state)
+    resumed = _attach(case, other, TraDy(Budget(budget), layers="all", optimizer_states=0), state=state)
     resumed.end_epoch()
     spent = resumed.spending()
     assert spent is not None

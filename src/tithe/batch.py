@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from tithe.errors import TitheError
 
+_CHANNELS = (1, 3, 4)
+"""Of an image."""
+
 _Part = slice | list[int]
 
 __all__ = ["leaves", "map_batch", "num_samples", "slice_batch", "take_samples"]
@@ -197,7 +200,7 @@ def _holds_samples(items: Any, *, alone: bool = False) -> bool:
         return False
     if isinstance(items[0], Tensor):
         vectors = alone and items[0].dim() < 2 and items[0].is_floating_point()
-        return not vectors and (not items[0].dim() or _unlike_columns(items))
+        return not vectors and (not items[0].dim() or _unlike_columns(items, alone=alone))
     if not _is_container(items[0]):
         return alone
     inner = [list(leaves(item)) for item in items]
@@ -214,10 +217,19 @@ def _holds_samples(items: Any, *, alone: bool = False) -> bool:
     return isinstance(items[0], Mapping) and any(leaf.dim() < 2 for leaf in inner[0])
 
 
-def _unlike_columns(tensors: Any) -> bool:
-    """Whether tensors of one kind differ as columns do not: in their first dimension, or in sizes as images do."""
+def _unlike_columns(tensors: Any, *, alone: bool = False) -> bool:
+    """Whether tensors of one kind differ as columns do not: in their first dimension, or in sizes as images do.
+
+    Args:
+        tensors: alike in their type and number of dimensions.
+        alone: they are the whole batch, which may be an input and its target of another width: only several images of
+            as many channels as images have are samples then.
+    """
     shapes = {tuple(tensor.shape) for tensor in tensors}
-    return len({shape[:1] for shape in shapes}) > 1 or (len(shapes) > 1 and all(len(shape) > 2 for shape in shapes))
+    if len({shape[:1] for shape in shapes}) > 1:
+        return True
+    images = len(shapes) > 1 and all(len(shape) > 2 for shape in shapes)
+    return images and (not alone or (len(tensors) > 2 and next(iter(shapes))[0] in _CHANNELS))
 
 
 def _signature(node: Any) -> Any:

@@ -85,13 +85,17 @@ class Ranking:
         grads = [(p, p.grad) for p in model.parameters()]
         mount = Mount(model, {name: p for name, p in split.floats.items() if name not in split.head})
         try:
-            bindings = [mount.bindings[name] for name in split.candidates]
-            layers = price_channels(model, bindings, loss, batches[0])
-            if not layers:
-                raise TitheError(
-                    "where", found="no input channels", expected="linear layers or convolutions", remedy="widen where="
-                )
-            norms = channel_norms(model, bindings, layers, loss, batches, samples)
+            with mount.unwatched():
+                bindings = [mount.bindings[name] for name in split.candidates]
+                layers = price_channels(model, bindings, loss, batches[0])
+                if not layers:
+                    raise TitheError(
+                        "where",
+                        found="no input channels",
+                        expected="linear layers or convolutions",
+                        remedy="widen where=",
+                    )
+                norms = channel_norms(model, bindings, layers, loss, batches, samples)
         finally:
             mount.release()
             for parameter, grad in grads:

@@ -107,7 +107,13 @@ def test_regression_is_scored_by_correlation(edit: Edit, workplace: Path) -> Non
     write_tsv(workplace / "train.tsv", rows)
     write_tsv(workplace / "test.tsv", rows[:20])
     result = run(
-        edit(("classification", "regression"), ("epochs = 2", "epochs = 6"), ("0.2", "0.9"), ("0.01", "0.003"))
+        edit(
+            ("classification", "regression"),
+            ("epochs = 2", "epochs = 6"),
+            ("0.2", "0.9"),
+            ("0.01", "0.003"),
+            ("samples = 32", "samples = 64"),
+        )
     )
     assert set(result["metrics"]["test"]) == {"pearson", "spearman"}
     assert result["metrics"]["test"]["pearson"] > 0.5

@@ -60,12 +60,7 @@ def make_stage(
             raise
         except Exception as error:
             if isinstance(error, RuntimeError) and asked_for_gradient(error):
-                raise TitheError(
-                    "loss",
-                    found="a gradient taken within the loss that attach is given",
-                    expected="a loss of the model's output, by which channels that belong together are found",
-                    remedy="pass attach the loss without that term, and plan.backward a closure with it",
-                ) from error
+                raise _takes_gradient() from error
             raise Unfollowed(
                 type(model).__name__,
                 found=f"a forward pass that fails while its operators are watched ({type(error).__name__}: {error})",
@@ -90,6 +85,15 @@ def make_stage(
         except TitheError:
             raise nothing from None
         raise nothing.with_remedy('pass where="*" and no head=, with which it was seen to run narrow') from None
+
+
+def _takes_gradient() -> TitheError:
+    return TitheError(
+        "loss",
+        found="a gradient taken within the loss that attach is given",
+        expected="a loss of the model's output, by which channels that belong together are found",
+        remedy="pass attach the loss without that term, and plan.backward a closure with it",
+    )
 
 
 class _Nothing(TitheError):
@@ -144,6 +148,8 @@ def _few(model: nn.Module, loss: Loss, batch: Any, written: Sequence[nn.Paramete
         return batch, samples, inputs[0]
     if isinstance(failure, TitheError):
         raise failure
+    if isinstance(failure, RuntimeError) and asked_for_gradient(failure):
+        raise _takes_gradient() from failure
     raise TitheError(
         "loss",
         found=f"a forward pass that fails on the first batch of data= ({type(failure).__name__}: {failure})",

@@ -8,17 +8,20 @@ a module replaced, a weight resized, parametrised, tied or untied               
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.utils.stateless import _functional_call  # pyright: ignore[reportPrivateUsage]
 from torch.utils._python_dispatch import _get_current_dispatch_mode  # pyright: ignore[reportPrivateUsage]
 
+from tithe import distributed
 from tithe.errors import TitheError, TitheWarning
-from tithe.rules import Binding, Carrier, theta_key
+from tithe.rules import Binding, Carrier
 
 
 class Place(NamedTuple):
@@ -70,18 +73,23 @@ class Followed:
         Raises:
             TitheError: naming the module or weight that was changed in a way that cannot be followed.
         """
-        self.check()
+        if not self.check():
+            return
         if _get_current_dispatch_mode() is not None:  # on shapes alone, or while bytes are counted
             return
         for binding in self.bindings:
             binding.settle()
 
-    def check(self) -> None:
-        """Compare modules, parameters and flags, but no values.
+    def check(self) -> bool:
+        """Compare modules, parameters and flags, but no values; returns whether they are the model's own.
+
+        They are not inside `torch.func.functional_call`, which puts other values in their place for one call.
 
         Raises:
             TitheError: as `follow`.
         """
+        if self._called_with_others():
+            return False
         for parent, name, child, path in self._links:
             if parent._modules.get(name) is not child:
                 found = parent._modules.get(name)
@@ -96,6 +104,22 @@ class Followed:
         for binding in self.bindings:
             self._check_flag(binding)
         self._check_thetas()
+        return True
+
+    def _called_with_others(self) -> bool:
+        places = [(p.owner, p.key, self.head[p.name] if p.binding is None else p.binding.weight) for p in self.places]
+        if all(owner._parameters.get(key) is parameter for owner, key, parameter in [*places, *self._thetas()]):
+            return False
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not _functional_call.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def _thetas(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """Where each θ is registered."""
+        for binding in self.bindings:
+            if binding.selection.size and binding.home is not None:
+                yield *binding.home, binding.parameter
 
     def _parameter(self, place: Place) -> nn.Parameter:
         """The parameter that is there now; one that was assigned from the shadowing attribute is what it stood for."""
@@ -114,6 +138,7 @@ class Followed:
             for other in self.places:
                 if other.binding not in (None, place.binding) and other.binding.weight is parameter:
                     _refuse(place.name, f"the Parameter of {other.name}", "its own, as when attaching")
+            distributed.check_whole(self.model, wrapped=True)
             same = (tuple(parameter.shape), parameter.dtype, parameter.device)
             expected = (tuple(before.shape), before.dtype, before.device)
             if same != expected:
@@ -153,14 +178,10 @@ class Followed:
 
     def _check_thetas(self) -> None:
         """θ is the parameter that an optimizer holds: no other one may take its place."""
-        shown = {id(p.binding): p for p in reversed(self.places) if p.binding is not None}
-        for place in shown.values():
-            binding = place.binding
-            assert binding is not None
-            owner, key = (place.owner, place.key) if binding.common is None else (self.model, "")
-            theta = binding.theta if binding.common is None else binding.common.parameter
-            if binding.selection.size and owner._parameters.get(theta_key(key), theta) is not theta:
-                _refuse(place.name, "another Parameter in the place of θ", "the one that plan.parameters() gives")
+        for owner, key, theta in self._thetas():
+            if owner._parameters.get(key, theta) is not theta:
+                name = next((b.name for b in self.bindings if b.parameter is theta), "theta")
+                _refuse(name, "another Parameter in the place of θ", "the one that plan.parameters() gives")
 
 
 def _links(model: nn.Module, owners: set[nn.Module]) -> list[tuple[nn.Module, str, nn.Module, str]]:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tithe.errors import TitheError
 from tithe.plan.follow import Followed, Place, list_carriers
+from tithe.plan.watch import clear
 from tithe.rules import Binding, Carrier, FlatTheta, theta_key
 
 _COUNT = "num_parameters"
@@ -223,6 +224,15 @@ class Mount:
         module.training = self.model.training if was_training else False
 
     @contextmanager
+    def unwatched(self) -> Generator[None]:
+        """Let forward passes inside go by without comparing the model: choosing asks weights for gradients."""
+        before, self._followed.paused = self._followed.paused, True
+        try:
+            yield
+        finally:
+            self._followed.paused = before
+
+    @contextmanager
     def stock(self) -> Generator[None]:
         """Make every weight an ordinary trained parameter inside: torch's own operations run.
 
@@ -231,13 +241,12 @@ class Mount:
         places = [(m, key) for m in self.model.modules() for key, v in m.__dict__.items() if isinstance(v, Carrier)]
         bound = [cast(nn.Parameter, module._parameters[key]) for module, key in places]
         plain = {id(weight): nn.Parameter(weight.detach()) for weight in bound}
-        self._followed.paused = True
         try:
             for (module, key), weight in zip(places, bound, strict=True):
                 module._parameters[key] = plain[id(weight)]
-            yield
+            with self.unwatched():
+                yield
         finally:
-            self._followed.paused = False
             for (module, key), weight in zip(places, bound, strict=True):
                 module._parameters[key] = weight
 
@@ -300,6 +309,7 @@ def _clear_copy(model: nn.Module, bindings: Sequence[Binding]) -> None:
         binding.commit()
         binding.weight.requires_grad_(binding.required)
     _uncover(model)
+    clear(model)
     for module in model.modules():
         for hooks in (
             module._forward_pre_hooks,

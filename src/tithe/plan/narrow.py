@@ -43,7 +43,7 @@ from tithe.plan.follow import check_same, held_parameters
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.rank_means import mean_gradients, mean_statistics
 from tithe.plan.ties import check_untied
-from tithe.plan.watch import loss_scale
+from tithe.plan.watch import clear, loss_scale
 from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
 from tithe.selection import Grid, Selection
@@ -387,6 +387,7 @@ class NarrowPlan(Plan):
             network = copy_module(self.model)
         finally:
             self._inference.hook()
+        clear(network)
         inner = Lean.of(network)
         if inner is not None:
             inner.release()

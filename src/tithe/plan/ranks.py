@@ -26,6 +26,7 @@ from tithe.averages import History
 from tithe.errors import TitheError
 from tithe.method import SubspaceMethod
 from tithe.plan.base import Settings
+from tithe.plan.watch import PlanHook
 from tithe.rules import theta_key
 
 _WHOLE_FILE = 8 << 20
@@ -234,7 +235,7 @@ class Ranks:
         )
 
 
-class _Whole:
+class _Whole(PlanHook):
     """Before the root's forward pass: the model is not sharded, and its wrapper knows θ.
 
     An object rather than a closure, so that a deep copy of the model looks at its own weights.

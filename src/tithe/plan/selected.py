@@ -143,6 +143,11 @@ class SelectedWeights:
                     start += size
                 state[key] = after
 
+    def count(self) -> None:
+        """Count what is selected now among what has moved, trained or not: a file holds it."""
+        for binding in self.bindings:
+            binding.count()
+
     def commit(self, held: Container[int] = ()) -> bool:
         """Write every θ that changed into its weight; returns whether any had.
 

@@ -76,10 +76,10 @@ class ThetaSharing:
         if self.kept is not None:
             self.kept.forget()
         if _get_current_dispatch_mode() is None:  # not on shapes alone, nor while bytes are counted
-            self._follow()
+            self.follow()
         self.commit()
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Write the weights anew where θ or they were written from outside.
 
         Raises:

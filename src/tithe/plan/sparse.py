@@ -70,7 +70,8 @@ class SparsePlan(Plan):
         if self.method.needs_data:
             context.require_data(f"for {type(self.method).__name__} to choose")
         if self._selected.changes:
-            self._selected.set_capacity(self.method.num_selected(context))
+            with self._mount.unwatched():
+                self._selected.set_capacity(self.method.num_selected(context))
         if self.method.warmup == 0:
             self.reselect()
         elif not self._head:
@@ -200,7 +201,7 @@ class SparsePlan(Plan):
             return
         data: Any = self._data
         # Data to choose by may be a part of an epoch: two lengths of it are rarely passed in one.
-        length = max(2 * len(data), 4) if isinstance(data, Sized) else _LONG_EPOCH
+        length = max(2 * len(data), 10) if isinstance(data, Sized) else _LONG_EPOCH
         if self.num_steps > length:
             self._warned = True
             warnings.warn(
@@ -228,7 +229,7 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._mount.follow()
-        with distributed.together(f"choosing after {self.num_steps} steps"):
+        with distributed.together(f"choosing after {self.num_steps} steps"), self._mount.unwatched():
             return self._choose_again()
 
     def _choose_again(self) -> bool:
@@ -319,6 +320,7 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._mount.follow()
+        self._selected.count()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
         dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
@@ -328,6 +330,7 @@ class SparsePlan(Plan):
         """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
         self._check_live()
         self._mount.follow()
+        self._selected.count()
         return PlanState(
             num_steps=self.num_steps,
             num_epochs=self.num_epochs,

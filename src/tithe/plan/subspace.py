@@ -344,6 +344,7 @@ class SubspacePlan(Plan):
                 expected="the weights of the last step",
                 remedy="call plan.step() on every rank after optimizer.step(), or plan.bind(optimizer) once",
             )
+        self._sharing.follow()
         self._commit()
         if not self._stale:
             return

@@ -300,7 +300,11 @@ def _meet_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 _Forward = Callable[[], None]
 
 
-class BeforeForward:
+class PlanHook:
+    """A hook of a plan on its model, which a copy of the model is rid of."""
+
+
+class BeforeForward(PlanHook):
     """Tells a plan that its model's forward begins; the model keeps the plan alive.
 
     In a copy of the model it does nothing, since the copy has no plan.
@@ -322,3 +326,9 @@ class BeforeForward:
 
     def __reduce__(self) -> Any:
         return BeforeForward, (None,)
+
+
+def clear(copy: nn.Module) -> None:
+    """Take what tells a plan off a copy of its model."""
+    for number in [number for number, hook in copy._forward_pre_hooks.items() if isinstance(hook, PlanHook)]:
+        del copy._forward_pre_hooks[number]

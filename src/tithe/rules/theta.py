@@ -186,10 +186,14 @@ class Binding:
             return False
         self.selection.scatter_(self.weight, values)
         self._agreed(values)
+        self.count()
+        return True
+
+    def count(self) -> None:
+        """Count what is selected among what has moved."""
         if not self.counted:
             self.moved = self.selection.union(self.moved)
             self.counted = True
-        return True
 
     def refresh(self) -> None:
         """θ ← Sᵀ w, after the weight itself was loaded or changed; a θ that weights share follows none of them."""
@@ -234,7 +238,8 @@ class Binding:
                     self.name,
                     found="a weight and its θ that were both written since the last step, with other values",
                     expected="either of them to be written",
-                    remedy="write the weight and leave the plan's parameter, which follows it, alone",
+                    remedy="write the weight and leave the plan's parameter, which follows it, alone; on several ranks,"
+                    " call init_process_group() before tithe.attach() and give every rank the same seed and data",
                 )
             if theta_changed:
                 self.commit(force=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tithe.batch import num_samples, take_samples
 from tithe.errors import TitheError, TitheWarning
+from tithe.forward import asked_for_gradient
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -90,11 +91,18 @@ def reentrant_error(name: str) -> TitheError:
 def quiet_loss(loss: Loss, model: nn.Module, batch: Any) -> Any:
     """Return what the loss function returns, without torch's warning of a checkpoint that cuts the graph.
 
-    Weights that get no gradient from any of the data are named instead.
+    Weights that get no gradient from any of the data are named instead. A loss that takes a gradient within itself has
+    gradients enabled, wherever it is asked for.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_REENTRANT)
-        return loss(model, batch)
+        try:
+            return loss(model, batch)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or not asked_for_gradient(error):
+                raise
+        with torch.enable_grad():
+            return loss(model, batch)
 
 
 def compute_loss(loss: Loss, model: nn.Module, batch: Any, whole: Any = None) -> Tensor:

@@ -51,7 +51,9 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     from tithe.app.train.lock import RunLock
     from tithe.app.train.loop import Run
     from tithe.app.train.report import finish
+    from tithe.app.train.setup import check_writable
 
+    check_writable(recipe)
     is_main = os.environ.get("RANK", "0") == "0"
     with RunLock(recipe.output, recipe.place("run", "output")) if is_main else contextlib.nullcontext():
         try:

@@ -93,7 +93,7 @@ class Run:
         world = self.accelerator.num_processes
         if self.accelerator.is_main_process:
             self.checkpoints.recover()
-        self.accelerator.wait_for_everyone()
+        distributed.meet("the checkpoints that are there")
         steps = self.checkpoints.steps()
         compare_ranks(recipe, self.examples, steps)
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
