@@ -44,6 +44,8 @@ class Place:
 
     def attach(self, model: nn.Module, method: object, **settings: object) -> tithe.Plan:
         settings = {"head": self.case.head, "loss": self.case.loss, "data": self.batches(), **settings}
+        if isinstance(method, tithe.VRPGE) and self.case.name == "llama":
+            settings["where"] = "!model.layers.*.self_attn.*"  # as its refusal says: heads are cut by a fixed width
         return tithe.attach(model, method, **settings)
 
     def train(
@@ -153,15 +155,17 @@ def test_methods(name: str, method: str, device: torch.device, tmp_path: Path) -
 
 
 SCORES: dict[str, dict[str, object]] = {
-    **{score: {"score": score} for score in ("fisher", "gradient", "magnitude", "random", "snr", "saliency", "principal")},
+    **{score: {"score": score} for score in ("fisher", "gradient", "magnitude", "random")},
     "true Fisher": {"fisher": "true"},
-    "columns": {"unit": "column"},
 }
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name: str, score: str, device: torch.device, tmp_path: Path) -> None:
+    if score == "true Fisher" and CASES[name].logits is None:
+        pytest.skip("drawing labels needs a classifier")
+
     def run(place: Place) -> Observed:
         plan = place.attach(place.model(), tithe.FISH(density=0.5, samples=6, **SCORES[score]))
         return {"chosen": selected(plan), "losses": place.train(plan, steps=1)}
