@@ -296,3 +296,8 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   for (const char* composed : {"convolution", "convolution_backward"})
     m.impl(composed, torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
+
+// The one operator of ours that is made of sparse tensors, which this device has none of.
+TORCH_LIBRARY_IMPL(tithe, HPU, m) {
+  m.impl("sampled_product", torch::CppFunction::makeFromBoxedFunction<&on_host>());
+}
