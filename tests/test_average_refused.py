@@ -129,7 +129,7 @@ def test_no_room_is_said_and_leaves_nothing(ending: str, tmp_path: Path) -> None
     process = run(FULL, *paths, tmp_path / f"out.{ending}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert f"out.{ending}: found no room left; expected 800,012 bytes" in out, out
+    assert f"out.{ending}: found no room left (File too large); expected 800,012 bytes" in out, out
     assert sorted(tmp_path.iterdir()) == paths
 
 

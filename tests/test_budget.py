@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +44,47 @@ def test_exactly_one_measure() -> None:
 def test_a_limit_that_leaves_nothing_is_refused(measure: dict[str, float]) -> None:
     with pytest.raises(TitheError, match="Budget"):
         Budget(**measure)
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda: Budget(0.01), "Budget(fraction=0.01)"),
+        (lambda: Budget("1%"), "Budget(fraction=0.01)"),
+        (lambda: Budget(elements=0.05), "Budget(fraction=0.05)"),
+        (lambda: Budget(fraction=5), "fraction=0.05"),
+        (lambda: tithe.FISH(density=5), "density=0.05"),
+        (lambda: tithe.FISH(density=0.5 * 100), "density=0.5"),
+        (lambda: tithe.FISH(k=0.005), "density=0.005"),
+        (lambda: tithe.FISH(k=100.0), "k=100"),
+        (lambda: tithe.TraDy(Budget("1MB"), coverage=97), "coverage=0.97"),
+        (lambda: tithe.VRPGE(keep=50), "keep=0.5"),
+    ],
+)
+def test_the_remedy_is_what_was_meant(make: Callable[[], object], remedy: str) -> None:
+    with pytest.raises(TitheError) as refused:
+        make()
+    assert remedy in refused.value.remedy
+    found = re.search(r"(\w+)=([\d.]+)", remedy)
+    assert found is not None
+    what = Budget if "Budget" in remedy or found[1] == "fraction" else {"keep": tithe.VRPGE}.get(found[1], tithe.FISH)
+    if found[1] == "coverage":
+        tithe.TraDy(Budget("1MB"), coverage=float(found[2]))
+    else:  # what the remedy says is taken
+        what(**{found[1]: int(found[2]) if found[1] == "k" else float(found[2])})
+
+
+@pytest.mark.parametrize(
+    "measure", [{"size": True}, {"size": 1.5}, {"elements": "3"}, {"flops": 0.2}, {"fraction": "1"}]
+)
+def test_what_is_no_count_is_refused(measure: dict[str, Any]) -> None:
+    with pytest.raises(TitheError, match="Budget"):
+        Budget(**measure)
+
+
+@pytest.mark.parametrize("measure", [{"size": 10.0}, {"elements": 1e6}, {"flops": 2e9}])
+def test_whole_numbers_may_be_written_as_floats(measure: dict[str, Any]) -> None:
+    assert Budget(**measure).of(1) == next(iter(measure.values()))
 
 
 @given(st.integers(1, 10**6), st.integers(1, 100))

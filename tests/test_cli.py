@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_what_is_refused_is_one_message_and_exit_code_2(arguments: list[str], wo
     assert done.stderr.startswith("error: ")
     for word in (*words, "Remedy"):
         assert word in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_standard_output_that_is_full_is_one_message(trained: Path) -> None:
+    command = [sys.executable, "-m", "tithe", "inspect", str(trained / "out" / "delta.safetensors"), "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output: found No space left on device")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_is_exit_code_3(trained: Path) -> None:

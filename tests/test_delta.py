@@ -184,7 +184,7 @@ def test_writing_is_atomic(delta, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(TitheError, match=r"found a file that cannot be written \(no space left"):
         diff(net(), net(1), delta)
     assert delta.read_bytes() == before
     assert list(delta.parent.iterdir()) == [delta]

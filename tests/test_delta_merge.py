@@ -191,7 +191,7 @@ def test_refused_bases(tmp_path, delta):
 def test_output_is_never_overwritten(tmp_path, delta):
     base = folder(tmp_path / "base", dict(net().state_dict()))
     for output in (base, base / "model.safetensors", delta):
-        with pytest.raises(TitheError, match="an existing checkpoint or folder"):
+        with pytest.raises(TitheError, match="an existing file or folder"):
             merge(base, delta, output)
     with pytest.raises(TitheError, match="no folder"):
         merge(base, delta, tmp_path / "no" / "out")

@@ -67,7 +67,7 @@ def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert worst <= tolerance, f"{name}: off by {worst:.2e}"
 
 
-@pytest.mark.parametrize("num_samples", [5, 1])
+@pytest.mark.parametrize("num_samples", [5, 1, 8])
 @pytest.mark.parametrize("case", EVERY)
 def test_batched_squares_equal_the_batch_1_loop(case: Case, num_samples: int) -> None:
     model, batches = case.model(dtype=torch.float64), case.batches(3, num_samples, dtype=torch.float64)

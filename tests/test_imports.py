@@ -22,11 +22,12 @@ MAX_LINES = 600
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "method"}
 PARTS |= {"delta", "averages", "forward"}
-CORE = VALUES | PARTS | {"plan", "ranking"}
+CORE = VALUES | PARTS | {"files", "plan", "ranking"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "batch": {"errors"},
     "selection": {"errors"},
     "budget": {"errors"},
@@ -38,26 +39,36 @@ ROOMS: dict[str, set[str]] = {
     "coupling": {"errors", "batch", "forward"},
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
-    "delta": {"errors", "batch", "selection", "budget", "rules", "forward"},
-    "averages": {"errors", "batch", "selection", "budget", "rules", "delta"},
+    "delta": {"errors", "files", "batch", "selection", "budget", "rules", "forward"},
+    "averages": {"errors", "files", "batch", "selection", "budget", "rules", "delta"},
     "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
-    "ranking": {"errors", "batch", "selection", "rules", "delta", "method", "plan", "scoring", "select"},
+    "ranking": {"errors", "files", "batch", "selection", "rules", "method", "plan", "scoring", "select"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
     "app": set(),
-    "app.terminal": {"errors", "ledger"},
+    "app.terminal": {"errors", "files", "ledger"},
     "app.dense": {"tithe", "errors", "ledger", "plan"},
     "app.section": {"tithe", "errors", "app.dense"},
     "app.methods": {"tithe", "app.section", "app.price"},
-    "app.train": {"tithe", "errors", "delta", "averages", "app.terminal", "app.section", "app.methods"},
-    "app.demo": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"},
+    "app.train": {
+        "tithe",
+        "errors",
+        "files",
+        "delta",
+        "averages",
+        "distributed",
+        "app.terminal",
+        "app.section",
+        "app.methods",
+    },
+    "app.demo": {"tithe", "errors", "files", "delta", "app.dense", "app.methods", "app.train", "app.terminal"},
     "app.price": {"tithe", "errors", "app.dense", "app.methods", "app.train", "app.terminal"}
     | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
     "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
-    "app.cli": {"tithe", "errors", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
+    "app.cli": {"tithe", "errors", "files", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
     "integrations": {"tithe", "errors", "select"},
     "__main__": {"app.cli"},
 }
@@ -140,13 +151,13 @@ def breaches(source: str, path: Path) -> list[str]:
                 (line, f"imports {module}", f"the core imports {listing(CORE_PACKAGES)} and the standard library")
             )
         if f"{module}.".startswith("torch.distributed.") and here != "distributed":
-            found.append((line, f"imports {module}", "distributed.py is the only importer of torch.distributed"))
+            found.append((line, f"imports {module}", "distributed/ is the only importer of torch.distributed"))
         if here not in KNOW_METHODS and METHOD.search(module):
             found.append((line, f"imports {module}", f"only {listing(KNOW_METHODS)} know a method's name"))
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="torch"), attr="distributed") if here != "distributed":
-                rule = "distributed.py is the only user of torch.distributed"
+                rule = "distributed/ is the only user of torch.distributed"
                 found.append((node.lineno, "uses torch.distributed", rule))
             case _:
                 pass
@@ -189,7 +200,7 @@ def test_importing_tithe_loads_no_extra() -> None:
         ("app/train/loop.py", "from tithe.plan import Plan", ":1: imports tithe.plan.Plan: app.train may import"),
         ("plan.py", "from tithe.rules.sparse.linear import _way", ": a private name stays in its room"),
         ("ledger/table.py", "from rich.table import Table", ": the core imports numpy, safetensors, torch and"),
-        ("scoring.py", "from torch import distributed as dist", ": distributed.py is the only importer"),
+        ("scoring.py", "from torch import distributed as dist", ": distributed/ is the only importer"),
         ("scoring.py", "import torch\ntorch.distributed.barrier()", ":2: uses torch.distributed"),
         (
             "plan.py",

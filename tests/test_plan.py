@@ -364,4 +364,5 @@ def test_printing_between_and_within_steps_changes_no_training(
 
 def test_a_plan_without_data_prints_what_it_trains() -> None:
     plan = tithe.attach(MLP.model(), FISH(k=3, score="random"))
-    assert str(plan) == repr(plan) == "SparsePlan of Sequential by FISH: trains 3 of 499 parameters (0.60%)"
+    assert repr(plan) == "SparsePlan of Sequential by FISH: trains 3 of 499 parameters (0.60%)"
+    assert str(plan) == f'{plan!r}\n  no head: nothing is trained whole; if 4 is a new layer, pass head="4.*"'

@@ -170,7 +170,7 @@ def test_branching_on_an_activation_is_a_clear_error(forward: Callable[[Tensor],
 
 def test_leaving_torch_is_a_clear_error() -> None:
     model = nn.Linear(4, 4)
-    with pytest.raises(TitheError, match=r"the forward pass: found data asked of a tensor .*numpy"):
+    with pytest.raises(TitheError, match=r"the forward pass: found what a tensor .*numpy"):
         predict(model, lambda x: model(x).sum() * float(model(x).detach().numpy().sum()), torch.ones(2, 4))
 
 

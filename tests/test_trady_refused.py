@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tithe
 from models import CASES, Case
@@ -132,19 +133,102 @@ def test_a_second_plan_is_refused() -> None:
 # --- batches that were not priced
 
 
-@pytest.mark.parametrize("case", [MLP, DEPTHWISE], ids=lambda c: c.name)
-def test_a_batch_larger_than_priced_is_refused_under_a_budget_in_bytes(case: Case) -> None:
+def _step(plan: tithe.Plan, optimizer: torch.optim.Optimizer, case: Case, batch: dict[str, Tensor]) -> bool:
+    plan.backward(lambda: case.loss(plan.model, batch))
+    optimizer.step()
+    optimizer.zero_grad()
+    return plan.step()
+
+
+@pytest.mark.parametrize(
+    ("case", "budget", "larger"), [(MLP, "2kB", 16), (DEPTHWISE, "16kB", 6)], ids=["mlp", "depthwise"]
+)
+def test_a_batch_larger_than_priced_is_said_and_the_next_draw_is_priced_for_it(
+    case: Case, budget: str, larger: int
+) -> None:
     model = case.model()
-    plan = _attach(case, model, TraDy(Budget("16kB"), layers="all"))
-    with pytest.raises(TitheError, match="largest batch first") as error:
-        plan.backward(lambda: case.loss(model, case.batch(5)))
-    assert error.value.place in plan.selections
+    plan = _attach(case, model, TraDy(Budget(budget), layers="all"))
+    opt = torch.optim.SGD(plan.parameters(), lr=0.01)
+    plan.bind(opt)
     with torch.no_grad():
         case.loss(model, case.batch(64))
+    plan.predict(case.batch(64))
     for size in (1, 3, 4):
-        plan.backward(lambda size=size: case.loss(model, case.batch(size)))
+        assert not _step(plan, opt, case, case.batch(size))
+    with pytest.warns(TitheWarning, match=r"larger than .* priced for") as said:
+        assert _step(plan, opt, case, case.batch(larger))
+    assert len(said) == 1
+    spent = plan.spending()
+    assert spent is not None
+    assert spent.spent <= spent.limit
+    assert plan.selections
+    batch = case.batch(larger)
+    measured = tithe.measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
+    assert measured.kept == plan.predict(batch).kept
+    assert not _step(plan, opt, case, batch)
+    assert _step(plan, opt, case, case.batch(3 * larger))  # said once, followed each time
+    state = plan.state_dict()
     plan.release()
+    other = case.model()
+    resumed = _attach(case, other, TraDy(Budget(budget), layers="all"), state=state)
+    resumed.end_epoch()
+    spent = resumed.spending()
+    assert spent is not None
+    assert spent.spent <= spent.limit
     case.loss(model, case.batch(64)).backward()
+
+
+def test_a_batch_too_large_for_any_channel_keeps_the_draw_that_there_is() -> None:
+    case, model = MLP, MLP.model()
+    plan = _attach(case, model, TraDy(Budget("1kB"), layers="all"))
+    opt = torch.optim.SGD(plan.parameters(), lr=0.01)
+    plan.bind(opt)
+    before = {name: selection.items.tolist() for name, selection in plan.selections.items()}
+    with pytest.warns(TitheWarning, match="larger than"):
+        _step(plan, opt, case, case.batch(500))
+    assert before == {name: selection.items.tolist() for name, selection in plan.selections.items()}
+    assert plan.end_epoch()
+
+
+def test_a_larger_batch_that_the_budget_has_room_for_is_no_matter() -> None:
+    model = MLP.model()
+    plan = _attach(MLP, model, TraDy(Budget("64kB"), layers="all"))
+    opt = torch.optim.SGD(plan.parameters(), lr=0.01)
+    plan.bind(opt)
+    assert not _step(plan, opt, MLP, MLP.batch(9))
+
+
+def test_a_static_draw_stays_and_says_what_is_larger() -> None:
+    case, model = MLP, MLP.model()
+    plan = _attach(case, model, TraDy(Budget("2kB"), layers="all", dynamic=False))
+    opt = torch.optim.SGD(plan.parameters(), lr=0.01)
+    plan.bind(opt)
+    with pytest.warns(TitheWarning, match="the next choice stays"):
+        assert not _step(plan, opt, case, case.batch(40))
+    assert not _step(plan, opt, case, case.batch(40))
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_the_largest_batch_of_the_data_is_priced(lazily: bool) -> None:
+    """Batches padded to their longest sample: a later one may be longer than the first."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = [torch.randn(4, length, 4) for length in (5, 9, 7)]
+
+    class Loader:
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(data)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    plan = tithe.attach(model, TraDy(Budget("4kB"), layers="all"), loss=loss, data=Loader() if lazily else data)
+    opt = torch.optim.SGD(plan.parameters(), lr=0.01)
+    plan.bind(opt)
+    for x in data:
+        plan.backward(lambda x=x: loss(model, x))
+        opt.step()
+        opt.zero_grad()
+        assert not plan.step()  # nor a warning
 
 
 def test_a_budget_in_elements_is_for_any_batch() -> None:

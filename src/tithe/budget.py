@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 from tithe.errors import TitheError
 
@@ -16,13 +17,14 @@ class Budget:
     """A budget limits what a plan may spend, in exactly one measure.
 
     Args:
-        size: bytes, as a number or as text ("64MB", "1.5GiB").
+        size: bytes, as a whole number or as text ("64MB", "1.5GiB").
         elements: a count of values.
         fraction: of what selecting everything would cost, in (0, 1].
         flops: floating-point operations.
 
     Raises:
-        TitheError: when not exactly one measure is given, or it is not positive, or the text has no known unit.
+        TitheError: when not exactly one measure is given, it is no number or not positive, a count is not whole, or the
+            text has no known unit.
 
     Example:
         >>> Budget("64MB").bytes, Budget(fraction=0.01).of(200)
@@ -54,12 +56,21 @@ class Budget:
                 remedy='write Budget("64MB"), Budget(elements=27_946) or Budget(fraction=0.01)',
             )
         name, value = next(iter(named.items()))
+        if not _is_number(value) or (name != "fraction" and math.isfinite(value) and value != int(value)):
+            raise TitheError(
+                "Budget",
+                found=f"{name}={value!r}",
+                expected="a number" if name == "fraction" else f"a whole number of {name}",
+                remedy=_instead(name, value),
+            )
         if not (math.isfinite(value) and value > 0) or (name == "fraction" and value > 1):
             raise TitheError(
                 "Budget",
                 found=f"{name}={value}",
                 expected="a fraction in (0, 1]" if name == "fraction" else "a positive number",
-                remedy="give a limit that leaves something to select",
+                remedy=written_as_percent("fraction", value, "give a limit that leaves something to select")
+                if name == "fraction"
+                else "give a limit that leaves something to select",
             )
 
     def of(self, total: int) -> int:
@@ -75,9 +86,45 @@ class Budget:
 def _bytes(size: str | int | None) -> int | None:
     if size is None or not isinstance(size, str):
         return size
+    percent = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", size)
+    if percent is not None and 0 < float(percent[1]) <= 100:
+        raise TitheError(
+            "Budget",
+            found=repr(size),
+            expected="a number of bytes with its unit",
+            remedy=f"write Budget(fraction={float(percent[1]) / 100:g})",
+        )
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", size)
     if match is None or match[2].lower() not in _UNITS:
         raise TitheError(
             "Budget", found=repr(size), expected="a number and a unit of " + ", ".join(_UNITS), remedy='write "64MB"'
         )
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _instead(name: str, value: Any) -> str:
+    """What a measure that is no count was most likely meant to be."""
+    if name != "fraction" and _is_number(value) and 0 < value < 1:
+        return f"write Budget(fraction={value:g}) for that part of what selecting everything would cost"
+    return 'write Budget("64MB"), Budget(elements=27_946) or Budget(fraction=0.01)'
+
+
+def written_as_percent(name: str, value: Any, otherwise: str) -> str:
+    """Return the remedy for a fraction out of range: that number of percent written as one, or else `otherwise`.
+
+    Args:
+        name: of the setting.
+        value: what was given.
+        otherwise: the remedy where it was not meant as percent.
+
+    Example:
+        >>> written_as_percent("density", 5, "try 0.005")
+        'write density=0.05 for 5 %'
+    """
+    if _is_number(value) and 1 < value <= 100:
+        return f"write {name}={value / 100:g} for {value:g} %"
+    return otherwise

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe.averages import History
-from tithe.batch import num_samples
+from tithe.batch import leaves, num_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
@@ -40,6 +40,9 @@ from tithe.selection import Selection
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
 Start = Literal["mean", "last", "best"]
+
+_ALIKE, _MOST = 256, 1 << 16
+"""Samples of one size after which all are taken to be, and samples that are looked at in any case."""
 
 SparseT = TypeVar("SparseT", covariant=True)
 NarrowT = TypeVar("NarrowT", covariant=True)
@@ -211,7 +214,7 @@ class Memory:
         tensors: what a method remembers from one choice to the next; it is saved with the plan.
         layers: the price list of input channels, or None before it is asked for.
         max_positions: int64 (tensors,): for each tensor to choose from the values of an input channel that the choice
-            was priced for, or -1 for any; None where inputs have no limit. It is saved with the plan.
+            was priced for, or -1 for any; None where inputs of any size are. It is saved with the plan.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=_no_tensors)
@@ -264,16 +267,20 @@ class SelectionContext:
         self.shapes = {b.name: tuple(b.weight.shape) for b in bindings}
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
-    def scores(self, kind: str, *, samples: int = 1024, fisher: str = "empirical") -> Iterator[tuple[str, Tensor]]:
+    def scores(
+        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", or_else: str = ""
+    ) -> Iterator[tuple[str, Tensor]]:
         """Stream the name and the score of each tensor; tables of which few rows were touched come last.
 
         Args:
             kind: "fisher", "gradient", "magnitude" or "random".
             samples: how many samples scores of gradients are taken over.
             fisher: "empirical" or "true".
+            or_else: what could be done without gradients, as the error for scores that are all zero ends.
 
         Raises:
-            TitheError: when the score needs data or a loss and there is none.
+            TitheError: when the score needs data or a loss and there is none, when a weight gets no gradient from any
+                of the data, or when every gradient is zero.
         """
         if kind == "magnitude":
             return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
@@ -282,19 +289,23 @@ class SelectionContext:
             return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
         loss, batches = self.require_data(f"for the score {kind!r}", or_else=', or use score="magnitude" or "random"')
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
-        return passes.scores("square" if kind == "fisher" else "sum")
+        return passes.scores("square" if kind == "fisher" else "sum", or_else)
 
-    def layers(self) -> dict[str, Layer]:
-        """Return the price list of input channels, for the shapes of the first batch.
+    def layers(self, *, largest: bool = False) -> dict[str, Layer]:
+        """Return the price list of input channels, for the shapes of the first batch or, where asked, of the largest.
+
+        Args:
+            largest: price the largest batch, and no less than the largest input that a step has met since. All of the
+                data is looked through where its first batches differ in their samples' sizes.
 
         Raises:
             TitheError: when there is no loss or no data, or no tensor to choose from has input channels.
         """
         if self._memory.layers is None:
             loss, batches = self.require_data("to price input channels")
-            for batch in batches:
+            batch = largest_batch(batches) if largest else next(iter(batches), None)
+            if batch is not None:
                 self._memory.layers = price_channels(self._model, self._bindings, loss, batch)
-                break
         if not self._memory.layers:
             raise TitheError(
                 "where",
@@ -302,12 +313,23 @@ class SelectionContext:
                 expected="weights of linear layers or convolutions, and a batch to price them for",
                 remedy="widen where=, or pass data= an iterable of batches",
             )
-        return self._memory.layers
+        if not largest or self._memory.max_positions is None:
+            return self._memory.layers
+        seen = dict(zip(self.shapes, self._memory.max_positions.tolist(), strict=True))
+        return {name: layer.for_positions(seen[name]) for name, layer in self._memory.layers.items()}
 
-    def channel_norms(self, samples: int) -> dict[str, Tensor]:
-        """Return Σ over batches of the norm of each input channel's gradient, by name (`tithe.scoring`)."""
+    def channel_norms(self, samples: int, *, or_else: str = "") -> dict[str, Tensor]:
+        """Return Σ over batches of the norm of each input channel's gradient, by name (`tithe.scoring`).
+
+        Args:
+            samples: how many samples norms are taken over.
+            or_else: what could be done without them, as the error for norms that are all zero ends.
+
+        Raises:
+            TitheError: when there is no loss or no data, or every gradient is zero.
+        """
         loss, batches = self.require_data("for scores of gradients")
-        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples)
+        return channel_norms(self._model, self._bindings, self.layers(), loss, batches, samples, or_else)
 
     def weight(self, name: str) -> Tensor:
         """Return the values of one tensor to choose from."""
@@ -318,8 +340,8 @@ class SelectionContext:
         return next(b.selection.indices for b in self._bindings if b.name == name)
 
     def limit_inputs(self) -> None:
-        """Refuse, from now on, inputs larger than those that the price list was made for."""
-        layers = self.layers()
+        """Watch, from now on, for inputs larger than those that the price list was made for."""
+        layers = self.layers(largest=True)
         positions = [layers[name].positions if name in layers else -1 for name in self.shapes]
         self._memory.max_positions = torch.tensor(positions)
 
@@ -364,3 +386,21 @@ def first_batches(data: Iterator[Any], samples: int) -> list[Any]:
         if count >= samples:
             break
     return kept
+
+
+def largest_batch(data: Iterable[Any]) -> Any:
+    """Return the batch with the most numbers, the first of those; None where there is no batch.
+
+    A list is looked through; of other data only the first batches are read where all their samples are of one size.
+    """
+    found, most, seen = None, -1, 0
+    sizes: set[float] = set()
+    for batch in data:
+        size, count = sum(leaf.numel() for leaf in leaves(batch)), num_samples(batch)
+        if size > most:
+            found, most = batch, size
+        sizes.add(size / max(count, 1))
+        seen += count
+        if not isinstance(data, Sequence) and seen >= (_ALIKE if len(sizes) == 1 else _MOST):
+            break
+    return found

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tithe.delta.file import replacing
 from tithe.errors import TitheError
+from tithe.files import replacing
 from tithe.method import first_batches
 from tithe.plan.mount import Mount
 from tithe.plan.parameters import split_parameters
@@ -128,11 +128,11 @@ class Ranking:
         """Write the ranking as JSON, atomically.
 
         Raises:
-            TitheError: when the folder does not exist.
+            TitheError: when the file cannot be written.
         """
         layers = [{"name": n, "shape": list(self.shapes[n]), "rgn": value} for n, value in self.rgn.items()]
         text = json.dumps({"tithe": "ranking", "format": _FORMAT, "layers": layers}, indent=1)
-        with replacing(Path(path)) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod

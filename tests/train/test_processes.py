@@ -57,11 +57,21 @@ def without_dropout(workplace: Path, tiny: Path) -> Path:
 
 
 def on_two_ranks(path: Path) -> dict[str, Any]:
-    """Run a recipe on two processes, with its output in `two`."""
+    """Run a recipe on two processes, on whatever device there is, with its output in `two`."""
     # By address: the name of a machine need not lead to it.
     alone = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
     launch = ["-m", "torch.distributed.run", *alone, "-m", "tithe"]
-    command = [sys.executable, *launch, "train", str(path), "--set", "run.output=two", "--json"]
+    command = [
+        sys.executable,
+        *launch,
+        "train",
+        str(path),
+        "--set",
+        "run.output=two",
+        "--set",
+        "run.device=auto",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

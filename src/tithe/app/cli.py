@@ -44,7 +44,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _guarded(interrupted: str = "stopped before the first step: nothing to save") -> Generator[None]:
+def _guarded(interrupted: str = "stopped: nothing was written") -> Generator[None]:
     """Turn what went wrong into one message and an exit code: 2 refused, 3 not finite, 130 interrupted."""
     try:
         yield
@@ -56,9 +56,28 @@ def _guarded(interrupted: str = "stopped before the first step: nothing to save"
             raise
         _say(f"error: the package {error.name} is not installed. Remedy: pip install 'tithe[train]'")
         raise typer.Exit(2) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _say(f"error: {_told(error)}")
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         _say(interrupted)
         raise typer.Exit(130) from None
+
+
+def _told(error: OSError) -> TitheError:
+    """What the system says of a file, or of standard output where it names none."""
+    found = error.strerror or str(error)
+    if error.filename is not None:
+        return TitheError(
+            str(error.filename), found=found, expected="a file that can be used", remedy="check the path, or the disk"
+        )
+    # What is left in the buffer would fail again when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return TitheError(
+        "standard output", found=found, expected="a place that takes what is printed", remedy="send it to another file"
+    )
 
 
 @app.command()
@@ -127,7 +146,7 @@ def train(
     for backward only what it needs; lean_bits = 8 codes attention and
     norms in 8 bits, lean_exact = true keeps smooth activations exact.
     """  # noqa: D301
-    with _guarded():
+    with _guarded("stopped before the first checkpoint: nothing is saved"):
         from tithe.app.train import read_recipe
         from tithe.app.train import train as run
 
@@ -265,7 +284,7 @@ def average(
       tithe average one.pt two.pt -o both.pt --weights 0.2,0.8
       tithe average tuned/* -o soup --recipe mrpc.toml --plot soup.png
     """  # noqa: D301
-    with _guarded("stopped: nothing was written"):
+    with _guarded():
         from tithe.app import average as averages
 
         told = {"method": method, "decay": decay, "bits": bits, "granularity": granularity, "epochs": epochs, "lr": lr}

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from tithe.errors import TitheError
+from tithe.files import replacing
 from tithe.ledger import human
 
 WIDTH = 80
@@ -192,8 +193,9 @@ def save_figure(made: Any, path: Path) -> None:
     for axes in made.axes:
         axes.spines[["top", "right"]].set_visible(False)
     try:
-        made.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
+        with replacing(path) as temporary:
+            made.savefig(temporary, dpi=150)
+    except ValueError as error:
         raise TitheError(
             str(path), found=str(error), expected="a file to write, such as figure.png", remedy="name another file"
         ) from error

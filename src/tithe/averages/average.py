@@ -8,11 +8,10 @@ deltas                                     one delta, at the places that all of 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -26,15 +25,16 @@ from tithe.averages.formats import DeltaEntry, FileEntry, PickleEntry, open_besi
 from tithe.averages.found import PIPELINE, find_checkpoints, open_pipeline
 from tithe.averages.history import History, spans
 from tithe.averages.pickles import Keys, items, load
-from tithe.averages.recorder import KEY, is_full
+from tithe.averages.recorder import KEY
 from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form
 from tithe.averages.stacked import DeltaRows, PlainRows
 from tithe.averages.weighted_sum import Block, Given, Piece, Progress, Stream, Sums
-from tithe.delta.file import replacing, save_tensors
+from tithe.delta.file import save_tensors
 from tithe.delta.fingerprint import checksum
 from tithe.delta.format import Header, encode, index_dtype
 from tithe.delta.source import PICKLES
 from tithe.errors import TitheError
+from tithe.files import check_place, replacing
 
 _TOLERANCE: Final = 1e-3
 _Name = TypeVar("_Name")
@@ -196,10 +196,10 @@ def _average_pipelines(
                 expected=f"the models of {folders[0]}: {', '.join(first.models)}",
                 remedy="average pipelines of one kind, or the folders of one model of each",
             )
-    check_new(output)
+    check_place(output, folder=True, new=True)
     kept: list[str] = []
     copied, skipped = [str(place) for place in found[0].copied], {str(p): why for p, why in found[0].skipped.items()}
-    with _writing(output, 0) as temporary:
+    with replacing(output, folder=True) as temporary:
         temporary.mkdir()
         _copy(folders[0], found[0].copied, temporary)
         for name in first.models:
@@ -248,7 +248,8 @@ def _write(history: History, output: Path, summing: Summing) -> Averaged:
     check_output(output, history)
     skipped = {str(path): why for path, why in history.skipped.items()}
     told = Averaged(tuple(rows.paths), (), kept=_kept(rows.forms), skipped=skipped)
-    with _writing(output, sum(form.nbytes for form in rows.forms.values())) as temporary:
+    folder = isinstance(rows, PlainRows) and rows.entries[0].folder is not None
+    with replacing(output, folder=folder, num_bytes=sum(form.nbytes for form in rows.forms.values())) as temporary:
         if isinstance(rows, PlainRows):
             return _write_plain(temporary, rows.entries, summing, told)
         if isinstance(rows, DeltaRows):
@@ -334,7 +335,7 @@ def check_output(output: Path, history: History) -> None:
     rows = history.rows
     first = rows.entries[0] if isinstance(rows, PlainRows) else None
     folder = first is not None and first.folder is not None
-    check_new(output, folder=folder)
+    check_place(output, folder=folder, new=True)
     if folder:
         return
     pickled = isinstance(first, PickleEntry)
@@ -345,56 +346,6 @@ def check_output(output: Path, history: History) -> None:
             expected=f"{rows.paths[0].suffix}, the format of {rows.paths[0]}",
             remedy="change the ending of the output",
         )
-
-
-def check_new(output: Path, *, folder: bool = True) -> None:
-    """Check that nothing is at a place to write to; an empty folder may become one.
-
-    Raises:
-        TitheError: when something is there.
-    """
-    try:
-        there = output.is_symlink() or (output.exists() and (output.is_file() or not folder or any(output.iterdir())))
-    except OSError as error:
-        raise _unwritable(output, error) from error
-    if there:
-        raise TitheError(
-            str(output), found="an existing file or folder", expected="a new path", remedy="choose another output"
-        )
-
-
-@contextlib.contextmanager
-def _writing(output: Path, num_bytes: int) -> Generator[Path]:
-    """A temporary neighbour of the output that takes its place when all is written; a full disk is said plainly."""
-    free = shutil.disk_usage(output.parent).free if output.parent.is_dir() else num_bytes
-    try:
-        if free < num_bytes:
-            raise _no_room(output, f"{free:,} bytes of room", num_bytes)
-        with replacing(output) as temporary:
-            yield temporary
-    except (OSError, RuntimeError) as error:
-        # torch.save ends its file after it could not write to it, and says what it finds then.
-        before = error.__context__
-        if is_full(error) or (isinstance(before, OSError) and is_full(before)):
-            raise _no_room(output, "no room left", num_bytes) from error
-        if isinstance(error, OSError):
-            raise _unwritable(output, error) from error
-        raise
-
-
-def _unwritable(output: Path, error: OSError) -> TitheError:
-    return TitheError(
-        str(output),
-        found=f"a place that cannot be written ({error.strerror})",
-        expected="a new path in a folder of yours",
-        remedy="check its permissions and the length of the name, or name another place",
-    )
-
-
-def _no_room(output: Path, found: str, num_bytes: int) -> TitheError:
-    return TitheError(
-        str(output), found=found, expected=f"{num_bytes:,} bytes", remedy="make room, or name another place"
-    )
 
 
 def _write_plain(target: Path, entries: Sequence[Entry], summing: Summing, told: Averaged) -> Averaged:

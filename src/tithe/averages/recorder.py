@@ -33,12 +33,12 @@ from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form, check_
 from tithe.averages.stacked import CODES, SCALES, CodedRows, coded_shorter, computed_dtype
 from tithe.delta.fingerprint import state_tensors, ties
 from tithe.errors import TitheError
+from tithe.files import is_full, sync_folder
 
 KEY: Final = "tithe_history"
 VERSION: Final = 2
 """Files of version 1 have no checksums."""
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -344,7 +344,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], note: Note) -> bool:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -367,19 +367,3 @@ def link(temporary: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
         os.replace(temporary, path)
-
-
-def is_full(error: Exception) -> bool:
-    """Return whether an error means a full disk, by its number or by the words of safetensors."""
-    number = error.errno if isinstance(error, OSError) else None
-    return number in _FULL or any(f"(os error {full})" in str(error) for full in _FULL)
-
-
-def _sync(folder: Path) -> None:
-    """The new name outlives a power cut, where the system has that to offer."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

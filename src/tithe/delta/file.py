@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tithe.errors import TitheError
+from tithe.files import replacing
 
 CODES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "F64",
@@ -92,44 +89,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     save_file(compact, path, metadata=dict(metadata))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path next to `path` for a file or folder, which becomes `path` if the block succeeds.
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all, with compact tensors even if they are views.
 
     Args:
-        path: the final place; an existing file there is replaced in one step, a folder there must be empty.
+        path: the file; an existing one is replaced in one step, or kept when anything goes wrong.
+        tensors: name → tensor, on any device.
+        metadata: free strings for the header.
 
     Raises:
-        TitheError: when the folder that should hold `path` does not exist.
+        TitheError: when the path is a folder, or the system lets it not be written.
     """
-    if not path.parent.is_dir():
-        raise TitheError(
-            str(path), found=f"no folder {path.parent}", expected="an existing folder", remedy="create it first"
-        )
-    if path.is_dir() and any(path.iterdir()):
-        raise TitheError(
-            str(path), found="a folder with files in it", expected="a new path", remedy="choose another path"
-        )
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        yield temporary
-        for inside in temporary.rglob("*"):
-            if inside.is_file():
-                _sync(inside)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        _sync(path.parent)
+    with replacing(path, num_bytes=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_tensors(temporary, tensors, metadata)

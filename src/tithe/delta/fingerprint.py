@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tithe.delta.file import CODES
 from tithe.errors import TitheError
@@ -33,7 +34,7 @@ def words(name: str, tensor: Tensor) -> Tensor:
             expected="a dense tensor with values, of a dtype that safetensors stores",
             remedy="load the weights first, or convert the tensor",
         )
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous().reshape(-1)
     return flat.view(_WORDS[flat.element_size()])
 
 
@@ -49,6 +50,12 @@ def digest(name: str, tensor: Tensor, without: Tensor | None = None) -> str:
         tensor: any shape, dtype and device; one copy of it is alive meanwhile.
         without: flat int64 indices of the entries that do not count.
     """
+    parts = _inside(tensor)
+    if parts:
+        hashed = blake2b(f"{name}\0{type(tensor).__name__}\0{list(tensor.shape)}\0".encode(), digest_size=8)
+        for part in parts:
+            hashed.update(digest(name, part).encode())
+        return hashed.hexdigest()
     bits = words(name, tensor)
     if without is not None and without.numel():
         bits = bits.clone() if bits.data_ptr() == tensor.data_ptr() else bits
@@ -56,6 +63,24 @@ def digest(name: str, tensor: Tensor, without: Tensor | None = None) -> str:
     hashed = blake2b(f"{name}\0{CODES[tensor.dtype]}\0{list(tensor.shape)}\0".encode(), digest_size=8)
     hashed.update(_bytes(bits))
     return hashed.hexdigest()
+
+
+def _inside(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors of which one without bits of its own is made: of a sparse layout, a quantisation, a wrapper."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    if tensor.is_quantized:
+        per_axis = tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()] if per_axis else []
+        return [tensor.int_repr(), *(scales or [torch.tensor([tensor.q_scale(), tensor.q_zero_point()])])]
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.detach().coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.detach().values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.detach().values()]
+    return [tensor.to_dense()] if str(tensor.layout) == "torch._mkldnn" else []
 
 
 def checksum(*tensors: Tensor) -> str:
@@ -68,7 +93,7 @@ def checksum(*tensors: Tensor) -> str:
 
 def storage_key(name: str, tensor: Tensor) -> tuple[object, ...]:
     """Return a key that two names share exactly when they are the same entries of the same memory."""
-    if tensor.numel() == 0 or tensor.device.type == "meta":
+    if tensor.numel() == 0 or tensor.device.type == "meta" or _inside(tensor):
         return (name,)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 

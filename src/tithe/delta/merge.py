@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tithe.delta.apply import Match, check_base, check_form, write_record
-from tithe.delta.file import DTYPES, TensorFile, replacing, save_tensors
+from tithe.delta.file import DTYPES, TensorFile, save_tensors
 from tithe.delta.format import Header, Record, decode, read_record
 from tithe.delta.source import PICKLES, Shards, find_shards, prefix_hint
 from tithe.errors import TitheError
+from tithe.files import check_place, replacing
 
 _STALE: Final = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 _STALE_FOLDERS: Final = ("onnx", "openvino")
@@ -62,15 +63,12 @@ def merge(
 
     Raises:
         TitheError: when a file is damaged, no delta, or a narrow network; the base is another, a pickle, or stores
-            other names, shapes or dtypes; two deltas write the same entry; or the output exists. Nothing is written
-            then.
+            other names, shapes or dtypes; two deltas write the same entry; or the output exists or cannot be written.
+            Nothing is written then.
     """
     origin, final = Path(base), Path(output)
     shards = find_shards(origin)
-    if final.exists() and (final.is_file() or any(final.iterdir())):
-        raise TitheError(
-            str(final), found="an existing checkpoint or folder", expected="a new path", remedy="choose another output"
-        )
+    check_place(final, folder=not origin.is_file(), new=True)
     where = {name: file for file in (TensorFile(path) for path in shards.files) for name in file.names}
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not listed:
@@ -80,7 +78,8 @@ def merge(
         check_base(str(delta.file.path), _matches(delta, where), delta.indices)
     if not overwrite:
         _check_overlap(deltas)
-    with replacing(final) as temporary:
+    num_bytes = sum(path.stat().st_size for path in shards.files)
+    with replacing(final, folder=not origin.is_file(), num_bytes=num_bytes) as temporary:
         if origin.is_file():
             _write_shard(temporary, origin, deltas, _added(deltas))
         else:

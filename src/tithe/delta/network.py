@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
 
-from tithe.delta.file import replacing, save_tensors
+from tithe.delta.file import write_tensors
 from tithe.delta.fingerprint import checksum, state_tensors, storage_key, ties, words
 from tithe.delta.format import Entry, Header, encode
 from tithe.errors import TitheError
@@ -43,16 +43,15 @@ def write_network(
     Raises:
         TitheError: when the file cannot be written, or a tensor cannot be stored.
     """
-    final, state = Path(path), state_tensors(network)
+    state = state_tensors(network)
     entries: dict[str, Entry] = {}
     for lead, names in ties(state, first=(name for name, _ in network.named_parameters())).items():
         words(lead, state[lead])
         aliases = tuple(name for name in names if name != lead)
         shape = tuple(state[lead].shape)
         entries[lead] = Entry(state[lead].dtype, shape, "dense", "", checksum(state[lead]), aliases)
-    header = Header(entries, metadata, widths=widths, probe=make_probe(network, inputs))
-    with replacing(final) as temporary:
-        save_tensors(temporary, {f"{lead}#dense": state[lead] for lead in entries}, encode(header))
+    stored = {f"{lead}#dense": state[lead] for lead in entries}
+    write_tensors(path, stored, encode(Header(entries, metadata, widths=widths, probe=make_probe(network, inputs))))
 
 
 def check_widths(place: str, model: nn.Module, header: Header) -> None:

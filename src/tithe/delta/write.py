@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tithe.delta.file import replacing, save_tensors
+from tithe.delta.file import write_tensors
 from tithe.delta.fingerprint import checksum, digest, state_tensors, ties, words
 from tithe.delta.format import Entry, Header, encode, index_dtype
 from tithe.delta.source import Source, open_source, prefix_hint
@@ -35,7 +35,7 @@ def write_delta(
 
     Raises:
         TitheError: when a name is not in the model's `state_dict`, is given twice (once through a tied name), has
-            another shape or dtype there, or cannot be stored.
+            another shape or dtype there, or cannot be stored; when the file cannot be written.
     """
     state = state_tensors(model)
     groups = ties(state, first=(name for name, _ in model.named_parameters()))
@@ -61,7 +61,7 @@ def write_delta(
             entry, parts = _sparse(lead, state[lead], indices, aliases)
         entries[lead] = entry
         stored.update(parts)
-    _save(path, stored, Header(entries, metadata))
+    write_tensors(path, stored, encode(Header(entries, metadata)))
 
 
 def diff(
@@ -80,7 +80,8 @@ def diff(
         metadata: free strings for the header.
 
     Raises:
-        TitheError: when the two differ in names, shapes or dtypes, or one of them is stored as a pickle.
+        TitheError: when the two differ in names, shapes or dtypes, one of them is stored as a pickle, or the delta
+            cannot be written.
     """
     old, new = open_source(base), open_source(tuned)
     entries: dict[str, Entry] = {}
@@ -91,7 +92,7 @@ def diff(
         indices = (words(name, before) != words(name, after)).nonzero().reshape(-1)
         entries[name], parts = _sparse(name, after, indices, aliases)
         stored.update(parts)
-    _save(path, stored, Header(entries, {"method": "diff", **(metadata or {})}))
+    write_tensors(path, stored, encode(Header(entries, {"method": "diff", **(metadata or {})})))
 
 
 def _paired(old: Source, new: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -163,23 +164,14 @@ def _dense(name: str, tensor: Tensor, aliases: tuple[str, ...]) -> tuple[Entry, 
 
 def _sparse(name: str, tensor: Tensor, indices: Tensor, aliases: tuple[str, ...]) -> tuple[Entry, dict[str, Tensor]]:
     """The entry and record for `indices` of a trained tensor; dense where that takes fewer bytes."""
-    flat, at = words(name, tensor), indices.cpu()
+    at = indices.cpu()
+    if at.numel() == 0:
+        return Entry(tensor.dtype, tuple(tensor.shape), "kept", digest(name, tensor), "", aliases), {}
+    flat = words(name, tensor)
     stored_as = index_dtype(flat.numel())
     if at.numel() * (stored_as.itemsize + tensor.dtype.itemsize) > tensor.numel() * tensor.dtype.itemsize:
         return _dense(name, tensor, aliases)
     base = digest(name, tensor, at)
-    if at.numel() == 0:
-        return Entry(tensor.dtype, tuple(tensor.shape), "kept", base, "", aliases), {}
     parts = {f"{name}#indices": at.to(stored_as), f"{name}#values": flat[at].view(tensor.dtype)}
     content = checksum(*parts.values())
     return Entry(tensor.dtype, tuple(tensor.shape), "indices", base, content, aliases), parts
-
-
-def _save(path: str | Path, stored: Mapping[str, Tensor], header: Header) -> None:
-    final = Path(path)
-    if final.is_dir():
-        raise TitheError(
-            str(final), found="a folder", expected="a file name", remedy="add a name such as delta.safetensors"
-        )
-    with replacing(final) as temporary:
-        save_tensors(temporary, stored, encode(header))

@@ -2,7 +2,7 @@
 
 from tithe.ledger.blank import Blank
 from tithe.ledger.prediction import predict
-from tithe.ledger.recorder import measure
+from tithe.ledger.recorder import TransformError, measure
 from tithe.ledger.table import Ledger, human
 
-__all__ = ["Blank", "Ledger", "human", "measure", "predict"]
+__all__ = ["Blank", "Ledger", "TransformError", "human", "measure", "predict"]

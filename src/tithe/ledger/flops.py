@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tithe.ledger.blank import fake_device
+from tithe.rules.blocks import repeats
+
 _aten = torch.ops.aten
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -78,6 +81,8 @@ class FlopCounter(TorchDispatchMode):
     ) -> Any:
         """Run the operator and count it."""
         kwargs = kwargs or {}
+        if (device := fake_device(func, args)) is not None:
+            return device
         out = func(*args, **kwargs)
         if _UNCOUNTED:
             return out
@@ -86,11 +91,12 @@ class FlopCounter(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if packet is _aten.convolution_backward:
             of_inputs, of_weights = _convolution_backward(*args, **kwargs)
-            self.inputs, self.weights = self.inputs + of_inputs, self.weights + of_weights
+            self.inputs += of_inputs * repeats()
+            self.weights += of_weights * repeats()
             self._reach(given)
         elif packet in _FORMULAS or packet in flop_registry:
             formula = _FORMULAS.get(packet) or flop_registry[packet]
-            count = int(formula(*args, **kwargs, out_val=out))
+            count = int(formula(*args, **kwargs, out_val=out)) * repeats()
             if not in_backward:
                 self.forward += count
             elif packet is _ATTENTION_BACKWARD or any(map(self._of_weights.of, given)):

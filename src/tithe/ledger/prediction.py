@@ -97,7 +97,15 @@ class _FakeRecorder(Recorder):
         with torch._C.DisableTorchFunctionSubclass():
             known = value.grad_fn is None and type(value) in (Tensor, nn.Parameter, nn.Buffer)
             plain = value if known else value.detach().as_subclass(Tensor)
-        fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, plain)
+        try:
+            fake = self._mode.fake_tensor_converter.from_real_tensor(self._mode, plain)
+        except UnsupportedFakeTensorException as error:
+            raise TitheError(
+                self.place() or "the model",
+                found=f"a tensor that cannot be one of shapes alone ({error})",
+                expected="dense or sparse tensors",
+                remedy="measure a real step with tithe.measure",
+            ) from error
         for storage in storages(value):
             if self.born_here(storage):
                 # What a view of the fake keeps alive, a view of the real one would have.
@@ -211,11 +219,12 @@ def predict(
                 _check(loss)
                 loss.backward()
         except RuntimeError as error:
-            if "tensor subclasses" not in str(error):  # what torch says when a fake is asked for `.numpy()`
+            said = str(error).lower()  # as torch says when a fake is asked for `.numpy()`, or meets an operator
+            if "tensor subclass" not in said and "no fake impl" not in said:
                 raise
             raise TitheError(
                 "the forward pass",
-                found=f"data asked of a tensor that has only a shape ({error})",
+                found=f"what a tensor that has only a shape cannot do ({error})",
                 expected="torch operators from the batch to the loss",
                 remedy="measure a real step with tithe.measure, or stay in torch",
             ) from error

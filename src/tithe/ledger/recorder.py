@@ -15,6 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
+from tithe.errors import TitheError
+from tithe.ledger.blank import fake_device
 from tithe.ledger.log import Block, Event, replay
 from tithe.ledger.table import Ledger
 
@@ -89,8 +91,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run the operator and write down what it created."""
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # a fake's `.device`
-            return func(*args, **kwargs)
+        if (device := fake_device(func, args)) is not None:
+            return device
         inputs = tensors((args, kwargs))
         if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
             return NotImplemented  # the subclass first: its own operators come by here one by one
@@ -264,7 +266,21 @@ def recording(recorder: Recorder, *inner: AbstractContextManager[Any]) -> Genera
             stack.enter_context(manager)
         stack.enter_context(saved_tensors_hooks(_pack, lambda tensor: tensor))
         stack.enter_context(recorder)
-        yield recorder
+        try:
+            yield recorder
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise TransformError(
+                "torch.func",
+                found="a transform inside of what is measured, which runs only while nobody looks at saved tensors",
+                expected="torch.autograd in its place",
+                remedy="write torch.autograd.grad(y, x, create_graph=True) for torch.func.grad, or do not measure",
+            ) from error
+
+
+class TransformError(TitheError):
+    """Raised where a transform of `torch.func` meets what watches saved tensors."""
 
 
 def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledger:
@@ -287,7 +303,8 @@ def measure(fn: Callable[[], object], *, model: nn.Module | None = None) -> Ledg
         model: gives the module paths; without it the first outermost module called does.
 
     Raises:
-        Whatever `fn` raises.
+        TitheError: when `fn` uses a transform of `torch.func`.
+        Whatever else `fn` raises.
 
     Example:
         >>> layer, x = nn.Linear(8, 4), torch.zeros(2, 8)

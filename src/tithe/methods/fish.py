@@ -9,11 +9,15 @@ evaluation mode; weights outside the mask are not touched by weight decay or mom
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tithe.budget import Budget
-from tithe.errors import TitheError
+from torch import Tensor
+
+from tithe.budget import Budget, written_as_percent
+from tithe.errors import TitheError, TitheWarning
 from tithe.method import SelectionContext, SparseMethod
 from tithe.schedule import Schedule
 from tithe.select.topk import share, top_in_each, top_k
@@ -31,7 +35,8 @@ class FISH(SparseMethod):
         F_j = 1/N Σ_i (∂ log p(y_i | x_i) / ∂w_j)²        k = density · (all parameters) − (head parameters)
 
     Args:
-        density: fraction of all parameters that is trained, head included, in (0, 1].
+        density: fraction of all parameters that is trained, head included, in (0, 1]. All are those of float16,
+            bfloat16, float32 and float64, frozen ones too; codes of quantised weights and complex numbers do not count.
         k: number of weights trained besides the head. Exactly one of `density` and `k` is given.
         samples: N, how many samples the scores are taken over, all ranks together.
         fisher: "empirical" takes the given labels y_i; "true" the exact expectation over the model's own p(y | x_i).
@@ -65,15 +70,25 @@ class FISH(SparseMethod):
                 expected="exactly one of them",
                 remedy="write FISH(density=0.005) or FISH(k=10_000)",
             )
-        if self.density is not None and not 0 < self.density <= 1:
+        if self.density is not None and not (isinstance(self.density, (int, float)) and 0 < self.density <= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TitheError(
-                "FISH", found=f"density={self.density}", expected="a fraction in (0, 1]", remedy="try 0.005"
+                "FISH",
+                found=f"density={self.density!r}",
+                expected="a fraction in (0, 1]",
+                remedy=written_as_percent("density", self.density, "try density=0.005"),
             )
         for name, least in (("k", 1), ("samples", 1), ("warmup", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise TitheError(
-                    "FISH", found=f"{name}={value!r}", expected=f"a whole number ≥ {least}", remedy=f"change {name}"
+                    "FISH",
+                    found=f"{name}={value!r}",
+                    expected=f"a whole number ≥ {least}",
+                    remedy=f"write density={value!r} for a part of all parameters"
+                    if name == "k" and isinstance(value, float) and 0 < value < 1
+                    else f"write {name}={int(value)}"
+                    if isinstance(value, float) and value.is_integer() and value >= least
+                    else f"give {name} as a whole number",
                 )
         for name, options in (("fisher", Fisher), ("score", Score), ("scope", Scope)):
             if getattr(self, name) not in get_args(options):
@@ -127,7 +142,24 @@ class FISH(SparseMethod):
     def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
         """Choose one selection for each tensor of the context, empty ones included."""
         k = self.num_selected(context)
-        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher)
-        sizes = context.sizes
-        picked = top_k(scores, k, sizes) if self.scope == "global" else top_in_each(scores, share(k, sizes))
+        first = ", or train the head first with warmup=" if context.num_head and not self.warmup else ""
+        instead = f'{first}, or choose by score="magnitude"'
+        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher, or_else=instead)
+        sizes, scored = context.sizes, list[int]()
+        counted = _counting(scores, scored)
+        picked = top_k(counted, k, sizes) if self.scope == "global" else top_in_each(counted, share(k, sizes))
+        if self.needs_data and sum(scored) < k < sum(sizes.values()):
+            warnings.warn(
+                f"FISH: of {k} weights, {k - sum(scored)} are chosen by their place alone: only {sum(scored)} have a "
+                "score above zero. Use a lower density, or more samples.",
+                TitheWarning,
+                stacklevel=2,
+            )
         return {name: Coordinates(context.shapes[name], indices.cpu()) for name, indices in picked.items()}
+
+
+def _counting(scores: Iterable[tuple[str, Tensor]], found: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The same scores; `found` gets the number of each tensor's that are not zero."""
+    for name, score in scores:
+        found.append(int(score.count_nonzero()))
+        yield name, score

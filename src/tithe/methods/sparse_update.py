@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tithe.budget import written_as_percent
 from tithe.errors import TitheError
 from tithe.method import SelectionContext, SparseMethod
 from tithe.select.importance import channel_magnitude
@@ -41,7 +42,12 @@ class SparseUpdate(SparseMethod):
     def __post_init__(self) -> None:
         for name, ratio in self.ratios.items():
             if not 0 < ratio <= 1:
-                raise TitheError(name, found=f"ratio {ratio}", expected="a fraction in (0, 1]", remedy="change it")
+                raise TitheError(
+                    name,
+                    found=f"ratio {ratio}",
+                    expected="a fraction in (0, 1]",
+                    remedy=written_as_percent("ratio", ratio, "change it"),
+                )
 
     @property
     def needs_data(self) -> bool:

@@ -17,12 +17,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tithe.budget import Budget
+from tithe.budget import Budget, written_as_percent
 from tithe.errors import TitheError
 from tithe.method import SelectionContext, SparseMethod, Spending
 from tithe.ranking import Ranking
 from tithe.schedule import Schedule, every
-from tithe.select.channel_costs import Costs, cover
+from tithe.select.channel_costs import Costs, Layer, cover
 from tithe.select.topk import under_budget
 from tithe.selection import Channels, Selection
 
@@ -31,6 +31,8 @@ ChannelScore = Literal["uniform", "rgn", "fisher"]
 
 _TRIALS = 64
 """Draws whose median size is the buffer's: its error is then a sixth of one draw's spread."""
+
+_WITHOUT = ', or draw without gradients, by layers="all" and score="uniform"'
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class TraDy(SparseMethod):
             )
         if not 0 < self.coverage <= 1:
             raise TitheError(
-                "TraDy", found=f"coverage={self.coverage}", expected="a fraction in (0, 1]", remedy="try 0.97"
+                "TraDy",
+                found=f"coverage={self.coverage}",
+                expected="a fraction in (0, 1]",
+                remedy=written_as_percent("coverage", self.coverage, "try 0.97"),
             )
         if self.samples < 1:
             raise TitheError("TraDy", found=f"samples={self.samples}", expected="at least 1", remedy="try 256")
@@ -139,7 +144,7 @@ class TraDy(SparseMethod):
             if layer.name in selections:
                 spent += float(costs.kept[start]) * selections[layer.name].items.numel()
             start += layer.num_channels
-        budget, everything = self.budget, context.layers().values()
+        budget, everything = self.budget, self._priced(context).values()
         head = float(budget.of(0)) - costs.limit if budget.bytes is not None else 0.0
         return Spending(
             spent=spent + head,
@@ -151,8 +156,11 @@ class TraDy(SparseMethod):
             of_layers=len(everything),
         )
 
+    def _priced(self, context: SelectionContext) -> Mapping[str, Layer]:
+        return context.layers(largest=self.budget.bytes is not None)
+
     def _costs(self, context: SelectionContext) -> Costs:
-        priced = context.layers()
+        priced = self._priced(context)
         everything = list(priced.values())
         if self.layers == "topk":
             names = set(self._ranked(context))
@@ -185,7 +193,7 @@ class TraDy(SparseMethod):
         return least
 
     def _ranked(self, context: SelectionContext) -> list[str]:
-        layers = context.layers()
+        layers = self._priced(context)
         if isinstance(self.ranking, (str, Path)):
             ranking = Ranking.load(self.ranking)
         elif self.ranking is not None:
@@ -197,7 +205,7 @@ class TraDy(SparseMethod):
         return cover({name: ranking.rgn[name] for name in layers}, self.coverage)
 
     def _measure(self, context: SelectionContext) -> Tensor:
-        ranking = Ranking.of(context.layers(), context.channel_norms(self.samples))
+        ranking = Ranking.of(self._priced(context), context.channel_norms(self.samples, or_else=_WITHOUT))
         return torch.tensor(list(ranking.rgn.values()), dtype=torch.float64)
 
     def _order(self, context: SelectionContext, costs: Costs) -> Tensor:
@@ -205,7 +213,11 @@ class TraDy(SparseMethod):
         if self.score == "uniform":
             epoch = context.epoch if self.dynamic else 0
             return _shuffle(costs.weights.numel(), (context.seed + 1) * 1_000_003 + epoch)
-        norms = context.channel_norms(self.samples) if self.score == "rgn" else self._information(context, costs)
+        norms = (
+            context.channel_norms(self.samples, or_else=_WITHOUT)
+            if self.score == "rgn"
+            else self._information(context, costs)
+        )
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])
         values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
@@ -215,7 +227,7 @@ class TraDy(SparseMethod):
         """Name → Fisher information of each channel, the sum over its weights."""
         layers = {layer.name: layer for layer in costs.layers}
         information: dict[str, Tensor] = {}
-        for name, score in context.scores("fisher", samples=self.samples):
+        for name, score in context.scores("fisher", samples=self.samples, or_else=_WITHOUT):
             if name in layers:
                 layer = layers[name]
                 every_one = torch.arange(layer.num_channels)

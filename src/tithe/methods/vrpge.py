@@ -16,6 +16,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from tithe.budget import written_as_percent
 from tithe.errors import TitheError
 from tithe.method import Cost, NarrowMethod
 from tithe.select import bernoulli_masks
@@ -56,7 +57,10 @@ class VRPGE(NarrowMethod):
             if not low < value <= high:
                 bounds = "(0, 1]" if name == "keep" else "[0, 1]"
                 raise TitheError(
-                    "VRPGE", found=f"{name}={value}", expected=f"a number in {bounds}", remedy=f"change {name}"
+                    "VRPGE",
+                    found=f"{name}={value}",
+                    expected=f"a number in {bounds}",
+                    remedy=written_as_percent(name, value, f"change {name}"),
                 )
         if not self.structure_lr >= 0:
             raise TitheError(

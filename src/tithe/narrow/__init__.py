@@ -14,7 +14,7 @@ from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Probabilities
 from tithe.narrow.stage import Stage
-from tithe.narrow.subnet_loss import check_same_loss, find_best, loss_without_gradient
+from tithe.narrow.subnet_loss import check_same_loss, loss_without_gradient, pick_best, sum_losses
 
 __all__ = [
     "InferenceNetwork",
@@ -24,7 +24,8 @@ __all__ = [
     "Stage",
     "check_same_loss",
     "copy_module",
-    "find_best",
     "loss_without_gradient",
     "make_stage",
+    "pick_best",
+    "sum_losses",
 ]

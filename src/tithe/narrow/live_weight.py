@@ -54,6 +54,7 @@ class LiveWeight:
             else:
                 live = weight if self._grid.full else fit.take(self.name, weight)
             self.leaf = nn.Parameter(live, self.trained)
+        self.weight.requires_grad_(False)  # whatever set it meanwhile: θ is what is trained
         grad = self.theta.grad
         self.leaf.grad = None if grad is None else fit.pad(self.name, grad)
         return self.leaf

@@ -72,34 +72,49 @@ def check_scalar(loss: Any) -> float:
     return float(loss)
 
 
-def find_best(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> tuple[float, Tensor]:
-    """Return the lowest mean training loss of several narrow networks, and the mask of that network.
+def sum_losses(stage: Stage, masks: Sequence[Tensor], loss: Loss, batches: Sequence[Any]) -> Tensor:
+    """Return the training loss of several narrow networks, summed over samples, and then the number of samples.
 
-    Random states and buffers stay as they were; each network sees the same random draws.
+    Random states and buffers stay as they were; each network sees the same random draws. A loss that is not finite is
+    infinite.
 
     Args:
         stage: of the model.
         masks: the networks, bool (n,): the units that exist.
         loss: `loss(model, batch)`, the mean over the samples of the batch.
-        batches: at least one.
+        batches: of training data.
+
+    Returns:
+        (networks + 1,), float64 on the device of the model; such sums can be added up.
+    """
+    losses = [_loss_of(stage, mask, loss, batches) for mask in masks]
+    found = [value if math.isfinite(value) else math.inf for value in losses]
+    count = sum(_counts(batches))
+    return torch.tensor([*found, count], dtype=torch.float64, device=next(stage.model.parameters()).device)
+
+
+def pick_best(totals: Tensor) -> tuple[float, int]:
+    """Return the lowest mean loss, and the number of the network that has it; the first of equals.
+
+    Args:
+        totals: as `sum_losses` returns them.
 
     Raises:
-        TitheError: when there is no batch.
+        TitheError: when there was no batch.
     """
-    if not batches:
+    *losses, count = totals.tolist()
+    if not count:
         raise TitheError("settle", found="no batch", expected="held-out training data", remedy="pass batches")
-    losses = [_loss_of(stage, mask, loss, batches) for mask in masks]
-    best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
-    return losses[best], masks[best]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return losses[best] / count, best
 
 
 def _loss_of(stage: Stage, mask: Tensor, loss: Loss, batches: Sequence[Any]) -> float:
     grids, total = stage.grids(mask), 0.0
     with torch.no_grad(), training(stage.model), stage.untouched(), stage.run(grids, stage.live(grids)):
-        counts = _counts(batches)
-        for batch, count in zip(batches, counts, strict=True):
+        for batch, count in zip(batches, _counts(batches), strict=True):
             total += float(loss(stage.model, batch)) * count
-    return total / sum(counts)
+    return total
 
 
 def _counts(batches: Sequence[Any]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from tithe import delta
@@ -79,6 +80,7 @@ def find_places(history: History, model: nn.Module, split: Split) -> Places:
         name: tensor for name, tensor in state.items() if name in forms and name not in taken and name not in inside
     }
     _check_shapes(rest.items(), history)
+    _check_constant([name for name in rest if name in split.left_out], history)
     return Places(history, moving, {name: inside.get(there) for name, there in moving.items()}, rest)
 
 
@@ -91,6 +93,19 @@ def _check_shapes(tensors: Iterable[tuple[str, Tensor]], history: History) -> No
                 found=f"shape {list(found)} in the history",
                 expected=f"{list(tensor.shape)}, as in the model",
                 remedy="build the model that the checkpoints are of",
+            )
+
+
+def _check_constant(names: Iterable[str], history: History) -> None:
+    """Check that checkpoints agree in what has no average here: complex numbers, codes of other weights."""
+    for name in names:
+        first, *others = (history.rows.tensor(index, name) for index in range(len(history)))
+        if not all(_same_bits(first, other) for other in others):
+            raise TitheError(
+                name,
+                found=f"{first.dtype} that differs between the checkpoints",
+                expected="weights of float16, bfloat16, float32 or float64, which alone have an average here",
+                remedy="store the checkpoints with the weights converted, complex ones by torch.view_as_real",
             )
 
 
@@ -115,3 +130,10 @@ def start_weights(history: History, start: str) -> list[float]:
                 remedy="start from the mean, or from the last",
             )
     return [float(index == at) for index in range(n)]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors have the same dtype, shape and bits."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))

@@ -16,14 +16,17 @@ from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
 from torch import nn
 
+from tithe import distributed
 from tithe.errors import TitheError
 from tithe.method import NarrowMethod, SparseMethod, SubspaceMethod
 from tithe.narrow import InferenceNetwork
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import check_free
 from tithe.plan.narrow import NarrowPlan
+from tithe.plan.ranks import Ranks
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
+from tithe.plan.ties import holders_outside
 from tithe.scoring import Loss
 
 PlanT = TypeVar("PlanT", bound=Plan, covariant=True)
@@ -94,7 +97,9 @@ def attach(
 
     Raises:
         TitheError: when a glob matches nothing, nothing is left to choose, data or loss is missing, the loss is no
-            scalar with a gradient, a scored weight gets no gradient, or the model has a plan already.
+            scalar with a gradient, a scored weight gets no gradient, the model has a plan already, or something wraps
+            or shards it. On several ranks all of them raise when one fails, when what they attach differs, or when one
+            does not come within the timeout of the process group (`tithe.distributed.meeting`).
 
     Example:
         >>> import tithe
@@ -104,26 +109,49 @@ def attach(
         (['weight'], 3)
         >>> plan.release()
     """
-    if isinstance(method, type) or not isinstance(method, Method):  # pyright: ignore
+    settings, plan = Settings(loss, data, where, head, seed, holders_outside(model)), None
+    try:
+        with distributed.together("attach"):
+            _check_method(method)
+            check_free(model)
+            _check_whole(model)
+            distributed.check_whole(model)
+            ranks = Ranks(method, settings)
+            ranks.compare(model, state)
+            plan = method.make_plan(Maker(model, settings))
+            plan.set_aside()
+            if state is not None:
+                plan.load_state_dict(state)
+            else:
+                plan.start()
+            plan.ranks = ranks
+            ranks.watch(
+                model,
+                plan.named_parameters(),
+                averages_gradients=plan.averages_gradients,
+                shares=plan.shares_work,
+            )
+            plan.watch()
+    except BaseException:
+        if plan is not None:
+            plan.release()
+        raise
+    return plan
+
+
+def _check_method(method: object) -> None:
+    """Check that an object is a method.
+
+    Raises:
+        TitheError: when it is not, as a class is not.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
         raise TitheError(
             "method",
             found=repr(method),
             expected="a SparseMethod, a NarrowMethod or a SubspaceMethod",
             remedy="write tithe.attach(model, tithe.FISH(density=0.005), ...), or derive your method from one of these",
         )
-    check_free(model)
-    _check_whole(model)
-    plan = method.make_plan(Maker(model, Settings(loss, data, where, head, seed)))
-    try:
-        if state is not None:
-            plan.load_state_dict(state)
-        else:
-            plan.start()
-        plan.watch()
-    except BaseException:
-        plan.release()
-        raise
-    return plan
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,26 @@ from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
 
 
+class RankChecks(Protocol):
+    """Looks whether ranks still agree; see `tithe.plan.ranks.Ranks`."""
+
+    def after_step(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        """Check after an optimizer's step; `named` gives what was trained."""
+
+    def close(self) -> None:
+        """Take off what looks at the model."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `attach` besides the model and the method."""
+    """The arguments of `attach` besides the model and the method, and the modules outside that hold its weights."""
 
     loss: Loss | None = None
     data: Iterable[Any] | None = None
     where: str | Sequence[str] = "*"
     head: str | Sequence[str] = ()
     seed: int = 0
+    outside: Sequence[nn.Module] = ()
 
 
 class Plan(ABC):
@@ -50,6 +61,10 @@ class Plan(ABC):
     """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
     averages_gradients: ClassVar[bool] = False
     """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
+    shares_work: ClassVar[bool] = False
+    """Whether the ranks there are when attaching share something out."""
+    ranks: RankChecks | None = None
+    """What `attach` looks at the ranks with: told after each step, closed by `release`."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.seed = model, settings.seed
@@ -85,7 +100,12 @@ class Plan(ABC):
             prices = self._prices()
         finally:
             states.restore()
-        return "\n".join([repr(self), *prices])
+        return "\n".join([repr(self), *(f"  {note}" for note in self._notes()), *prices])
+
+    def _notes(self) -> list[str]:
+        """Return sentences about what is not trained, for `print(plan)`."""
+        said = self._split.say_left_out()
+        return [said] if said else []
 
     def _prices(self) -> list[str]:
         if self._loss is None or self._data is None or isinstance(self._data, Iterator):
@@ -108,9 +128,18 @@ class Plan(ABC):
         """Price the same step with all weights trained by torch's own operations; None where the plan cannot tell."""
         return None
 
+    def set_aside(self) -> None:
+        """Freeze the weights that no plan can select from until `release`, and name them once.
+
+        Warns:
+            TitheWarning: when there are any.
+        """
+        self._split.freeze_left_out()
+
     def watch(self) -> None:
         """Follow the model and whatever optimizer trains it from now on."""
-        self._watching = self.model.register_forward_pre_hook(BeforeForward(self._before_forward))
+        before = BeforeForward(self._before_forward)  # first of all: a state is loaded before the weights are compared
+        self._watching = self.model.register_forward_pre_hook(before, prepend=True)
         self._optimizers.start()
 
     def start(self) -> None:
@@ -272,6 +301,8 @@ class Plan(ABC):
 
     def _before_forward(self) -> None:
         """Before the first forward pass that makes gradients: an optimizer may have loaded the plan's state."""
+        if torch.is_grad_enabled():
+            self._optimizers.finish()
         if not self._forward_began and torch.is_grad_enabled() and self.model.training:
             self._forward_began = True
             self._optimizers.search(loaded=True)
@@ -357,6 +388,7 @@ class Plan(ABC):
         """Give the model back: trained values stay, no attribute, hook or flag does. A second call does nothing."""
         if self._released:
             return
+        self._leave_ranks()
         self._let_go()
         self._optimizers.stop()
         if self._watching is not None:
@@ -366,6 +398,19 @@ class Plan(ABC):
     @abstractmethod
     def _let_go(self) -> None:
         """Commit, and take everything off the model."""
+
+    def _check_ranks(self, named: Callable[[], Iterable[tuple[str, Tensor]]] | None = None) -> None:
+        """Have it checked after an optimizer's step that ranks still agree.
+
+        Args:
+            named: gives what has to be the same; the default is what is trained.
+        """
+        if self.ranks is not None:
+            self.ranks.after_step(named or self.named_parameters)
+
+    def _leave_ranks(self) -> None:
+        if self.ranks is not None:
+            self.ranks.close()
 
     def _check_live(self) -> None:
         if self._released:

@@ -138,7 +138,7 @@ class Followed:
 
     def _check_flag(self, binding: Binding) -> None:
         weight = binding.weight
-        if not weight.requires_grad:
+        if not weight.requires_grad or binding.probe is not None:  # scores may ask for gradients of the weight itself
             return
         weight.requires_grad_(False)
         weight.grad = None
@@ -197,12 +197,25 @@ def _refuse(name: str, found: str, expected: str) -> NoReturn:
     )
 
 
-def check_same(places: Mapping[str, tuple[nn.Module, str, nn.Parameter]]) -> None:
+Held = Mapping[str, tuple[nn.Module, str, nn.Parameter]]
+
+
+def held_parameters(model: nn.Module) -> Held:
+    """Return where each parameter of a model is: name → module, key, parameter."""
+    return {
+        f"{path}.{key}".lstrip("."): (module, key, parameter)
+        for path, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def check_same(held: Held) -> None:
     """Check that modules hold the parameters that they held.
 
     Raises:
         TitheError: naming the first that does not.
     """
-    for name, (owner, key, parameter) in places.items():
+    for name, (owner, key, parameter) in held.items():
         if owner._parameters.get(key) is not parameter:
             _refuse(name, "another Parameter", "the one that was there when attaching")

@@ -85,6 +85,7 @@ class ShardedGradientBuffer(GradientBuffer):
 
     def products(self) -> Tensor:
         """Return the products with the mean gradient over ranks."""
+        distributed.meet("backward, where gradients are projected")
         part = distributed.scatter_mean(self.waiting).view(-1, BLOCK)
         self.forget()
         first, stop = self.basis.blocks
@@ -92,6 +93,7 @@ class ShardedGradientBuffer(GradientBuffer):
 
     def entries(self, weights: Tensor) -> Tensor:
         """Return the same entries on every rank."""
+        distributed.meet("the weights after a step")
         first, stop = self.basis.blocks
         return distributed.gather(self._compose(first, stop, weights).to(self.waiting.device))
 

@@ -95,9 +95,10 @@ class Mount:
         model: the model; its class, its forward and its `state_dict` keys stay as they are.
         weights: name → parameter, one for each distinct weight outside the head.
         head: name → parameter trained whole; one that is replaced in the model is replaced here.
+        outside: modules that hold one of the weights, and are not in the model.
 
     Raises:
-        TitheError: when another plan is attached to the model, or a weight is tied to one outside of the model.
+        TitheError: when another plan is attached to the model.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Mount:
         model: nn.Module,
         weights: Mapping[str, nn.Parameter],
         head: MutableMapping[str, nn.Parameter] | None = None,
+        outside: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model
         check_free(model)
@@ -118,6 +120,9 @@ class Mount:
         by_id.update({id(weight): name for name, weight in head.items()})
         self._counting = [module for module in model.modules() if callable(getattr(type(module), _COUNT, None))]
         places = [place for path, module in model.named_modules() for place in self._place(path, module, by_id)]
+        # A use of a weight outside of the model counts too; the head's parameters are ordinary ones there.
+        self._outside = outside
+        places += [p for m in outside for p in self._place(type(m).__name__, m, by_id) if p.binding is not None]
         for module in self._counting:
             module.__dict__[_COUNT] = _CountWithoutTheta(module)
         self._followed = Followed(model, places, head)
@@ -179,6 +184,8 @@ class Mount:
     def show_root(self, parameter: nn.Parameter) -> None:
         """Register a θ that weights have in common on the model itself."""
         self.model.register_parameter(theta_key(""), parameter)
+        for binding in self.bindings.values():
+            binding.home = self.model, theta_key("")
         self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
         loading = _Loading()
         self._handles.append(self.model.register_load_state_dict_pre_hook(loading.provide))
@@ -190,6 +197,7 @@ class Mount:
         module._parameters.pop(theta_key(key), None)
         if binding.theta.numel() and binding.common is None:
             module.register_parameter(theta_key(key), binding.theta)
+            binding.home = module, theta_key(key)
 
     def still(self) -> None:
         """Keep every norm with running statistics and no selected value in evaluation mode."""
@@ -241,7 +249,7 @@ class Mount:
             self._wake(module)
         for handle in self._handles:
             handle.remove()
-        for owner, _ in self._owner.values():  # of a module that is no longer in the model too
+        for owner in [*(owner for owner, _ in self._owner.values()), *self._outside]:  # perhaps not in the model
             _uncover(owner)
         _uncover(self.model)
         for module in self._counting:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
 from tithe.errors import TitheError
-from tithe.forward import estimate_statistics
+from tithe.forward import estimate_statistics, tracked, training
 from tithe.method import Narrowing, NarrowMethod
 from tithe.narrow import (
     InferenceNetwork,
@@ -31,13 +32,17 @@ from tithe.narrow import (
     Stage,
     check_same_loss,
     copy_module,
-    find_best,
     loss_without_gradient,
     make_stage,
+    pick_best,
+    sum_losses,
 )
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
+from tithe.plan.follow import check_same, held_parameters
 from tithe.plan.optimizers import check_elementwise, num_states
+from tithe.plan.rank_means import mean_gradients, mean_statistics
+from tithe.plan.ties import check_untied
 from tithe.plan.watch import loss_scale
 from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
@@ -63,13 +68,17 @@ class NarrowPlan(Plan):
                 remedy="pass attach(..., loss=loss_fn, data=batches)",
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
+        self._split.check_memory("may become narrow")
+        check_untied(model, settings.outside, "may become narrow")
         batch = next(iter(self._data), None)
-        self.stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
+        stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
+        self.stage = _agreed(stage)
         self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
         self._difference: float | None = None
         self._loss_scale = 1.0
+        self._held = held_parameters(model)
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
@@ -140,22 +149,22 @@ class NarrowPlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
         """
         self._check_live()
+        check_same(self._held)
         self._before_forward()  # in the narrow network it is too late to load a state
         if self._parts.received and all(parameter.grad is None for parameter in self.parameters()):
             self._difference = None  # cleared without a step, as after an overflow: the sum of losses starts anew
         other = None
-        if not torch.equal(*self._masks):
-            other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
-            self._checked = True
-        live = self._parts.open(self.stage, self._fit)
-        with self.stage.run(self._fit.read, live):
-            loss = check_loss(closure(), finite=False)
-            loss.backward()
-        self._parts.receive(self.stage, self._fit, live)
-        if distributed.world_size() > 1:  # ranks draw the same network
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    distributed.mean_(parameter.grad)
+        place = f"backward of step {self.num_steps + 1}"
+        with distributed.telling(place):
+            if not torch.equal(*self._masks):
+                other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
+                self._checked = True
+            live = self._parts.open(self.stage, self._fit)
+            with self.stage.run(self._fit.read, live):
+                loss = check_loss(closure(), finite=False)
+                loss.backward()
+            self._parts.receive(self.stage, self._fit, live)
+            mean_gradients(place, list(self.parameters()), tracked(self.model))  # ranks draw the same network
         if other is not None:
             self._difference = (self._difference or 0.0) + float(loss.detach()) - other
         return loss
@@ -194,6 +203,8 @@ class NarrowPlan(Plan):
     def finish_step(self) -> None:
         """Count a finished step, learn from its two losses, and draw again."""
         self._parts.close()
+        self._check_ranks(self._watched)
+        self._check_ranks(self._watched)
         if not self._settled:
             self._learn()
         self._difference = None
@@ -202,9 +213,15 @@ class NarrowPlan(Plan):
         self._draw()
         self._changed |= not torch.equal(before, self._masks[0])
 
+    def _watched(self) -> Iterator[tuple[str, Tensor]]:
+        """What has to be the same on every rank: all weights, and the probabilities that draws come from."""
+        yield from self.named_parameters()
+        yield "probabilities", self.probabilities.s
+
     def _learn(self) -> None:
         difference = None if self._difference is None else self._difference / self._loss_scale
-        if difference is not None:
+        if difference is not None and distributed.world_size() > 1:
+            distributed.meet(f"the end of step {self.num_steps + 1}")
             difference = distributed.mean_number(difference, next(self.parameters()).device)
         if difference is None or not math.isfinite(difference):
             self.probabilities.tighten(self.num_steps + 1)
@@ -273,21 +290,32 @@ class NarrowPlan(Plan):
         Returns:
             The mean loss of the network that was kept.
 
+        On several ranks each gives its own batches, and all of them call: losses and statistics are over all.
+
         Raises:
             TitheError: when there is no batch.
         """
         self._check_live()
         self._parts.close()
-        batches = list(self._data if batches is None else batches)
-        candidates = self.probabilities.candidates(self.seed, self.num_steps, draws)
-        loss, best = find_best(self.stage, candidates, self._loss, batches)
-        self._drop(best)
-        self.probabilities.fix()
-        self._settled = True
-        self._draw()
-        with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):  # norms see that they are trained
-            estimate_statistics(self.model, self._loss, batches, also=self.stage.written)
-        self._parts.close()
+        with distributed.together(f"settle(draws={draws}) after {self.num_steps} steps"):
+            batches = list(self._data if batches is None else batches)
+            candidates = self.probabilities.candidates(self.seed, self.num_steps, draws)
+            totals = sum_losses(self.stage, candidates, self._loss, batches)
+            distributed.meet(f"the losses of {len(candidates)} networks")
+            loss, best = pick_best(distributed.sum_(totals))
+            self._drop(candidates[best])
+            self.probabilities.fix()
+            self._settled = True
+            self._draw()
+            # Inside, norms see that they are trained.
+            with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):
+                count = 0
+                if batches:
+                    count = estimate_statistics(self.model, self._loss, batches, also=self.stage.written)
+                with training(self.model):
+                    norms = tracked(self.model)
+            self._parts.close()
+            mean_statistics(norms, count)
         return loss
 
     def _drop(self, alive: Tensor) -> None:
@@ -414,7 +442,31 @@ class NarrowPlan(Plan):
 
     def _let_go(self) -> None:
         self._inference.unhook()
+        self._split.restore_left_out()
         for part in self._parts.values():
             part.release()
         for name, required in self._frozen_head.items():
             self._floats[name].requires_grad_(required)
+
+
+def _agreed(stage: Stage) -> Stage:
+    """The same stage on every rank: a forward pass costs what it costs on the mean of their batches.
+
+    Raises:
+        TitheError: on every rank, when what is absent together differs.
+    """
+    if distributed.world_size() == 1:
+        return stage
+    coupling = stage.coupling
+    groups = [f"{group.name}: {group.num_units}" for group in coupling.groups]
+    axes = [term.axes for term in coupling.flops]
+    distributed.compare(
+        "attach", {"what is absent together": ", ".join(groups), "its operations": f"{len(axes)}, on axes {axes}"}
+    )
+    told = json.dumps([term.coefficient for term in coupling.flops])
+    costs = [json.loads(note) for note in distributed.exchange("attach: operations", told)]
+    flops = tuple(
+        dataclasses.replace(term, coefficient=sum(each) / len(each))
+        for term, each in zip(coupling.flops, zip(*costs, strict=True), strict=True)
+    )
+    return Stage(stage.model, dataclasses.replace(coupling, flops=flops), stage.counts, stage.written)

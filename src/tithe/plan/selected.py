@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,37 @@ class SelectedWeights:
                 self._shown.add(binding.name)
                 if carry:
                     self._carry(binding, old[binding.name])
+        self.limit(max_positions)
+        self._mount.still()
+        return bool(changed)
+
+    def outgrown(self, limits: Tensor) -> Tensor:
+        """Return the limits of inputs, raised to what any rank has seen since; the same object where they hold.
+
+        Args:
+            limits: int64, as `take` was given them.
+        """
+        seen = [b.seen_positions / b.max_positions for b in self.bindings if b.max_positions]
+        for binding in self.bindings:
+            binding.seen_positions = 0
+        factor = torch.tensor([max(seen, default=1.0)], dtype=torch.float64)
+        if distributed.world_size() > 1:
+            distributed.meet("the sizes of inputs")
+            factor = distributed.gather(factor.to(self.bindings[0].weight.device)).max().cpu()
+        if float(factor) <= 1:
+            return limits
+        return torch.where(limits > 0, (limits * factor - 1e-6).ceil().to(limits.dtype), limits)
+
+    @property
+    def larger(self) -> bool:
+        """Return whether an input was larger than the choice was priced for."""
+        return any(binding.seen_positions for binding in self.bindings)
+
+    def limit(self, max_positions: Tensor | None) -> None:
+        """Set the largest inputs that the choice is priced for, as `take` does."""
         limits = [-1] * len(self.bindings) if max_positions is None else max_positions.tolist()
         for binding, limit in zip(self.bindings, limits, strict=True):
             binding.max_positions = None if limit < 0 else limit
-        self._mount.still()
-        return bool(changed)
 
     def _carry(self, binding: Binding, old: Selection) -> None:
         for optimizer in self._optimizers:
@@ -117,13 +143,13 @@ class SelectedWeights:
                     start += size
                 state[key] = after
 
-    def commit(self, *, force: bool = True) -> bool:
-        """Write every θ into its weight; returns whether any had changed.
+    def commit(self, held: Container[int] = ()) -> bool:
+        """Write every θ that changed into its weight; returns whether any had.
 
         Args:
-            force: also one whose version did not change, as after a fused kernel.
+            held: ids of parameters that are written also where their version did not change, as after a fused kernel.
         """
-        written = [binding.commit(force=force) for binding in self.bindings]
+        written = [b.commit(force=id(b.parameter) in held) for b in self.bindings]
         return any(written)
 
     @property

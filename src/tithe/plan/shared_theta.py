@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode  # pyright: ignore[reportPrivateUsage]
 
 from tithe import distributed
 from tithe.averages import BLOCK, Basis
+from tithe.errors import TitheError
 from tithe.plan.gradient_buffer import GradientBuffer, ShardedGradientBuffer
-from tithe.rules import Binding, SharedTheta
+from tithe.rules import Binding, SharedTheta, digest
 from tithe.selection import Span, without_values
 
 SMALL = 1 << 16
@@ -52,6 +54,8 @@ class ThetaSharing:
             assert self.kept is not None
             binding.selection = Span(span.shape, self.kept.columns(strip), span.mix, span.origin, span.places)
         self._committed: int | None = None
+        self._values = shared.parameter.detach().clone()
+        self._versions = [binding.weight._version for binding in self.bindings]
         self._listening: int | None = None
         self._listen()
 
@@ -71,7 +75,35 @@ class ThetaSharing:
         self._listen()
         if self.kept is not None:
             self.kept.forget()
+        if _get_current_dispatch_mode() is None:  # not on shapes alone, nor while bytes are counted
+            self._follow()
         self.commit()
+
+    def _follow(self) -> None:
+        """Write the weights anew where θ or they were written from outside.
+
+        Raises:
+            TitheError: when other values were in the weights than those of θ: nothing can follow them.
+        """
+        if not torch.equal(self.shared.parameter.detach(), self._values):
+            self.commit(force=True)  # also through `.data`
+        written = [b for b, version in zip(self.bindings, self._versions, strict=True) if b.weight._version != version]
+        before = [digest(binding.weight.detach()) for binding in written]
+        if written:
+            self.commit(force=True)
+        for binding, value in zip(written, before, strict=True):
+            if not torch.equal(digest(binding.weight.detach()), value):
+                raise TitheError(
+                    binding.name,
+                    found="values written into it from outside, which are undone now",
+                    expected="weights that move in the span of the checkpoints alone",
+                    remedy="call plan.release() first, or record what was loaded and attach to a history with it",
+                )
+
+    @property
+    def is_due(self) -> bool:
+        """Return whether θ moved since it was written."""
+        return self._committed != self.shared.parameter._version
 
     def commit(self, *, force: bool = False) -> bool:
         """Write the weights anew where θ changed; returns whether they were.
@@ -79,13 +111,15 @@ class ThetaSharing:
         Args:
             force: also when its version did not change, as after an update through `.data`.
         """
-        if not force and self._committed == self.shared.parameter._version:
+        if not force and not self.is_due:
             return False
         for binding, span in zip(self.bindings[: self.num_large], self.spans, strict=False):
             span.scatter_(binding.weight, self.shared.row(binding.name))
         if self.kept is not None:
             self._write_kept(self.kept)
         self._committed = self.shared.parameter._version
+        self._values = self.shared.parameter.detach().clone()
+        self._versions = [binding.weight._version for binding in self.bindings]
         return True
 
     def _write_kept(self, kept: GradientBuffer) -> None:

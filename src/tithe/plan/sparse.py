@@ -41,17 +41,24 @@ class SparsePlan(Plan):
         if isinstance(settings.data, Iterator) and method.needs_data:
             self._data = first_batches(settings.data, method.samples)
         bound = {name: p for name, p in split.floats.items() if name not in split.head}
-        self._mount = Mount(model, bound, self._head)
+        self._mount = Mount(model, bound, self._head, settings.outside)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
         changes = method.reselect is not None or method.warmup > 0
         self._selected = SelectedWeights(self._mount, self._candidates, self._optimizers.bound, changes=changes)
         self._chosen = False
         self._memory = Memory()
         self._num_states = 2 if method.optimizer_states is None else method.optimizer_states
+        self._drawn_for: Tensor | None = None  # the limits of inputs that the present choice was priced for
+        self._said_exceeded = False
         self._lean: Lean | None = lean(model) if method.lean and Lean.of(model) is None else None
         for parameter in self._head.values():
             parameter.requires_grad_(True)
         self._mount.still()
+        split.warn_of_new_head()
+
+    def _notes(self) -> list[str]:
+        said = self._split.say_missing_head()
+        return super()._notes() + ([said] if said else [])
 
     def start(self) -> None:
         """Make the first choice, or only check that it can be made when the method warms up first.
@@ -132,13 +139,14 @@ class SparsePlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through.
         """
         self._check_live()
-        loss = check_loss(closure(), finite=False)
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            if self._selected.resized and "invalid gradient" in str(error):
-                raise distributed.fixed_sizes_error() from error
-            raise
+        with distributed.telling("backward"):
+            loss = check_loss(closure(), finite=False)
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if self._selected.resized and "invalid gradient" in str(error):
+                    raise distributed.fixed_sizes_error() from error
+                raise
         return loss
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
@@ -166,18 +174,24 @@ class SparsePlan(Plan):
             self._optimizers.check_holds()
 
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write θ into the weights."""
-        self._selected.commit()
-        self._selected.check_ranks()
+        """Write what the optimizer holds of θ into the weights, whatever kernel changed it."""
+        self._selected.commit({id(p) for group in optimizer.param_groups for p in group["params"]})
 
     def finish_step(self) -> None:
         """Count a finished step, and choose where that is due."""
+        self._check_ranks()
+        self._selected.check_ranks()
         self.num_steps += 1
         if not self._chosen:
             self._changed |= self.num_steps >= self.method.warmup and self.reselect()
-        elif self._due(step=self.num_steps):
+        elif self._due(step=self.num_steps) or self._outgrown():
             self._changed |= self.reselect()
         self._warn_of_epochs()
+
+    def _outgrown(self) -> bool:
+        """Whether the choice has to be made again for larger inputs; ranks follow at their next choice, together."""
+        larger = self._selected.larger and distributed.world_size() == 1
+        return larger and self._follow_inputs() and self.method.reselect is not None
 
     def _warn_of_epochs(self) -> None:
         """Say once that the choice is to change with epochs that nobody counts."""
@@ -197,7 +211,7 @@ class SparsePlan(Plan):
             )
 
     def _commit(self) -> bool:
-        return self._selected.commit(force=False)
+        return self._selected.commit()
 
     def end_epoch(self) -> bool:
         """Count a finished epoch, and choose where that is due; returns whether the choice changed."""
@@ -214,10 +228,61 @@ class SparsePlan(Plan):
         """
         self._check_live()
         self._mount.follow()
-        return self._take(self.method.choose(self.context()))
+        with distributed.together(f"choosing after {self.num_steps} steps"):
+            return self._choose_again()
+
+    def _choose_again(self) -> bool:
+        self._follow_inputs()
+        limits = self._memory.max_positions
+        if limits is self._drawn_for:
+            return self._take(self.method.choose(self.context()))
+        try:
+            chosen = self.method.choose(self.context())
+        except TitheError:
+            chosen = {}
+        if any(selection.size for selection in chosen.values()):
+            return self._take(chosen)
+        # The budget is too small for such inputs, which was said: it is kept for those that were priced before.
+        self._memory.max_positions = self._drawn_for
+        changed = self._take(self.method.choose(self.context()))
+        self._selected.limit(limits)
+        return changed
+
+    def _follow_inputs(self) -> bool:
+        """Price what comes for the largest input that was met; returns whether the present choice exceeds its budget.
+
+        Warns:
+            TitheWarning: the first time that it does.
+        """
+        limits = self._memory.max_positions
+        raised = None if limits is None or not self._chosen else self._selected.outgrown(limits)
+        if raised is limits or raised is None:
+            return False
+        self._memory.max_positions = raised
+        self._selected.limit(raised)
+        try:
+            spending = self.spending()
+        except TitheError:  # such inputs leave nothing to choose
+            spent = "more bytes than there are for any choice"
+        else:
+            if spending is None or spending.spent <= spending.limit:
+                return False
+            spent = f"{spending.spent:,.0f} bytes of {spending.limit:,.0f}"
+        if not self._said_exceeded:
+            self._said_exceeded = True
+            again = "is priced for it" if self.method.reselect is not None else "stays"
+            warnings.warn(
+                f"{type(self.method).__name__}: a batch was larger than those that its budget was priced for, and a "
+                f"step on it takes {spent}; the next choice {again}. "
+                "Put the largest batch into data= at attach.",
+                TitheWarning,
+                stacklevel=3,
+            )
+        return True
 
     def _take(self, chosen: Mapping[str, Selection]) -> bool:
         first, self._chosen = not self._chosen, True
+        self._drawn_for = self._memory.max_positions
         return self._selected.take(chosen, self._memory.max_positions) or first
 
     def context(self) -> SelectionContext:
@@ -297,6 +362,7 @@ class SparsePlan(Plan):
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen = found.chosen
         self._memory.tensors, self._memory.max_positions = dict(found.memory), found.max_positions
+        self._drawn_for = found.max_positions
         self._selected.set_capacity(found.capacity)
         self._selected.take(selected, self._memory.max_positions, carry=False)
         for binding in self._candidates:
@@ -305,6 +371,7 @@ class SparsePlan(Plan):
 
     def _let_go(self) -> None:
         self._mount.release()
+        self._split.restore_left_out()
         if self._lean is not None:
             self._lean.release()
         for name, parameter in self._head.items():

@@ -20,6 +20,7 @@ from tithe.plan.align import find_places, start_weights
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import Mount
 from tithe.plan.optimizers import num_states
+from tithe.plan.rank_means import mean_gradients, mean_statistics
 from tithe.plan.shared_theta import ThetaSharing, in_order
 from tithe.rules import SharedTheta
 from tithe.scoring import check_loss
@@ -36,10 +37,12 @@ class SubspacePlan(Plan):
     """
 
     averages_gradients = True
+    shares_work = True
 
     def __init__(self, model: nn.Module, method: SubspaceMethod, settings: Settings) -> None:
         super().__init__(model, settings)
         self.method, split = method, self._split
+        split.check_memory("moves, or takes the checkpoints' values")
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)
         weights = start_weights(self.history, method.start)
@@ -59,7 +62,7 @@ class SubspacePlan(Plan):
             for name, tensor in found.rest.items():
                 tensor.copy_(values[name].view(tensor.shape))
         self._rest = tuple(found.rest)
-        self._mount = Mount(model, moving, self._head)
+        self._mount = Mount(model, moving, self._head, settings.outside)
         self.theta, spans = self._spans(found.places, {name: tuple(p.shape) for name, p in moving.items()})
         shared = SharedTheta(self.theta, list(moving))
         bindings = [self._mount.bindings[name] for name in moving]
@@ -83,6 +86,7 @@ class SubspacePlan(Plan):
         basis = self.basis
         device = basis.device
         columns = [TensorColumns(basis, strip) for strip in basis.columns]
+        distributed.meet("the products of checkpoints")
         self._gram, squares, offsets = (
             distributed.sum_(t.to(device)).cpu() for t in (basis.gram, basis.squares, basis.offsets)
         )
@@ -162,12 +166,12 @@ class SubspacePlan(Plan):
             TitheError: when the loss is not a scalar that a gradient flows through.
         """
         self._check_live()
-        loss = check_loss(closure(), finite=False)
-        loss.backward()
-        if distributed.world_size() > 1:
-            for parameter in self._head.values():
-                if parameter.grad is not None:
-                    distributed.mean_(parameter.grad)
+        place = f"backward of step {self.num_steps + 1}"
+        with distributed.telling(place):
+            loss = check_loss(closure(), finite=False)
+            loss.backward()
+            if self._head:
+                mean_gradients(f"{place}: the head", list(self._head.values()))
         return loss
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -197,6 +201,8 @@ class SubspacePlan(Plan):
 
         Weights that were averaged have never seen a batch, so that the checkpoints' statistics are not theirs.
         `save` and `release` do it by themselves where the plan has data and this was not called since weights moved.
+        On several ranks all of them call it, each with its own batches, and the means are over all; `save` and
+        `release` never wait for another rank, and take their own rank's batches alone.
 
         Args:
             batches: training data; None takes the `data=` of `attach`.
@@ -213,14 +219,12 @@ class SubspacePlan(Plan):
             raise TitheError(
                 "refresh_statistics", found="no data", expected="batches of training data", remedy="pass a loader"
             )
-        self._commit()
-        count = estimate_statistics(self.model, self._loss or _forward, batches)
-        if count and distributed.world_size() > 1:
-            for module in self.model.modules():
-                for name in ("running_mean", "running_var"):
-                    buffer = module._buffers.get(name)
-                    if buffer is not None:
-                        distributed.mean_(buffer)
+        with distributed.together(f"refresh_statistics after {self.num_steps} steps"):
+            self._commit()
+            count = estimate_statistics(self.model, self._loss or _forward, batches)
+            with training(self.model):
+                norms = tracked(self.model)
+            mean_statistics(norms, count)
         self._stale = False
         return count
 
@@ -310,8 +314,14 @@ class SubspacePlan(Plan):
         self._settle()
         self._handle.remove()
         self._mount.release()
+        self._split.restore_left_out()
         for name, required in self._required.items():
             self._floats[name].requires_grad_(required)
+
+    def finish_step(self) -> None:
+        """Count a finished step, after which ranks have to agree still."""
+        self._check_ranks()
+        super().finish_step()
 
     def _commit(self) -> bool:
         return self._write()
@@ -323,12 +333,23 @@ class SubspacePlan(Plan):
         return written
 
     def _settle(self) -> None:
-        """What leaves the plan has statistics of its own weights, or a warning says that it has not."""
+        """What leaves the plan has statistics of its own weights, or a warning says that it has not.
+
+        No rank waits for another here: one may save alone.
+        """
+        if distributed.world_size() > 1 and self._sharing.is_due:
+            raise TitheError(
+                "plan",
+                found="a step that is not in the weights yet, which all ranks write together",
+                expected="the weights of the last step",
+                remedy="call plan.step() on every rank after optimizer.step(), or plan.bind(optimizer) once",
+            )
         self._commit()
         if not self._stale:
             return
         if self._data is not None and not isinstance(self._data, Iterator):
-            self.refresh_statistics()
+            estimate_statistics(self.model, self._loss or _forward, self._data)
+            self._stale = False
             return
         self._stale = False
         warnings.warn(

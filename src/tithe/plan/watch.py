@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -75,7 +76,7 @@ class Optimizers:
         self.seen = False
         """Whether a step of any of them came by: torch runs no hooks where a step is compiled."""
         self._stepped: set[int] = set()
-        self._handles: list[Any] = []
+        self._handles: dict[int, list[Any]] = {}
 
     def start(self) -> None:
         """Meet every optimizer of the process before its next step."""
@@ -108,17 +109,23 @@ class Optimizers:
         state = optimizer.state.pop(STATE_KEY, None)  # pyright: ignore
         if state is not None:
             plan.load_state_dict(state)  # θ of another size is made first
-        self.check_holds([optimizer, *self.bound])
+        others = self.check_holds([optimizer, *self.bound])
         plan.check_optimizer(optimizer, elementwise)
+        new = _held([optimizer])
+        for old in [known for known in self.bound if _held([known]) <= new]:  # made anew, as for another phase
+            self._leave(old)
         self.bound.append(optimizer)
         post = optimizer.register_step_post_hook(self._after)
         optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # a hook of the loop's sees the weights
-        self._handles += [
+        self._handles[id(optimizer)] = [
             post,
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_state_dict_post_hook(self._add_state),
             optimizer.register_load_state_dict_post_hook(self._take_state),
         ]
+
+        for other in others:
+            self.bind(other, elementwise=elementwise)
 
     def meet(self, optimizer: Optimizer) -> None:
         """Bind an optimizer that is about to step, where it holds a parameter that the plan trains or froze.
@@ -147,11 +154,14 @@ class Optimizers:
             if not loaded or STATE_KEY in optimizer.state:  # pyright: ignore
                 self.bind(optimizer)
 
-    def check_holds(self, optimizers: list[Optimizer] | None = None) -> None:
+    def check_holds(self, optimizers: list[Optimizer] | None = None) -> list[Optimizer]:
         """Check that every parameter of the plan is in an optimizer.
 
         Args:
-            optimizers: these; by default those that are bound. Where they lack one, others of the process may have it.
+            optimizers: these; by default those that are bound.
+
+        Returns:
+            Other optimizers of the process, which hold what these lack.
 
         Raises:
             TitheError: naming the first parameter that is missing.
@@ -162,8 +172,10 @@ class Optimizers:
         named = [(name, p) for name, p in plan.named_parameters() if p.numel()]
         held = _held(optimizers)
         missing = [(name, p) for name, p in named if id(p) not in held]
+        others: list[Optimizer] = []
         if missing:
-            held = _held(_find({id(p) for _, p in missing}))
+            others = _find({id(p) for _, p in missing})
+            held = _held(others)
             missing = [(name, p) for name, p in missing if id(p) not in held]
         if missing:
             raise TitheError(
@@ -172,17 +184,23 @@ class Optimizers:
                 expected="an optimizer over plan.parameters()",
                 remedy="build it after attaching: torch.optim.AdamW(plan.parameters(), lr=…)",
             )
+        return others
 
     def stop(self) -> None:
         """Leave the optimizers alone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.bound.clear()
+        for optimizer in list(self.bound):
+            self._leave(optimizer)
         _watching.discard(self)
         while _hook and not _watching:
             _hook.pop().remove()
 
+    def _leave(self, optimizer: Optimizer) -> None:
+        for handle in self._handles.pop(id(optimizer)):
+            handle.remove()
+        self.bound[:] = [known for known in self.bound if known is not optimizer]
+        self._stepped.discard(id(optimizer))
+
+    @_disable_dynamo
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = self._plan()
         if plan is None:
@@ -201,6 +219,7 @@ class Optimizers:
             return args, {**kwargs, "closure": checked}
         return (optimizer, checked, *args[2:]), kwargs
 
+    @_disable_dynamo
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         plan = self._plan()
         if plan is None:
@@ -210,6 +229,8 @@ class Optimizers:
         plan.after_update(optimizer)
         if isinstance(overflow, torch.Tensor) and bool(overflow):
             return
+        if id(optimizer) in self._stepped:  # another does not step each time
+            self.finish()
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self.bound):
             self.finish()
@@ -270,6 +291,7 @@ _watching: weakref.WeakSet[Optimizers] = weakref.WeakSet()
 _hook: list[Any] = []
 
 
+@_disable_dynamo
 def _meet_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for optimizers in list(_watching):
         optimizers.meet(optimizer)

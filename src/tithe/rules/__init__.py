@@ -16,7 +16,7 @@ from tithe.rules.lean.dispatch import Catch, Leanness, catch
 from tithe.rules.sparse import conv, conv_transpose, embedding, linear, norm
 from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
 from tithe.rules.table import Row, Table, table
-from tithe.rules.theta import Binding, FlatTheta, SharedTheta, theta_key
+from tithe.rules.theta import Binding, FlatTheta, SharedTheta, digest, theta_key
 
 __all__ = [
     "Binding",
@@ -42,6 +42,7 @@ __all__ = [
     "catch",
     "conv",
     "conv_transpose",
+    "digest",
     "dropout",
     "embedding",
     "fits",

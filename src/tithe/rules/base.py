@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tithe.errors import TitheError
 from tithe.rules.double_backward import differentiated, instead, mark, marked, missing, refusal, stand_in
+from tithe.rules.transforms import each_row
 
 _FLOPS_PER_BYTE = 16.0
 """Dense multiply-adds that take as long as moving one byte; 10 to 30 on the CPUs and GPUs we measured."""
@@ -88,6 +89,7 @@ class Rule(ABC):
         """Gradients of (x, dense bias, selected weight values, selected bias values); None where not asked for."""
 
 
+@each_row
 class Ruled(torch.autograd.Function):
     """A rule as autograd runs it: `apply(rule, x, weight, bias, theta_weight, theta_bias)`."""
 

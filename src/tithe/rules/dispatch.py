@@ -19,17 +19,22 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
 from tithe.errors import TitheError
 from tithe.rules.base import Rule, Ruled
+from tithe.rules.checkpoints import current_frame, hand_over
 from tithe.rules.double_backward import differentiated, missing, refusal
+from tithe.rules.functional import lifted, spread, swapped
 from tithe.rules.sparse.probes import Probe, SquareProbe
 from tithe.rules.table import CHANNELS, ENTRIES, SPARSE, WINGS, Handler, state
 from tithe.rules.theta import Binding
+from tithe.rules.transforms import each_row, transformed
 from tithe.selection import Channels, Selection
 
 _RULES = WINGS[SPARSE]
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
 _KEEP_OUTPUT = frozenset(
     f"{name}Backward0" for name in ("Relu", "Tanh", "Sigmoid", "Softmax", "LogSoftmax", "Exp", "Sqrt", "Rsqrt")
 )
@@ -105,8 +110,8 @@ class Served(NamedTuple):
             return NotImplemented
         if self.cast:
             x = autocast(x, to_float32=self.cast == "float32")
-        if of_weight is not None and by_channels:
-            of_weight.check_positions(x.numel() // max(x.shape[call.axis], 1))
+        if of_weight is not None and by_channels and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+            of_weight.note_positions(x.numel() // max(x.shape[call.axis], 1))
         rule = call.rule(x, of_weight, of_bias)
         if of_weight is not None and of_weight.probe is None and x is call.x and not torch.compiler.is_compiling():
             rule.held = outlives(x, of_weight)
@@ -178,6 +183,23 @@ def register(
     return enter
 
 
+_FIRST: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def asked_first(*operations: Callable[..., Any]) -> Callable[[Handler], Handler]:
+    """Send `operations` to a handler whether or not a gradient is recorded: those that write into the weight.
+
+    It returns the result, or NotImplemented to let the call go on.
+    """
+
+    def enter(handler: Handler) -> Handler:
+        _FIRST.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return enter
+
+
+@each_row
 class Graft(torch.autograd.Function):
     """The weight itself, with Sᵀ as its backward: `apply(weight, theta, selection)`."""
 
@@ -190,7 +212,7 @@ class Graft(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """The gradient of θ: ∇θ = Sᵀ ∇w."""
-        grad = ctx.selection.gather(grads[0])
+        grad = ctx.selection.gather(dense(grads[0]))
         if differentiated() and grads[0].requires_grad and not grad.requires_grad:
             (grad,) = missing((grad,), grads, partial(_unrecorded, ctx.selection))
         return None, grad, None
@@ -226,7 +248,7 @@ class ProbeGraft(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Hands the gradient to the probe."""
         if ctx.probe.hears:
-            ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(grads[0])
+            ctx.probe.stacked(grads[0]) if ctx.stacked else ctx.probe.whole(dense(grads[0]))
         return None, None, None, None
 
 
@@ -243,7 +265,11 @@ class Carrier(Tensor):
         weight = binding.weight.detach()
         if isinstance(weight, FakeTensor):  # it cannot become another subclass; `raw` answers for it
             weight = torch.empty_strided(weight.size(), weight.stride(), dtype=weight.dtype, device="meta")
-        carrier = torch.Tensor._make_subclass(cls, weight, False)
+        carrier = torch.Tensor._make_subclass(cls, weight, True)
+        with torch._C.DisableTorchFunctionSubclass():
+            carrier.register_post_accumulate_grad_hook(_passed_by)
+        if not isinstance(binding.weight, FakeTensor):
+            vars(carrier).update(vars(binding.weight))  # the scale of codes, a mark for an optimizer
         carrier.binding, carrier.owner, carrier.key = binding, owner, key
         carrier.memory = binding.weight.untyped_storage()._cdata
         carrier._is_param = True  # isinstance(module.weight, nn.Parameter) stays true
@@ -263,15 +289,40 @@ class Carrier(Tensor):
             if torch.compiler.is_compiling():
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
+            if func == _REQUIRES_GRAD:  # checkpointing asks it of weights that are handed over as arguments
+                return asking(args[0]) is not None or raw(args[0]).requires_grad
             return func(*_each(raw, args), **_each(raw, kwargs))
+        first = _FIRST.get(func)
+        if first is not None:
+            out = first(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if not torch.is_grad_enabled():
-            return func(*_each(raw, args), **_each(raw, kwargs))
+            return func(*_each(graft, args), **_each(graft, kwargs))
+        if not torch.compiler.is_compiling() and current_frame() is not None:
+            _each(_hand_over, (args, kwargs))
         handler = _RULES.get(func)
-        if handler is not None:
+        if handler is not None and not transformed():
             out = handler(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         return func(*_each(graft, args), **_each(graft, kwargs))
+
+    @property
+    def _local_tensor(self) -> Tensor:
+        """What fully_shard reads off a weight that it has sharded, before any hook of a plan can see the forward pass.
+
+        Raises:
+            TitheError: always, where the weight is sharded.
+        """
+        if hasattr(raw(self), "_local_tensor"):
+            raise TitheError(
+                self.binding.name,
+                found="a DTensor: the weight was sharded after a plan was attached",
+                expected="whole weights on every rank",
+                remedy="build the model anew, attach to it, and wrap it in DistributedDataParallel instead",
+            )
+        raise AttributeError("_local_tensor")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Carrier:
         from copy import deepcopy
@@ -282,12 +333,41 @@ class Carrier(Tensor):
         return Carrier, (self.binding, self.owner, self.key)
 
 
+def _passed_by(carrier: Carrier) -> None:
+    """Hand on a gradient that reached the carrier itself: θ gets it by graft.
+
+    A nested tensor, or another subclass that is asked first, may run an operation on the carrier's memory without
+    asking it. Where something else stood in the weight's or in θ's place, that was left out.
+
+    Raises:
+        TitheError: when it was.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        grad, carrier.grad = carrier.grad, None
+    if another(carrier) is not None or raw(carrier) is not carrier.binding.weight:
+        raise TitheError(
+            carrier.binding.name,
+            found="an operation of a tensor subclass, which passes by what functional_call put in the weight's place",
+            expected="operations on plain tensors",
+            remedy="hand plain tensors to functional_call: padded, instead of nested",
+        )
+    probe, create_graph = carrier.binding.probe, torch.is_grad_enabled()
+    if grad is None or not carrier.binding.active:
+        return
+    if probe is not None:
+        probe.alone(grad)
+        return
+    with torch.enable_grad():
+        weight = graft(carrier)
+    torch.autograd.backward(weight, grad, create_graph=create_graph)
+
+
 def raw(weight: Tensor) -> Tensor:
     """The parameter under a carrier, as its module holds it now; any other tensor as it is."""
     if not isinstance(weight, Carrier):
         return weight
-    if not torch.compiler.is_compiling():  # a block may be called apart from the model, whose hook commits otherwise
-        weight.binding.commit()
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        weight.binding.commit()  # a block may be called apart from the model, whose hook commits otherwise
     return cast(Tensor, weight.owner._parameters.get(weight.key, weight.binding.weight))
 
 
@@ -295,12 +375,39 @@ def graft(weight: Tensor) -> Tensor:
     """The parameter under a carrier with Sᵀ as its backward; any other tensor as it is."""
     if not isinstance(weight, Carrier):
         return weight
-    binding = asking(weight)
+    given = another(weight)
+    if given is not None:
+        return spread(raw(weight), given, weight.binding)
+    binding = asking(weight) if torch.is_grad_enabled() else None
     if binding is None:
         return raw(weight)
-    if binding.probe is not None:
-        return cast(Tensor, ProbeGraft.apply(raw(weight), binding.probe.anchor, binding.probe, binding.probe.expand))
+    probe = binding.probe
+    if torch._C._are_functorch_transforms_active():
+        return lifted(raw(weight), binding, partial(_gathered, binding.selection) if probe is None else probe.alone)
+    if probe is not None:
+        return cast(Tensor, ProbeGraft.apply(raw(weight), probe.anchor, probe, probe.expand))
     return cast(Tensor, Graft.apply(raw(weight), binding.asked, binding.selection))
+
+
+def another(weight: Any) -> Tensor | None:
+    """What `torch.func.functional_call` put in the place of a carrier's θ; None where nothing was."""
+    if not isinstance(weight, Carrier) or weight.binding.probe is not None or not weight.binding.selection.size:
+        return None
+    return swapped(weight.binding)
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as the strided tensor that selections read.
+
+    That of a table looked up with `sparse=True` is sparse; that of a masked tensor is masked, and none where it is.
+    """
+    if isinstance(grad, MaskedTensor):
+        return cast(Tensor, grad.to_tensor(0.0))
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _gathered(selection: Selection, grad: Tensor) -> Tensor:
+    return selection.gather(dense(grad))
 
 
 def asking(weight: Any) -> Binding | None:
@@ -308,9 +415,19 @@ def asking(weight: Any) -> Binding | None:
 
     A module whose parameter was swapped from outside (`torch.func.functional_call`) computes with what was swapped in.
     """
-    if not isinstance(weight, Carrier) or not weight.binding.active:
+    if not isinstance(weight, Carrier) or not weight.binding.active or _runs_stock(weight):
         return None
     return weight.binding if raw(weight) is weight.binding.weight else None
+
+
+def _hand_over(carrier: Tensor) -> Tensor:
+    hand_over(carrier)
+    return carrier
+
+
+def _runs_stock(weight: Carrier) -> bool:
+    """Whether the weight is scored by the gradients of torch's own operations."""
+    return weight.binding.probe is not None and weight.binding.probe.stock
 
 
 def _each(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -349,7 +466,9 @@ def needs_no_rule(weight: Any, bias: Any) -> bool:
 
     Then the stock operation runs; where everything is selected, training is stock training bit for bit.
     """
-    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight:
+    if not isinstance(weight, Carrier) or raw(weight) is not weight.binding.weight or _runs_stock(weight):
+        return True
+    if another(weight) is not None or another(bias) is not None:
         return True
     if weight.binding.probe is not None or not weight.binding.selection.whole:
         return False
@@ -376,6 +495,20 @@ def autocast(x: Tensor, *, to_float32: bool = False) -> Tensor:
     return x.to(torch.float32 if to_float32 else torch.get_autocast_dtype(kind))
 
 
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+def plain(x: Any) -> bool:
+    """Whether x is a dense tensor of torch's own kind, whose entries are what its memory holds.
+
+    No carrier or other subclass, which may mean something else by an operation; not nested, sparse or quantised; no
+    view that negates when it is read.
+    """
+    if type(x) not in _PLAIN or x.layout != torch.strided or x.is_nested or x.is_quantized:
+        return False
+    return torch.compiler.is_compiling() or not x.is_neg()
+
+
 def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
     """Whether x is an ordinary tensor of the dtype that the operation will compute in.
 
@@ -384,8 +517,8 @@ def fits(x: Any, weight: Tensor, *, cast: bool = True) -> bool:
         weight: the weight.
         cast: autocast reaches the operation; where it does not, ids and other numbers that are not real fit too.
     """
-    if not isinstance(x, Tensor) or isinstance(x, Carrier):
+    if not plain(x):
         return False
     if not cast:
-        return x.dtype == weight.dtype or not x.is_floating_point()
+        return x.dtype == weight.dtype or not (x.is_floating_point() or x.is_complex())
     return x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)

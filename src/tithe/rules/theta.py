@@ -50,6 +50,9 @@ class Binding:
     Args:
         name: the parameter's name in the model.
         weight: the real parameter; it keeps its key in `state_dict` and gets no gradient of its own.
+
+    Attributes:
+        home: the module and the key where θ is registered, and `functional_call` may put another tensor.
     """
 
     def __init__(self, name: str, weight: nn.Parameter) -> None:
@@ -60,12 +63,14 @@ class Binding:
         self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
         self.max_positions: int | None = None
+        self.seen_positions = 0
         self.counted = False
         self.probe: Probe | None = None
         self.common: CommonTheta | None = None
+        self.home: tuple[nn.Module, str] | None = None
         self.touch: Touch | None = None
         self.outlived: dict[torch.Size, bool] = {}
-        self._rest = _digest(weight.detach())  # of the entries that are not selected
+        self._rest = digest(weight.detach())  # of the entries that are not selected
         self._agreed(None)
 
     @property
@@ -85,19 +90,14 @@ class Binding:
             return True
         return (selection.groups, selection.transposed) == (groups, transposed)
 
-    def check_positions(self, positions: int) -> None:
-        """Refuse an input larger than the one that the selection's price was made for.
+    def note_positions(self, positions: int) -> None:
+        """Note an input larger than the one that the selection's price was made for; the plan says so after the step.
 
-        Raises:
-            TitheError: when `positions`, the values of one input channel, pass the limit.
+        Args:
+            positions: the values of one input channel.
         """
-        if self.max_positions is not None and positions > self.max_positions:
-            raise TitheError(
-                self.name,
-                found=f"{positions} values of each input channel",
-                expected=f"at most {self.max_positions}, for which the budget was priced",
-                remedy="put the largest batch first in data=, or run what needs no gradient under torch.no_grad()",
-            )
+        if self.max_positions is not None and positions > max(self.max_positions, self.seen_positions):
+            self.seen_positions = positions
 
     def saw(self, shape: torch.Size, outlived: bool) -> None:
         """Note in backward whether an input of this shape was alive without the rule, as a batch is that is held."""
@@ -122,7 +122,12 @@ class Binding:
     @property
     def version(self) -> int:
         """Rises with every change of θ that torch counts; not with one through `.data` or by a fused kernel."""
-        return (self.theta if self.common is None else self.common.parameter)._version
+        return self.parameter._version
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the optimizer holds: θ, or the parameter that it is a part of."""
+        return self.theta if self.common is None else self.common.parameter
 
     def select(self, selection: Selection) -> None:
         """Take over `selection`: θ keeps its identity and gets the weight's values there."""
@@ -143,9 +148,12 @@ class Binding:
 
     def follow(self) -> None:
         """Follow the weight to other memory, perhaps on another device."""
-        if self.selection.items.device != self.weight.device:
-            self.selection = self.selection.to(self.weight.device)
+        device = self.weight.device
+        if self.selection.items.device != device:
+            self.selection = self.selection.to(device)
             self.touch = self._touch()
+        if self._rest.device != device:
+            self._rest, self._digest = self._rest.to(device), self._digest.to(device)
 
     def _touch(self) -> Touch | None:
         selection = self.selection
@@ -206,18 +214,20 @@ class Binding:
             self.commit()
             return
         values = self.values
-        theta_changed, weight_changed = self.version != self._committed, self.weight._version != self._written
+        weight_changed = self.weight._version != self._written
         if values is None:
             if weight_changed:
                 self._note_written()
             return
+        # The version of a flat θ rises with a change of any part.
+        theta_changed = self.version != self._committed and not torch.equal(digest(values), self._digest)
         if theta_changed and not weight_changed:
             self.commit()
             return
         there = self.selection.gather(self.weight.detach())
         if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
             if not theta_changed and not weight_changed:  # through `.data`
-                theta_changed = not torch.equal(_digest(values), self._digest)
+                theta_changed = not torch.equal(digest(values), self._digest)
                 weight_changed = not theta_changed
             if theta_changed and weight_changed:
                 raise TitheError(
@@ -249,7 +259,7 @@ class Binding:
         if before is not None:
             changed = (_bits(self.weight.detach()) != _bits(before)).flatten().nonzero().flatten()
             self.moved = Coordinates(tuple(self.weight.shape), changed).union(self.moved)
-            self._rest = _digest(self.weight.detach()) - self._digest_selected()
+            self._rest = digest(self.weight.detach()) - self._digest_selected()
         elif self.weight._version != self._written:
             self.moved = self.selection.union(self.moved)
             self._note_written()
@@ -257,7 +267,7 @@ class Binding:
 
     def _note_written(self) -> None:
         """Note that torch counted writes into the weight: where they left other values, all of it has moved."""
-        rest = _digest(self.weight.detach()) - self._digest_selected()
+        rest = digest(self.weight.detach()) - self._digest_selected()
         if not torch.equal(rest, self._rest):
             self.moved, self._rest = Coordinates.everything(tuple(self.weight.shape)).to(self.weight.device), rest
         self.agree()
@@ -265,7 +275,7 @@ class Binding:
     def _digest_selected(self) -> Tensor:
         if not self.selection.size:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return _digest(self.selection.gather(self.weight.detach()))
+        return digest(self.selection.gather(self.weight.detach()))
 
     def agree(self) -> None:
         """Note that θ and the weight hold the same values now."""
@@ -273,7 +283,7 @@ class Binding:
 
     def _agreed(self, values: Tensor | None) -> None:
         self._committed, self._written = self.version, self.weight._version
-        self._digest = torch.zeros((), dtype=torch.int64) if values is None else _digest(values)
+        self._digest = torch.zeros((), dtype=torch.int64) if values is None else digest(values)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -284,7 +294,7 @@ def _bits(values: Tensor) -> Tensor:
     return values.view(_INTEGERS[values.element_size()])
 
 
-def _digest(values: Tensor) -> Tensor:
+def digest(values: Tensor) -> Tensor:
     """One number that another set of values is unlikely to share."""
     return _bits(values).sum(dtype=torch.int64)
 

@@ -2,6 +2,7 @@
 
 from tithe.scoring.channels import channel_norms, price_channels
 from tithe.scoring.likelihood import Likelihood
-from tithe.scoring.passes import Loss, Passes, check_loss
+from tithe.scoring.loss import Loss, check_loss
+from tithe.scoring.passes import Passes
 
 __all__ = ["Likelihood", "Loss", "Passes", "channel_norms", "check_loss", "price_channels"]

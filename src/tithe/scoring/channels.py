@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from tithe import distributed, ledger
@@ -16,10 +17,21 @@ from tithe.errors import TitheError, TitheWarning
 from tithe.rules import Binding
 from tithe.rules.sparse.channel_probes import ChannelProbe, Meter
 from tithe.rules.sparse.probes import deaf
-from tithe.scoring.passes import check_loss
+from tithe.scoring.loss import (
+    Loss,
+    adds_up,
+    all_zero_error,
+    check_depends,
+    check_loss,
+    compute_loss,
+    evaluation,
+    is_reentrant_cut,
+    quiet_loss,
+    reentrant_error,
+)
 from tithe.select.channel_costs import Layer
+from tithe.select.topk import check_finite
 
-Loss = Callable[[Any, Any], Tensor]
 _P = TypeVar("_P", Meter, ChannelProbe)
 
 
@@ -33,21 +45,25 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
         batch: its shapes are those the price is made for.
 
     Returns:
-        Name → layer, in the model's order; weights that are used in another way too are left out.
+        Name → layer, in the model's order; weights that are used in another way too are left out. On several ranks it
+        is the dearest price list of all: of the largest batch.
 
     Warns:
         TitheWarning: naming matrices that an operation without a rule for channels uses: they cannot be drawn from.
     """
     with _listening(bindings, {b.name: Meter(b.weight) for b in bindings}) as meters:
         try:
-            ledger.predict(model, lambda fakes: loss(model, fakes), batch)
+            ledger.predict(model, lambda fakes: check_loss(quiet_loss(loss, model, fakes), finite=False), batch)
         except TitheError:  # a forward pass that needs values, as routing to experts does
             for meter in meters.values():
                 meter.usages.clear()
-            with _quiet(model):
+            with evaluation(model):
                 with deaf(meters.values()):
-                    found = check_loss(loss(model, batch))
+                    found = check_loss(compute_loss(loss, model, batch))
                 found.backward()
+    unheard = [b.name for b in bindings if b.weight.dim() > 1 and not meters[b.name].heard]
+    if unheard and is_reentrant_cut(model, loss, batch):
+        raise reentrant_error(unheard[0])
     unruled = [b.name for b in bindings if _only_unruled(b, meters[b.name])]
     if unruled:
         named = ", ".join(unruled[:4]) + (" …" if len(unruled) > 4 else "")
@@ -81,7 +97,21 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
             weight_bytes=binding.weight.element_size(),
             value_bytes=first.itemsize,
         )
-    return layers
+    return _dearest(layers)
+
+
+def _dearest(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The same price list on every rank: each has seen a batch of its own, and all have to afford the choice."""
+    if distributed.world_size() == 1:
+        return layers
+    distributed.compare("the prices of channels", {name: f"{v.num_channels} channels" for name, v in layers.items()})
+    own = [(layer.positions, layer.per_sample, layer.flops) for layer in layers.values()]
+    lists = [json.loads(note) for note in distributed.exchange("the sizes of inputs", json.dumps(own))]
+    dearest: list[tuple[int, float, float]] = max(lists, key=lambda each: sum(positions for positions, *_ in each))
+    return {
+        name: dataclasses.replace(layer, positions=positions, per_sample=per_sample, flops=flops)
+        for (name, layer), (positions, per_sample, flops) in zip(layers.items(), dearest, strict=True)
+    }
 
 
 def channel_norms(
@@ -91,6 +121,7 @@ def channel_norms(
     loss: Loss,
     batches: Iterable[Any],
     samples: int,
+    or_else: str = "",
 ) -> dict[str, Tensor]:
     """Sum ‖∂L/∂W_c‖₂ over batches for every input channel c; only one layer's gradient exists at a time.
 
@@ -101,32 +132,43 @@ def channel_norms(
         loss: the mean loss over the samples of a batch.
         batches: the data; whole batches are read until they hold `samples` samples, over all ranks.
         samples: how many.
+        or_else: what could be done without norms, as the error for norms that are all zero ends.
 
     Returns:
         Name → (channels,), float32 or float64 as the weight.
 
     Raises:
-        TitheError: when there is no sample, or the loss is not a finite scalar with a gradient.
+        TitheError: when there is no sample, the loss is not a finite scalar with a gradient, a norm is not finite, or
+            all of them are zero.
     """
     scored = [b for b in bindings if b.name in layers]
     probes = {b.name: _probe(b, layers[b.name]) for b in scored}
     share = -(-samples // distributed.world_size())
-    seen = 0
-    with _listening(scored, probes), _quiet(model):
+    seen, summed, batch = 0, None, None
+    with _listening(scored, probes), evaluation(model):
         for batch in batches:
+            size = num_samples(batch)
+            if summed is None:
+                summed = adds_up(model, loss, [batch])
             for probe in probes.values():
-                probe.begin(num_samples(batch))
+                probe.begin(size)
             with deaf(probes.values()):
-                found = check_loss(loss(model, batch))
-            found.backward()
+                value = compute_loss(loss, model, batch)
+            if value.requires_grad:
+                (value / size if summed and size else value).backward()
             for probe in probes.values():
                 probe.end()
-            seen += num_samples(batch)
+            seen += size
             if seen >= share:
                 break
     if not seen:
         raise TitheError("data", found="no samples", expected="at least one batch", remedy="pass data= an iterable")
-    return {name: distributed.sum_(probe.norms) for name, probe in probes.items()}
+    distributed.meet("the gradient norms of channels")
+    norms = {name: check_finite(name, distributed.sum_(probe.norms)) for name, probe in probes.items()}
+    if not any(bool(norm.any()) for norm in norms.values()):
+        check_depends(model, loss, batch)
+        raise all_zero_error(model, next(iter(norms)), or_else)
+    return norms
 
 
 def _only_unruled(binding: Binding, meter: Meter) -> bool:
@@ -147,21 +189,3 @@ def _listening(bindings: Sequence[Binding], probes: dict[str, _P]) -> Generator[
     finally:
         for binding in bindings:
             binding.probe = None
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Generator[None]:
-    """Evaluation mode, gradients enabled for the probes alone; every flag as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True

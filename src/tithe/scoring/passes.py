@@ -1,34 +1,58 @@
-"""Score weights by passes over data: a whole batch at once if a rule can, else one sample at a time.
+"""Score weights by passes over data: several samples at once where a rule can, else one sample at a time.
 
-The sums of all scored weights at once would be a second model, so weights are scored in groups whose sums fit with
-a training step; each group is one pass over the samples.
+A pass over one sample is exact for any use of a weight. Passes over several are taken where that is cheaper, once two
+samples of the data have been scored together and one by one with the same result; a weight that turns out to mix
+samples later is scored again, one by one. The sums of all scored weights at once are a second model. Where memory or
+the saving of batches allows, weights are scored in groups whose sums are smaller; each group passes over the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tithe import distributed
-from tithe.batch import leaves, map_batch, num_samples, slice_batch
+from tithe.batch import leaves, num_samples, slice_batch, take_samples
 from tithe.errors import TitheError
-from tithe.ledger import measure
+from tithe.ledger import TransformError, measure
 from tithe.rules import Binding, Probe, SquareProbe, SumProbe
-from tithe.rules.sparse.probes import Listener, SampleProbe, deaf
+from tithe.rules.sparse.probes import FoldProbe, Listener, deaf
 from tithe.scoring.likelihood import Likelihood
+from tithe.scoring.loss import (
+    Loss,
+    adds_up,
+    all_zero_error,
+    check_depends,
+    check_loss,
+    compute_loss,
+    evaluation,
+    is_reentrant_cut,
+    is_sum,
+    reentrant_error,
+    say_sum,
+)
 
-Loss = Callable[[Any, Any], Tensor]
 Statistic = Literal["square", "sum"]
 
-_MICRO = 8
-"""Most samples of the largest batch to a backward pass: enough for dense products; of shorter ones more fit."""
+_MICRO, _LEAST = 8, 4
+"""Most samples of the largest batch to a pass: enough for dense products; of shorter ones more fit. Fewer than the
+least are scored one by one, by torch's own operations."""
+_FEW = 16
+"""Up to so many samples are scored one by one: to find out whether a batch may be scored at once costs as much."""
 _STEP = 0.7
 """What a step that trains part of a network keeps for backward, against what a pass that scores all of it keeps
 (measured on BERT-like encoders and ResNets)."""
+_PASS, _DENSE, _CALL = 64.0, 96.0, 2.5e6
+"""Positions that take as long as reading a weight in a pass, and as writing, squaring and adding its gradient in a loop
+over single samples; and multiplications that take as long as the calls for a weight in a pass, half of which the loop
+makes too (BERT-like encoders and ResNets, one thread)."""
+_SURE = 0.6
+"""Part of that loop's time that an estimate may take."""
 _AGREE = 1e-3
 """Relative difference at which a weight scored by batch is taken to mix samples, and is scored one by one instead."""
 _HEAPS = 0.75
@@ -37,28 +61,15 @@ _NOISE = 1e-9
 """Squares below this part of the largest are rounding (a key's bias has no gradient but that), and never picked."""
 
 
-def check_loss(value: Any, *, finite: bool = True) -> Tensor:
-    """Return `value` if it is a scalar that backward can start from; with `finite`, refuse NaN and infinity.
+class _Piece(NamedTuple):
+    """Samples of a batch that passes run together or one by one."""
 
-    Raises:
-        TitheError: when it is not a tensor, not a scalar, detached, or not finite.
-    """
-    if not isinstance(value, Tensor):
-        found = f"a {type(value).__name__}"
-    elif value.dim() != 0 and value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}"
-    elif not value.requires_grad:
-        found = "a tensor that no gradient flows through"
-    elif finite and not bool(torch.isfinite(value.detach()).all()):
-        found = f"a loss of {float(value.detach())}"
-    else:
-        return value
-    raise TitheError(
-        "loss",
-        found=found,
-        expected="a finite scalar computed from the model's output with gradients enabled",
-        remedy="return the mean loss itself: no .item(), no .detach(), no torch.no_grad(), no reduction='none'",
-    )
+    batch: Any
+    samples: list[int]
+
+    def take(self) -> Any:
+        """These samples as a batch."""
+        return take_samples(self.batch, self.samples)
 
 
 class Passes:
@@ -85,191 +96,355 @@ class Passes:
         head: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.model, self.bindings, self.loss, self.fisher = model, bindings, loss, fisher
-        self.head = head or {}
+        self._head, self._unheard = dict(head or {}), dict(head or {})
+        self._weights = {b.name: b.weight for b in bindings}
+        self._unreached = set(self._weights)
+        tables = {module._parameters["weight"] for module in model.modules() if isinstance(module, nn.Embedding)}
+        self._tables = {b.name for b in bindings if b.weight in tables}
         share = -(-samples // distributed.world_size())
         self.batches: list[Any] = []
+        have = 0
         for batch in batches:
             size = num_samples(batch)
-            have = sum(num_samples(b) for b in self.batches)
             if size:
                 self.batches.append(batch if have + size <= share else slice_batch(batch, 0, share - have))
-            if have + size >= share:
+            have += size
+            if have >= share:
                 break
         self.num_samples = sum(num_samples(b) for b in self.batches)
-        self._elements = 1.0
+        self._summed = self._whole_checked = False
         if not self.num_samples:
             raise TitheError(
                 "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
             )
+        self._largest = max(self.batches, key=_num_elements)
+        micro = min(_MICRO, num_samples(self._largest))
+        self._micro = micro if self.num_samples > _FEW and micro >= _LEAST else 1
 
-    def scores(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
+    def scores(self, statistic: Statistic, or_else: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
 
+        Args:
+            statistic: "square" or "sum".
+            or_else: what could be done without these scores, as the error for scores that are all zero ends.
+
         Raises:
-            TitheError: when a weight gets no gradient from any sample.
+            TitheError: when a weight gets no gradient from any of the data, or no weight gets one that is not zero.
         """
+        distributed.meet("the number of samples to score")
         total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
-        with self._evaluation():
-            for group in self._groups():
+        nothing = True
+        with evaluation(self.model), self._listening():
+            if statistic == "sum":
+                self._summed = adds_up(self.model, self.loss, self.batches)
+            for group in self._groups(statistic):
                 probes = self._squares(group) if statistic == "square" else self._sums(group)
+                for name, probe in probes.items():
+                    if probe.reached:
+                        self._unreached.discard(name)
                 for binding in _tables_last(group, probes):
-                    binding.probe = None
+                    distributed.meet(f"the score of {binding.name}")  # not of the group: ranks may group otherwise
                     score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
+                    nothing = nothing and not bool(score.any())
                     yield binding.name, score.abs_() if statistic == "sum" else score
+            self._check_reached()
+            if nothing:
+                raise self._all_zero(statistic, or_else)
 
-    def _groups(self) -> list[list[Binding]]:
-        """Return groups whose sums and a pass together need no more than a training step on the same batch.
+    def _groups(self, statistic: Statistic) -> list[list[Binding]]:
+        """Return groups of weights whose sums fit into memory together, and need no more than they have to.
 
-        Two samples are run with probes that only listen: what they save for backward, scaled to the batch, tells what
-        a training step keeps. The room is never less than an eighth of the weights, which bounds the number of passes.
-
-        Raises:
-            TitheError: when a weight gets no gradient.
+        All weights are one group where passes over single samples, or over few, are no cheaper than a loop that scores
+        all of them at once. Where batches are, weights are dealt to as many groups as make up for it, if the sums would
+        otherwise not fit beside a pass in what a training step on the same batch needs.
         """
-        batch = max(self.batches, key=_num_elements)
-        size = num_samples(batch)
-        few = slice_batch(batch, 0, min(2, size))
-        listeners = {b.name: Listener(b.weight) for b in self.bindings}
-        for binding in self.bindings:
-            binding.probe = listeners[binding.name]
-        with _listening(self.head) as missed:
-            saved = measure(lambda: self._backward(self.bindings, few)).kept / num_samples(few)
-        _check_reached([name for name, listener in listeners.items() if not listener.reached], "where")
-        _check_reached(missed, "head")
-        micro = max(1, min(_MICRO, size // 5))
-        self._elements = micro * _num_elements(batch) / size
-        limit = max(sum(b.weight.numel() * 4 for b in self.bindings) / 8, saved * (_STEP * size - micro))
-        scale = self.num_samples / num_samples(few)
+        need = {b.name: float(b.weight.numel() * _itemsize(b)) for b in self.bindings}
+        total = limit = sum(need.values())
+        if statistic == "square" and self._micro > 1 and self._num_affordable(0.0) > 1:
+            listeners = {b.name: Listener(b.weight) for b in self.bindings}
+            one = slice_batch(self._largest, 0, 1)
+            try:
+                saved = measure(lambda: self._backward(listeners, one, self._largest)).kept
+            except TransformError:  # more passes than need be, then
+                self._backward(listeners, one, self._largest)
+                saved = 0
+            for name, listener in listeners.items():
+                need[name] = min(listener.held * self.num_samples**_HEAPS, need[name]) or need[name]
+            size, total = num_samples(self._largest), sum(need.values())
+            limit = max(saved * (_STEP * size - self._micro), total / 8)
+            sizes = {name: self._weights[name].numel() for name in listeners}
+            met = sum(sizes[name] * listener.positions for name, listener in listeners.items()) / sum(sizes.values())
+            most = self._num_affordable(met)
+            while len(self._dealt(need, limit)) > most:
+                limit *= 1.05
+        return self._dealt(need, min(limit, max(_free_bytes(self.bindings[0].weight.device), total / 8)))
+
+    def _dealt(self, need: Mapping[str, float], limit: float) -> list[list[Binding]]:
+        """Weights in the model's order, as many to a group as stay within the limit."""
         groups: list[list[Binding]] = [[]]
         held = 0.0
         for binding in self.bindings:
-            listener = listeners[binding.name]
-            binding.probe = None
-            whole = binding.weight.numel() * listener.dtype.itemsize
-            need = min(listener.held * scale**_HEAPS, whole) if listener.held < whole else whole
-            if groups[-1] and held + need > limit:
+            if groups[-1] and held + need[binding.name] > limit * (1 + 1e-9):
                 groups.append([])
                 held = 0.0
             groups[-1].append(binding)
-            held += need
+            held += need[binding.name]
         return groups
 
-    def _sums(self, group: list[Binding]) -> dict[str, Probe]:
-        for binding in group:
-            binding.probe = SumProbe(binding.weight)
-        for batch in self.batches:
-            self._backward(group, batch)
-        return {b.name: _probe(b) for b in group}
+    def _num_affordable(self, positions: float) -> int:
+        """In how many groups weights can be scored in the time of a loop over single samples.
 
-    def _squares(self, group: list[Binding]) -> dict[str, Probe]:
-        for binding in group:
-            binding.probe = SquareProbe(binding.weight)
-        alone = self._mixing(group)
-        together = [b for b in group if b not in alone]
-        for binding in alone:
-            binding.probe = None
-        if together:
-            for batch in self.batches:
-                size = num_samples(batch)
-                micro = max(1, int(self._elements * size / max(_num_elements(batch), 1)))
-                for start in range(0, size, micro):
-                    self._backward(together, slice_batch(batch, start, min(start + micro, size)))
-        alone += [b for b in together if not _probe(b).separable]
-        probes = {b.name: _probe(b) for b in together}
-        for binding in together:
-            binding.probe = None
-        for binding in alone:
-            binding.probe = probes[binding.name] = SampleProbe(binding.weight)
-        if alone:
-            for batch in self.batches:
-                for n in range(num_samples(batch)):
-                    self._backward(alone, slice_batch(batch, n, n + 1))
+        Each group runs forward and the input gradient, 2 T positions a sample, and reads each weight in each pass; two
+        samples are run twice. The loop reads, writes, squares and adds a dense gradient for each sample besides.
+
+        Args:
+            positions: T, by which a weight is multiplied, the mean over weights; with 0 the most groups come out.
+        """
+        calls = _CALL * len(self._weights) / max(sum(weight.numel() for weight in self._weights.values()), 1)
+        num_passes = 3 + -(-self.num_samples // self._micro)
+        group = (self.num_samples + 2) * 2 * positions + num_passes * (_PASS + calls)
+        return max(1, int(_SURE * self.num_samples * (2 * positions + _DENSE + calls / 2) / group))
+
+    def _sums(self, group: list[Binding]) -> dict[str, Probe]:
+        probes: dict[str, Probe] = {b.name: SumProbe(b.weight) for b in group}
+        for batch in self.batches:
+            self._backward(probes, batch)
         return probes
 
-    def _mixing(self, group: list[Binding]) -> list[Binding]:
-        """The weights whose batched scores of two samples differ from the same two scored one by one.
+    def _squares(self, group: list[Binding]) -> dict[str, Probe]:
+        probes = {b.name: SquareProbe(b.weight) for b in group}
+        first = _unlike(self._largest) if self._micro > 1 else []
+        done = [_Piece(self._largest, [n]) for n in first]
+        losses = [self._backward(probes, piece.take(), self._largest) for piece in done]
+        together = bool(first) and self._agree(probes, first, losses)
+        rest = list(self._pieces(first, together))
+        while together and rest:
+            done.append(rest.pop(0))
+            self._backward(probes, done[-1].take(), done[-1].batch)
+            together = not any(probe.wrong for probe in probes.values())
+        probes |= self._anew(probes, done)
+        self._one_by_one(probes, rest)
+        probes |= self._anew(probes, [*done, *rest], by_rule=True)
+        return dict(probes)
+
+    def _anew(
+        self, probes: Mapping[str, SquareProbe], done: Sequence[_Piece], *, by_rule: bool = False
+    ) -> dict[str, SquareProbe]:
+        """New probes for weights of which what was added up is wrong, with the same samples scored one by one."""
+        anew: dict[str, SquareProbe] = {}
+        for name, probe in probes.items():
+            if probe.wrong:
+                anew[name] = SquareProbe(self._weights[name])
+                anew[name].reached, anew[name].by_rule = probe.reached, by_rule
+        if anew:
+            # A reentrant checkpoint gives nothing to a weight inside unless one below asks for a gradient too.
+            others = {name: Listener(weight) for name, weight in self._weights.items() if name not in anew}
+            self._one_by_one(anew, done, others if by_rule else {})
+        return anew
+
+    def _one_by_one(
+        self,
+        probes: Mapping[str, SquareProbe],
+        pieces: Iterable[_Piece],
+        others: Mapping[str, Listener] | None = None,
+    ) -> None:
+        """Score single samples, by torch's own operations where they do as well: tables hold touched rows alone."""
+        leaves = {name: p for name, p in probes.items() if not p.by_rule and name not in self._tables}
+        with _leaves(self._weights, leaves):
+            for piece in pieces:
+                for n in piece.samples:
+                    self._backward({**probes, **(others or {})}, slice_batch(piece.batch, n, n + 1), piece.batch)
+
+    def _pieces(self, scored: list[int], together: bool) -> Iterator[_Piece]:
+        """All samples but those of the largest batch that are scored already, as many at once as a pass runs."""
+        each = self._micro * _num_elements(self._largest) / num_samples(self._largest)
+        for batch in self.batches:
+            size = num_samples(batch)
+            left = [n for n in range(size) if batch is not self._largest or n not in scored]
+            micro = max(1, int(each * size / max(_num_elements(batch), 1))) if together else size
+            for start in range(0, len(left), micro):
+                yield _Piece(batch, left[start : start + micro])
+
+    def _agree(self, probes: Mapping[str, SquareProbe], pair: list[int], losses: list[float]) -> bool:
+        """Whether the scores of two samples at once are those of the same two one by one, which `probes` hold.
 
         It finds whatever makes samples inseparable: another axis than the first, a weight used twice, an operation
         without a rule, a loss that is not a mean over samples. A weight that neither sample reached is not proven.
         """
-        batch = max(self.batches, key=num_samples)
-        if num_samples(batch) < 2:
-            self._backward(group, batch)
-            for binding in group:
-                _probe(binding).clear()
-            return [b for b in group if not _probe(b).separable]
-        pair = _unlike(batch)
-        try:
-            self._backward(group, pair)
-        except (RuntimeError, ValueError, IndexError):
-            for binding in group:  # an expanded parameter did not fit where it is used
-                _probe(binding).expand = False
-            self._backward(group, pair)
-        both = {b.name: _probe(b).fold() for b in group}
-        separable = {b.name: _probe(b).separable for b in group}
-        for n in range(2):
-            self._backward(group, slice_batch(pair, n, n + 1))
-        apart = {b.name: _probe(b).fold() for b in group}
+        if not all(probe.separable and probe.reached for probe in probes.values()):
+            return False
+        both = take_samples(self._largest, pair)
+        folds: dict[str, FoldProbe] = {}
+        for expand in (True, False):  # an expanded parameter may not fit where it is used
+            for name, probe in probes.items():
+                folds[name] = FoldProbe(self._weights[name])
+                folds[name].expand = probe.expand = expand
+            try:
+                self._backward(folds, both, None, losses)
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            break
+        else:
+            return False
+        apart = {name: probe.fold() for name, probe in probes.items()}
         noise = _NOISE * max(float(sums.max()) for sums in apart.values())
-        mixing: list[Binding] = []
-        for binding in group:
-            one, two = apart[binding.name], both[binding.name]
-            agree = float((one - two).abs().max()) <= _AGREE * float(one.max()) + noise
-            if not separable[binding.name] or not agree or not one.any():
-                mixing.append(binding)
-        return mixing
+        for name, one in apart.items():
+            two = folds[name].folded
+            if two is None or not folds[name].separable or not one.any():
+                return False
+            if float((one - two).abs().max()) > _AGREE * float(one.max()) + noise:
+                return False
+        return True
 
-    def _backward(self, group: Sequence[Binding], batch: Any) -> None:
-        size = num_samples(batch)
-        if self.fisher == "true":
-            self._true_backward(group, batch, size)
-            return
-        for binding in group:
-            _probe(binding).begin(size)
-        with deaf(map(_probe, group)):
-            loss = check_loss(self.loss(self.model, batch))
-        (loss * size).backward()
-        for binding in group:
-            _probe(binding).end()
+    def _backward(
+        self, probes: Mapping[str, Probe], batch: Any, whole: Any = None, apart: Sequence[float] = ()
+    ) -> float:
+        """Run forward and backward on a batch while probes observe; returns the loss.
 
-    def _true_backward(self, group: Sequence[Binding], batch: Any, size: int) -> None:
-        for binding in group:
-            _probe(binding).begin(size)
-        with Likelihood() as likelihood, deaf(map(_probe, group)):
-            check_loss(self.loss(self.model, batch))
-        for root in likelihood.roots(size):
-            for binding in group:
-                _probe(binding).begin(size)
-            root.backward(retain_graph=True)
-            for binding in group:
-                _probe(binding).end()
-
-    @contextmanager
-    def _evaluation(self) -> Generator[None]:
-        """Evaluation mode, gradients enabled, and every flag and every .grad as it was afterwards."""
-        training = [module for module in self.model.modules() if module.training]
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
+        Args:
+            probes: name → probe, of the weights that are scored.
+            batch: the batch.
+            whole: the batch that it is a part of, or None.
+            apart: the losses of the batch's two samples, to find out whether the loss is their sum.
+        """
+        size, shapes = num_samples(batch), _shapes(batch)
+        for binding in self.bindings:
+            binding.probe = probes.get(binding.name)
+        for probe in probes.values():
+            probe.begin(size, shapes)
         try:
-            with torch.enable_grad():
-                yield
+            if self.fisher == "true":
+                return self._true_backward(probes, batch, size, shapes, whole)
+            with deaf(probes.values()):
+                loss = compute_loss(self.loss, self.model, batch, whole)
+            value = float(loss.detach())
+            if apart and not self._summed and is_sum(apart[0], apart[1], value):
+                self._summed = True
+                say_sum()
+            if loss.dim() and whole is not None and not self._whole_checked:  # of one sample alone, a vector of one
+                check_loss(self.loss(self.model, whole))
+                self._whole_checked = True
+            if loss.requires_grad:
+                (loss if self._summed else loss * size).backward()
+            self._end(probes)
+            return value
         finally:
             for binding in self.bindings:
                 binding.probe = None
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            for module in training:
-                module.training = True
+
+    def _end(self, probes: Mapping[str, Probe]) -> None:
+        with torch.no_grad():
+            for probe in probes.values():
+                probe.end()
+        for name in [name for name, parameter in self._unheard.items() if parameter.grad is not None]:
+            self._unheard.pop(name).requires_grad_(False).grad = None
+
+    def _true_backward(self, probes: Mapping[str, Probe], batch: Any, size: int, shapes: Hashable, whole: Any) -> float:
+        with Likelihood() as likelihood, deaf(probes.values()):
+            loss = compute_loss(self.loss, self.model, batch, whole)
+        for root in likelihood.roots(size):
+            for probe in probes.values():
+                probe.begin(size, shapes)
+            if root.requires_grad:
+                root.backward(retain_graph=True)
+            self._end(probes)
+        return float(loss.detach())
+
+    @contextmanager
+    def _listening(self) -> Generator[None]:
+        """Hear which parameters of the head gradients reach; their own `.grad` stays as it was."""
+        head = self._head
+        before = {name: parameter.grad for name, parameter in head.items()}
+        for parameter in head.values():
+            parameter.requires_grad_(True).grad = None
+        try:
+            yield
+        finally:
+            for name, parameter in head.items():
+                parameter.requires_grad_(False).grad = before[name]
+
+    def _check_reached(self) -> None:
+        """Refuse weights, and parameters of the head, that nothing in any rank's data reaches.
+
+        What no sample alone reaches may be reached by whole batches; it has a score of zero then.
+        """
+        for batch in self.batches:
+            if not self._unreached and not self._unheard:
+                break
+            listeners = {name: Listener(weight) for name, weight in self._weights.items()}
+            self._backward(listeners, batch)
+            self._unreached -= {name for name, listener in listeners.items() if listener.reached}
+        device = self.bindings[0].weight.device
+        for setting, names, missed in (
+            ("where", list(self._weights), self._unreached),
+            ("head", list(self._head), set(self._unheard)),
+        ):
+            self._refuse(_everywhere(names, missed, device), names, setting)
+
+    def _refuse(self, missed: list[str], names: list[str], setting: str) -> None:
+        if not missed:
+            return
+        if is_reentrant_cut(self.model, self.loss, self.batches[0]):
+            raise reentrant_error(missed[0])
+        check_depends(self.model, self.loss, self.batches[0])
+        more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
+        out = ", ".join(repr("!" + glob) for glob in _globs(missed, names))
+        also = f" and where=[…, {out}]" if setting == "head" else ""
+        raise TitheError(
+            missed[0],
+            found=f"no gradient for it from the loss of any of {self.num_samples} samples{more}",
+            expected="a weight that the loss depends on",
+            remedy=f"leave it out: {setting}=[…, {out}]{also}; or, where samples are routed, score more of them",
+        )
+
+    def _all_zero(self, statistic: Statistic, or_else: str) -> TitheError:
+        """Make the error for scores of which none is above zero, which would be picked by their order alone."""
+        if statistic == "square" and self._compares():
+            return TitheError(
+                "loss",
+                found="no gradient of any sample alone, though there is one of a whole batch",
+                expected="a loss that is a mean over the samples of a batch; this one compares them",
+                remedy='use a score that takes whole batches, as score="gradient" does',
+            )
+        return all_zero_error(self.model, self.bindings[0].name, or_else)
+
+    def _compares(self) -> bool:
+        batch = self._largest
+        if num_samples(batch) < 2:
+            return False
+        probes = {b.name: SumProbe(b.weight) for b in self.bindings}
+        self._backward(probes, batch)
+        return any(bool(probe.total().any()) for probe in probes.values())
 
 
-def _probe(binding: Binding) -> Probe:
-    assert binding.probe is not None, "a pass sets the probe of every weight it scores"
-    return binding.probe
+@contextmanager
+def _leaves(weights: Mapping[str, Tensor], probes: Mapping[str, SquareProbe]) -> Generator[None]:
+    """Hand probes the gradients of their weights, each as it arrives and one at a time."""
+
+    def hear(probe: SquareProbe) -> Callable[[Tensor], None]:
+        def heard(weight: Tensor) -> None:
+            if weight.grad is not None:
+                with torch.no_grad():
+                    probe.gradient(weight.grad)
+                weight.grad = None
+
+        return heard
+
+    handles: list[Any] = []
+    try:
+        for name, probe in probes.items():
+            probe.stock = True
+            handles.append(weights[name].requires_grad_(True).register_post_accumulate_grad_hook(hear(probe)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, probe in probes.items():
+            weights[name].requires_grad_(False)
+            probe.stock = False
 
 
-def _tables_last(group: list[Binding], probes: dict[str, Probe]) -> list[Binding]:
+def _tables_last(group: list[Binding], probes: Mapping[str, Probe]) -> list[Binding]:
     """Tables hold only touched rows until asked for; asked last, they never stand beside the other sums.
 
     Ranks keep the model's order: what each has touched differs, and they add up their sums one by one.
@@ -279,40 +454,63 @@ def _tables_last(group: list[Binding], probes: dict[str, Probe]) -> list[Binding
     return sorted(group, key=lambda b: probes[b.name].num_bytes < b.weight.numel())
 
 
-@contextmanager
-def _listening(head: Mapping[str, nn.Parameter]) -> Generator[list[str]]:
-    """Names of the head's parameters that no gradient reached in the meantime; their own `.grad` stays as it was."""
-    missed: list[str] = []
-    before = {name: parameter.grad for name, parameter in head.items()}
-    for parameter in head.values():
-        parameter.requires_grad_(True).grad = None
+def _free_bytes(device: torch.device) -> float:
+    """Memory that is free on a device; infinite where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
-        yield missed
-        missed += [name for name, parameter in head.items() if parameter.grad is None]
-    finally:
-        for name, parameter in head.items():
-            parameter.requires_grad_(False).grad = before[name]
+        return float(os.sysconf("SC_AVPHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return float("inf")
 
 
-def _check_reached(missed: list[str], setting: str) -> None:
-    if missed:
-        more = f" (nor for {len(missed) - 1} more tensors)" if len(missed) > 1 else ""
-        raise TitheError(
-            missed[0],
-            found=f"no gradient for it from the loss{more}",
-            expected="a weight that the loss depends on",
-            remedy=f"leave it out: {setting}=[…, {', '.join(repr('!' + name) for name in missed[:4])}]",
-        )
+def _everywhere(names: list[str], missed: set[str], device: torch.device) -> list[str]:
+    """Those of `names` that are missed on every rank."""
+    if not names:
+        return []
+    distributed.meet("what gradients reach")
+    reached = distributed.sum_(torch.tensor([name not in missed for name in names], device=device).int())
+    return [name for name, ranks in zip(names, reached.tolist(), strict=True) if not ranks]
 
 
-def _unlike(batch: Any) -> Any:
+def _globs(missed: list[str], names: list[str]) -> list[str]:
+    """Globs that match all of `missed` and no other of `names`: of whole modules where nothing else is in them."""
+    globs: list[str] = []
+    for name in missed:
+        path = name.split(".")
+        for depth in range(1, len(path)):
+            inside = [other for other in names if other.startswith(".".join(path[:depth]) + ".")]
+            if len(inside) > 1 and set(inside) <= set(missed):
+                name = ".".join(path[:depth]) + ".*"
+                break
+        if name not in globs:
+            globs.append(name)
+    return globs
+
+
+def _itemsize(binding: Binding) -> int:
+    return 8 if binding.weight.dtype == torch.float64 else 4
+
+
+def _shapes(batch: Any) -> Hashable:
+    """The shapes of a batch's samples; samples of one shape bring a layer that sees all of them as many rows."""
+    size = num_samples(batch)
+    return tuple(tuple(leaf.shape[1:] if leaf.shape[:1] == (size,) else leaf.shape) for leaf in leaves(batch))
+
+
+def _unlike(batch: Any) -> list[int]:
     """Two samples of a batch, those with the fewest and the most non-zero entries: the shortest and the longest."""
     size = num_samples(batch)
-    counts = sum((leaf.reshape(size, -1) != 0).sum(1).cpu() for leaf in leaves(batch))
-    assert isinstance(counts, Tensor), "a batch has at least one tensor"
-    low, high = int(counts.argmin()), int(counts.argmax())
-    return map_batch(lambda leaf: leaf[[low, high if high != low else (low + 1) % size]], batch)
+    counts = [
+        sum(
+            int((leaf.values() if leaf.is_nested else leaf).count_nonzero())
+            for leaf in leaves(slice_batch(batch, n, n + 1))
+        )
+        for n in range(size)
+    ]
+    low, high = counts.index(min(counts)), counts.index(max(counts))
+    return [low, high if high != low else (low + 1) % size]
 
 
 def _num_elements(batch: Any) -> int:
-    return sum(leaf.numel() for leaf in leaves(batch))
+    return max(sum(leaf.numel() for leaf in leaves(batch)), 1)

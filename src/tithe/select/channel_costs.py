@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Layer:
     def elements(self) -> float:
         """Return the paper's cost of a channel, C'·D² + H·W."""
         return self.weights + self.per_sample
+
+    def for_positions(self, positions: int) -> Layer:
+        """Return the price for a batch with so many values of a channel's input, where that is more."""
+        if positions <= self.positions:
+            return self
+        return replace(self, positions=positions, flops=self.flops * positions / self.positions)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def top_k(scores: Iterable[tuple[str, Tensor]], k: int, sizes: Mapping[str, int]
     values, places = torch.empty(0), torch.empty(0, dtype=torch.int64)
     least = -math.inf
     for name, score in scores:
-        flat = _finite(name, score)
+        flat = check_finite(name, score).reshape(-1)
         local = (flat >= least).nonzero().flatten() if least > -math.inf else largest(flat, k)
         values = torch.cat([values.to(flat), flat[local]])
         places = torch.cat([places.to(local), local + starts[name]])
@@ -79,7 +79,7 @@ def _cut(values: Tensor, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the `counts[name]` largest scores of each tensor; ties by index."""
-    return {name: largest(_finite(name, score), counts[name]) for name, score in scores}
+    return {name: largest(check_finite(name, score).reshape(-1), counts[name]) for name, score in scores}
 
 
 def share(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -99,19 +99,20 @@ def share(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
     return shares
 
 
-def _finite(name: str, score: Tensor) -> Tensor:
-    flat = score.reshape(-1)
-    if not math.isfinite(
-        float(flat.sum(dtype=torch.float64))
-    ):  # a sum holds nothing of the scores' size, isfinite does
-        bad = math.prod(flat.shape) - int(torch.isfinite(flat).sum())
+def check_finite(name: str, score: Tensor) -> Tensor:
+    """Return scores as they are where all of them are finite.
+
+    Raises:
+        TitheError: naming the tensor of which some are not.
+    """
+    if not math.isfinite(float(score.sum(dtype=torch.float64))):  # needs nothing of the scores' size, isfinite does
         raise TitheError(
             name,
-            found=f"{bad} scores that are not finite",
+            found=f"{score.numel() - int(torch.isfinite(score).sum())} scores that are not finite",
             expected="finite scores",
             remedy="check the loss for NaN or overflow; score a float16 model in float32 or bfloat16",
         )
-    return flat
+    return score
 
 
 def under_budget(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tithe
@@ -22,6 +21,7 @@ from tithe.app.demo.network import WIDTH, Digits
 from tithe.app.demo.trainee import BATCH_SIZE, Course, Trainee, optimizer_bytes, trained_weights
 from tithe.app.dense import Dense
 from tithe.app.terminal import Bar
+from tithe.delta.file import write_tensors
 from tithe.errors import TitheError
 
 RATES = (3e-3, 1e-2, 3e-2)
@@ -133,7 +133,7 @@ def race(contestants: Sequence[Contestant], folder: Path, *, length: Length, see
     """
     first, second = tasks()
     base = _pretrain(first, length.pretraining, seed, bar)
-    save_file(dict(base.named_parameters()), folder / "base.safetensors")
+    write_tensors(folder / "base.safetensors", dict(base.named_parameters()), {})
     tuned = [_tune(contestant, base, second, folder, length, seed, bar) for contestant in contestants]
     bar.phase("measuring bytes and seconds of a step")
     batch = next(second.epochs(BATCH_SIZE, seed))[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from tithe.app import terminal
 from tithe.app.demo import report
 from tithe.app.demo.contestants import CONTESTANTS
 from tithe.app.demo.race import FULL, QUICK, race
-from tithe.errors import TitheError
+from tithe.files import staging, writing
 
 
 def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -39,18 +38,9 @@ def run(output: Path, *, seed: int = 0, quick: bool = False, console: Console | 
     """
     console = terminal.console() if console is None else console
     length = QUICK if quick else FULL
-    try:
+    with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=".demo-", dir=output)
-    except OSError as error:
-        raise TitheError(
-            str(output),
-            found=error.strerror or str(error),
-            expected="a folder that can be written to",
-            remedy="name another with --output",
-        ) from error
-    with staging as name, torch.random.fork_rng(devices=()), _one_thread():
-        folder = Path(name)
+    with writing(output), staging(output / "demo") as folder, torch.random.fork_rng(devices=()), _one_thread():
         with terminal.Bar(console, length.steps(CONTESTANTS)) as bar:
             results = race(CONTESTANTS, folder, length=length, seed=seed, bar=bar)
         report.figure(results, folder / "demo.png")

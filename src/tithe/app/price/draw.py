@@ -25,28 +25,24 @@ class Drawn(tithe.FISH):
         return False
 
     def choose(self, context: SelectionContext) -> dict[str, tithe.Coordinates]:
-        """The same part of each tensor."""
+        """The same part of each tensor; of tensors of one shape, the same places."""
         generator = torch.Generator().manual_seed(context.seed)
         counts = share(self.num_selected(context), context.sizes)
-        return {
-            name: tithe.Coordinates(shape, draw(context.sizes[name], counts[name], generator))
-            for name, shape in context.shapes.items()
-        }
+        drawn: dict[tuple[tuple[int, ...], int], tithe.Coordinates] = {}
+        for name, shape in context.shapes.items():
+            if (shape, counts[name]) not in drawn:
+                places = draw(context.sizes[name], counts[name], generator)
+                drawn[shape, counts[name]] = tithe.Coordinates(shape, places)
+        return {name: drawn[shape, counts[name]] for name, shape in context.shapes.items()}
 
 
 def draw(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `size`, ascending, in memory of the order of the fewer of drawn and left out.
+    """Draw one number from each of `count` equal parts of those below `size`: all different, and ascending.
 
     Example:
         >>> draw(5, 5, torch.Generator())
         tensor([0, 1, 2, 3, 4])
     """
-    if 2 * count > size:
-        left = torch.ones(size, dtype=torch.bool)
-        left[draw(size, size - count, generator)] = False
-        return left.nonzero().flatten()
-    found = torch.empty(0, dtype=torch.int64)
-    while found.numel() < count:
-        more = torch.randint(size, (2 * (count - found.numel()) + 8,), generator=generator)
-        found = torch.cat([found, more]).unique()
-    return found[torch.randperm(found.numel(), generator=generator)[:count]].sort().values
+    edges = torch.arange(count + 1, dtype=torch.int64) * size // max(count, 1)
+    start, length = edges[:-1], edges.diff()
+    return start + (torch.rand(count, dtype=torch.float64, generator=generator) * length).long().clamp_max(length - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -78,7 +77,7 @@ def price(
                 fit = stall.fit(memory, row)
                 if offer.budgeted and fit.micro_batch:
                     progress(f"{offer.name}: selection", place * looks + 2, len(methods) * looks)
-                    fit = dataclasses.replace(fit, fraction=stall.fraction(memory, min(batch, fit.micro_batch)))
+                    fit = dataclasses.replace(fit, fraction=stall.fraction(memory, row, fit))
                 row = dataclasses.replace(row, fit=fit)
             rows.append(row)
         except TitheError as error:
@@ -98,16 +97,26 @@ def price(
     )
 
 
-def largest(cost: Callable[[int], int], limit: int, most: int) -> int:
+def largest(cost: Callable[[int], int], limit: int, most: int, guess: int = 1) -> int:
     """Find the largest n in [0, most] with cost(n) ≤ limit, where costs grow with n; n = 0 costs nothing.
 
-    What is found was looked at; where it is 0, so was 1.
+    What is found was looked at, and so was the next; a guess that is right takes no other look.
 
     Example:
         >>> largest(lambda n: 100 + 7 * n, 1000, most=10**6)
         128
     """
-    return bisect.bisect_right(range(1, most + 1), limit, key=cost)
+    fits, fails, stride = 0, most + 1, 1
+    at = min(max(guess, 1), most)
+    while fails - fits > 1:
+        if cost(at) <= limit:
+            fits, at = at, min(at + stride, fails - 1)
+        else:
+            fails, at = at, max(at - stride, fits + 1)
+        stride *= 2
+        if fits and fails <= most:  # it is between the two
+            at = (fits + fails) // 2
+    return fits
 
 
 def _check(batch: int, methods: Sequence[str]) -> None:
@@ -155,6 +164,9 @@ class _Stall:
             peaks[site.num_samples] = quote.peak
             return quote.peak
 
+        # What is kept and what an operation needs grow with the batch, about; the rest stays.
+        fixed = whole.weights + whole.theta + whole.index + whole.optimizer + whole.gradients
+        guess = int(batch * (memory - fixed) / max(whole.peak - fixed, 1))
         if self.offer.per_batch and self.site.terms.budget.bytes is not None:
 
             def cost(n: int) -> int:
@@ -162,15 +174,18 @@ class _Stall:
                 with self._prepared(site) as setup:
                     return look(site, setup)
 
-            best = largest(cost, memory, batch - 1)
+            best = largest(cost, memory, batch - 1, guess)
         else:
             with self._prepared(self.site) as setup:
-                best = largest(lambda n: look(dataclasses.replace(self.site, num_samples=n), setup), memory, batch - 1)
+                best = largest(
+                    lambda n: look(dataclasses.replace(self.site, num_samples=n), setup), memory, batch - 1, guess
+                )
         steps = -(-batch // best) if best else 0
         return Fit(micro_batch=best, steps=steps, peak=peaks[max(best, 1)])
 
-    def fraction(self, memory: int, num_samples: int) -> float | None:
-        """The largest of a few round fractions that fits with this micro-batch."""
+    def fraction(self, memory: int, whole: Quote, fit: Fit) -> float | None:
+        """The largest of a few round fractions that fits with the micro-batch that was found to fit."""
+        num_samples = min(self.site.num_samples, fit.micro_batch)
         total = sum(p.numel() for p in self.site.model.parameters())
         each = (2 + self.optimizer.states) * self.site.subject.dtype.itemsize + 8
 
@@ -188,7 +203,8 @@ class _Stall:
                     return 0  # it leaves nothing beside the head
             return least
 
-        best = largest(cost, memory, len(_FRACTIONS))
+        more = [fit.peak + (fraction * total - whole.trained) * each for fraction in _FRACTIONS]
+        best = largest(cost, memory, len(_FRACTIONS), sum(size <= memory for size in more))
         return _FRACTIONS[best - 1] if best else None
 
     @contextmanager

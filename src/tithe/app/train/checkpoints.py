@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tithe.delta.fingerprint import digest
 from tithe.errors import TitheError
+from tithe.files import replacing, writing
 
-_VERSION = 2
+_VERSION = 3
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -110,65 +113,122 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """The steps there is a whole checkpoint of, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir())
+        """The steps there is a whole checkpoint of, ascending; a folder that lacks a file is none."""
+        return sorted(_step(path) for path in self.folder.glob("step-*") if _is_whole(path))
 
     def path(self, step: int) -> Path:
         """The folder of one checkpoint."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, state: Mapping[str, Any], best: int | None) -> Path:
-        """Write a checkpoint beside its place, move it there in one operation, and drop the old ones but the best."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a checkpoint beside its place, move it there in one operation, and drop the old ones but the best.
+
+        Raises:
+            TitheError: it cannot be written; the ones before are as they were.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         tensors, data = flatten(state)
         # safetensors writes shared memory once and refuses the second name: each tensor gets its own.
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-        partial, path = self.folder / f"partial-{step:08d}", self.path(step)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        safetensors.torch.save_file(tensors, partial / _TENSORS)
-        (partial / _STATE).write_text(json.dumps({"version": _VERSION, "state": data}), encoding="utf-8")
-        for file in (partial / _TENSORS, partial / _STATE):
-            _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        _flush(self.folder)
-        for old in self.steps()[: -self.keep]:
-            if old != best:
-                shutil.rmtree(self.path(old))
+        path, sums = self.path(step), {name: digest(name, tensor) for name, tensor in tensors.items()}
+        content = {"version": _VERSION, "digest": _sum(data, sums), "tensors": sums, "state": data}
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with replacing(path, folder=True, overwrite=True, num_bytes=num_bytes) as partial:
+            partial.mkdir()
+            safetensors.torch.save_file(tensors, partial / _TENSORS)
+            (partial / _STATE).write_text(json.dumps(content), encoding="utf-8")
+        with writing(self.folder):
+            for old in self.steps()[: -self.keep]:
+                if old != best:
+                    self._drop(self.path(old))
         return path
+
+    def recover(self) -> None:
+        """Clear up after a process that was killed: put in place what it had written, remove what it had not.
+
+        Only the one process that writes here may call it.
+        """
+        with writing(self.folder):
+            for found in sorted([*self.folder.glob("partial-*"), *self.folder.glob(".step-*.tmp/step-*")]):
+                step = _step(found)
+                if step < 0 or _is_whole(self.path(step)):
+                    continue
+                try:
+                    _read(found, "")
+                except TitheError:
+                    continue
+                if self.path(step).exists():
+                    self._drop(self.path(step))
+                os.replace(found, self.path(step))
+            for rest in [*self.folder.glob("partial-*"), *self.folder.glob(".step-*.tmp"), *self.folder.glob(".old-*")]:
+                shutil.rmtree(rest, ignore_errors=True)
+
+    def _drop(self, path: Path) -> None:
+        """Remove a checkpoint; at no time does a part of one bear the name of a whole."""
+        aside = path.with_name(f".old-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def load(self, step: int) -> dict[str, Any]:
         """Read the checkpoint of one step.
 
         Raises:
-            TitheError: a file is missing or damaged, or comes from another version of the library.
+            TitheError: a file is missing, damaged or was edited, or comes from another version of the library.
         """
-        path = self.path(step)
-        try:
-            content = json.loads((path / _STATE).read_text(encoding="utf-8"))
-            tensors = safetensors.torch.load_file(path / _TENSORS)
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise TitheError(
-                str(path),
-                found=str(error),
-                expected="a whole checkpoint",
-                remedy="delete this folder and resume from the one before",
-            ) from error
-        if content.get("version") != _VERSION:
-            raise TitheError(
-                str(path),
-                found=f"version {content.get('version')}",
-                expected=f"version {_VERSION}",
-                remedy="resume it with the version of tithe that wrote it, or start anew in another output folder",
-            )
-        return unflatten(tensors, content["state"])
+        path, earlier = self.path(step), [other for other in self.steps() if other < step]
+        remedy = f"restore it, or delete {path} "
+        remedy += f"and resume from step {earlier[-1]}" if earlier else "and start anew in another output folder"
+        return _read(path, remedy)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _step(path: Path) -> int:
+    """The step that the name of a folder says; -1 for a name of another kind."""
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_whole(path: Path) -> bool:
+    return _step(path) >= 0 and (path / _TENSORS).is_file() and (path / _STATE).is_file()
+
+
+def _sum(data: object, sums: object) -> str:
+    """A checksum of all that is no tensor, and of the tensors' own."""
+    return blake2b(json.dumps([_VERSION, sums, data]).encode(), digest_size=8).hexdigest()
+
+
+def _read(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a checkpoint and check every byte of it that counts.
+
+    Args:
+        path: the folder.
+        remedy: what to do where it is damaged.
+
+    Raises:
+        TitheError: naming the folder or the file.
+    """
+
+    def damaged(place: Path, found: str) -> TitheError:
+        return TitheError(str(place), found=found, expected="a whole checkpoint", remedy=remedy)
+
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        content = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        tensors = safetensors.torch.load_file(path / _TENSORS)
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise damaged(path / _STATE, f"a {type(content).__name__}")
+    told = cast(dict[str, Any], content)
+    if told.get("version") != _VERSION:
+        raise TitheError(
+            str(path),
+            found=f"version {told.get('version')}",
+            expected=f"version {_VERSION}",
+            remedy="resume it with the version of tithe that wrote it, or start anew in another output folder",
+        )
+    if told.get("digest") != _sum(told.get("state"), told.get("tensors")):
+        raise damaged(path / _STATE, "content that was changed after it was written")
+    if {name: digest(name, tensor) for name, tensor in tensors.items()} != told["tensors"]:
+        raise damaged(path / _TENSORS, "values that were changed after they were written")
+    return unflatten(tensors, told["state"])

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import math
-import os
 import signal
 import time
 from typing import Any, cast, final
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tithe
+from tithe import distributed
 from tithe.app.terminal import Bar
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
@@ -40,6 +40,7 @@ from tithe.app.train.setup import (
     attach,
     check_output,
     check_writable,
+    compare_ranks,
     find_method,
     load_state,
     make_accelerator,
@@ -73,20 +74,28 @@ class Run:
 
     def __init__(self, recipe: Recipe, *, resume: bool, console: Console) -> None:
         self.recipe = recipe
+        self.accelerator = make_accelerator(recipe)
+        with distributed.together("the start of the run"):
+            self._prepare(resume, console)
+
+    def _prepare(self, resume: bool, console: Console) -> None:
+        recipe = self.recipe
         check_writable(recipe)
         self.checkpoints = Checkpoints(recipe.output / "checkpoints")
-        steps = self.checkpoints.steps()
         if not resume:
-            check_output(recipe, steps)
+            check_output(recipe, self.checkpoints.steps())
         find_model(recipe)
         find_method(recipe)
-        main = os.environ.get("RANK", "0") == "0"
-        with Bar(console if main else None, patience=2.0) as bar:
+        with Bar(console if self.accelerator.is_main_process else None, patience=2.0) as bar:
             self.examples = read_examples(recipe, bar.count)
-            for note in self.examples.notes if main else ():
+            for note in self.examples.notes if self.accelerator.is_main_process else ():
                 bar.say(note)
-        self.accelerator = make_accelerator(recipe)
         world = self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            self.checkpoints.recover()
+        self.accelerator.wait_for_everyone()
+        steps = self.checkpoints.steps()
+        compare_ranks(recipe, self.examples, steps)
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
         self.console = console if self.accelerator.is_main_process else None
         self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
@@ -191,10 +200,12 @@ class Run:
             self.recipe.output,
             total=self.total_steps,
             done=at.step,
+            lines=at.logged,
             every=run.log_every,
             device=self.accelerator.device,
             console=self.console,
         )
+        self._reporter = reporter
         with reporter, self._signals.caught():
             self._show_draw(reporter, new=at.step == 0)
             if at.step == 0:
@@ -461,6 +472,7 @@ class Run:
         world, mine = self.accelerator.num_processes, random_state()
         everyone = cast(list[Any], gather_object([mine])) if world > 1 else [mine]
         if self.accelerator.is_main_process:
+            self.position.logged = self._reporter.flushed()
             state = {
                 "recipe": self.recipe.settings(),
                 "data": self.examples.fingerprint(),

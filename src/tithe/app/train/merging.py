@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import tithe
 from tithe.app.train.recipe import parse_recipe
 from tithe.errors import TitheError
+from tithe.files import staging, writing
 
 TASK, NUM_LABELS, LABELS = "task", "num_labels", "labels"
 
@@ -32,7 +33,7 @@ def merge_deltas(base: str, deltas: Sequence[Path], output: Path, *, overwrite: 
         overwrite: let later deltas win where two write the same entry.
 
     Raises:
-        TitheError: a file is missing or damaged, the base is another, or the output exists.
+        TitheError: a file is missing or damaged, the base is another, or the output exists or cannot be written.
     """
     if not deltas:
         raise TitheError("merge", found="no delta", expected="at least one", remedy="name the deltas after the base")
@@ -50,7 +51,9 @@ def merge_deltas(base: str, deltas: Sequence[Path], output: Path, *, overwrite: 
     }
     network = load(parse_recipe(settings), int(info.metadata[NUM_LABELS]))
     network.set_labels(json.loads(info.metadata[LABELS]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merge-") as folder:
-        network.save(Path(folder))
-        return tithe.merge(folder, list(deltas), output, overwrite=overwrite)
+    output = Path(os.path.abspath(output))
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staging(output) as folder:
+            network.save(folder)
+            return tithe.merge(folder, list(deltas), output, overwrite=overwrite)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +14,13 @@ import torch
 from rich.console import Console
 
 from tithe.app.terminal import Bar
+from tithe.files import NotWrittenError, writing
+
+_PATIENCE = 30.0
+"""Seconds until TensorBoard sees what was logged."""
+
+_NEVER = 10**9
+"""Seconds until the board's own thread would write: what goes wrong there could not be told."""
 
 
 class Reporter:
@@ -20,24 +30,39 @@ class Reporter:
         folder: the run's folder: `log.jsonl` and `tensorboard/` go there.
         total: number of steps of the run.
         done: number of steps finished before (of a resumed run).
+        lines: of the log that were written before the checkpoint that a run goes on from.
         every: steps between two lines of the log.
         device: whose memory is shown.
         console: where to; None on other processes.
     """
 
     def __init__(
-        self, folder: Path, *, total: int, done: int, every: int, device: torch.device, console: Console | None
+        self,
+        folder: Path,
+        *,
+        total: int,
+        done: int,
+        lines: int,
+        every: int,
+        device: torch.device,
+        console: Console | None,
     ) -> None:
         self._console, self._total, self._every = console, total, every
-        self._log, self._loss, self._metric = folder / "log.jsonl", 0.0, ""
+        self._folder, self._log, self._lines = folder, folder / "log.jsonl", 0
+        self._loss, self._metric = 0.0, ""
         self._bar = Bar(console, total, done=done, device=device)
         if console is None:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        _cut(self._log, done)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        with writing(self._log):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lines = _cut(self._log, lines)
+        with writing(folder / "tensorboard"):
+            _check_room(folder / "tensorboard")
+            purge = done + 1 if done else None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=_NEVER)
+        self._shown = time.monotonic()
 
     def __enter__(self) -> Reporter:
         self._bar.__enter__()
@@ -47,7 +72,11 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.__exit__(kind, error, trace)
-        if self._console is not None:
+        if self._console is None:
+            return
+        # The board of a run that ends in an error ends too; what it says then is not what went wrong.
+        kept = contextlib.nullcontext() if error is None else contextlib.suppress(NotWrittenError)
+        with kept, writing(self._folder / "tensorboard"):
             self._board.close()
 
     def say(self, text: str) -> None:
@@ -85,11 +114,24 @@ class Reporter:
             self._write(kind, step, {name: value for name, value in values.items() if not isinstance(value, str)})
 
     def _write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        with self._log.open("a", encoding="utf-8") as file:
+        with writing(self._log), self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{split}/{name}", value, step)
+        self._lines += 1
+        with writing(self._folder / "tensorboard"):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{split}/{name}", value, step)
+            if time.monotonic() - self._shown > _PATIENCE:
+                self._board.flush()
+                self._shown = time.monotonic()
+
+    def flushed(self) -> int:
+        """Let the log outlive a power cut; return how many lines it has, for a checkpoint to remember."""
+        if self._console is None or not self._log.exists():
+            return self._lines
+        with writing(self._log), self._log.open("rb") as file:
+            os.fsync(file.fileno())
+        return self._lines
 
 
 def read_log(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -99,13 +141,22 @@ def read_log(folder: Path, split: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if entry["split"] == split]
 
 
-def _cut(log: Path, done: int) -> None:
-    """Forget what was logged after the checkpoint that a run goes on from, and a line that a crash cut short."""
-    kept: list[str] = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    log.write_text("".join(kept), encoding="utf-8")
+def _check_room(folder: Path) -> None:
+    """Write a little and remove it: the board's own thread writes its first lines, and cannot say what went wrong."""
+    folder.mkdir(exist_ok=True)
+    room = folder / ".room"
+    try:
+        room.write_bytes(bytes(4096))
+    finally:
+        room.unlink(missing_ok=True)
+
+
+def _cut(log: Path, lines: int) -> int:
+    """Forget what was logged after the checkpoint that a run goes on from; return how many lines are left."""
+    if not log.exists():
+        return 0
+    kept = log.read_bytes().splitlines(keepends=True)[:lines]
+    if kept and not kept[-1].endswith(b"\n"):
+        kept.pop()
+    os.truncate(log, sum(map(len, kept)))
+    return len(kept)

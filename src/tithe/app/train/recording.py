@@ -10,8 +10,8 @@ from torch import nn
 
 import tithe
 from tithe.app.train.recipe import Recipe
-from tithe.averages.recorder import is_full
 from tithe.errors import TitheError, TitheWarning
+from tithe.files import NotWrittenError, is_full, writing
 
 FOLDER = "history"
 
@@ -71,10 +71,11 @@ class Recording:
         """
         if self._history is not None:
             return self._history.record(model, step)
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             trainee.save(self.folder / f"{step:08d}.safetensors", metadata={})
-        except Exception as error:
+        except NotWrittenError as error:
             if not is_full(error):
                 raise
             if not self._full:

@@ -21,8 +21,8 @@ from tithe.app.train.merging import describe
 from tithe.app.train.position import bill, drawn
 from tithe.app.train.progress import read_log
 from tithe.app.train.recording import recorded_steps
-
-_PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
+from tithe.app.train.setup import PACKAGES
+from tithe.files import replacing
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -38,12 +38,14 @@ def finish(run: Run) -> dict[str, Any]:
         num_labels = run.recipe.model.num_labels or max(1, len(labels))
         widths = None if at.average is None else at.average["narrow"]
         save(run.trainee, delta, widths, metadata=describe(task, num_labels, labels))
-        run.network.save_extras(folder / "model")
+        with replacing(folder / "model", folder=True, overwrite=True) as extras:
+            run.network.save_extras(extras)
     run.accelerator.wait_for_everyone()
     scores = run.scores(required=())  # whatever becomes of it, the weights are written
     result = _result(run, scores, delta)
     if run.accelerator.is_main_process:
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / "result.json") as file:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         _draw(folder)
     return result
 
@@ -78,7 +80,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "seeds": {"run": run.recipe.run.seed, "split": run.recipe.data.split_seed},
         "device": str(run.accelerator.device),
         "processes": run.accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": run.examples.fingerprint(),
         "recipe": run.recipe.settings(),

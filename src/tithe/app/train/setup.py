@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from importlib import metadata
 from typing import Any
 
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 
 import tithe
+from tithe import distributed
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.data import Batch, Examples
 from tithe.app.train.models import Loss, Network
@@ -21,12 +25,21 @@ from tithe.errors import TitheError
 # What may differ when a run is resumed: where things are and how they are shown, not what is computed.
 _FREE = {("run", "output"), ("run", "log_every"), ("run", "workers"), ("data", "folder")}
 
+# What processes may have of their own: where the same data is, and how a run is shown.
+_OWN = {("run", "log_every"), ("run", "workers"), ("data", "folder")}
+PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
+"""Whose versions are compared over processes, and told in the result."""
+
+_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another that says nothing."""
+
 
 def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
     """The recipe's device and precision, and the processes that torchrun or `accelerate launch` started.
 
     Raises:
-        TitheError: the device is not there, or cannot compute in this precision.
+        TitheError: the device is not there, cannot compute in this precision, or processes were launched that make no
+            group.
     """
     device = recipe.run.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -39,7 +52,52 @@ def make_accelerator(recipe: Recipe) -> accelerate.Accelerator:
         )
     # accelerate keeps the first precision of a process; a process may run several recipes.
     AcceleratorState._reset_state()
-    return accelerate.Accelerator(mixed_precision=recipe.run.precision, cpu=device == "cpu")
+    launched = distributed.launched_size()
+    try:
+        accelerator = accelerate.Accelerator(
+            mixed_precision=recipe.run.precision,
+            # Of several processes accelerate makes a group on the CPU only where it is told that this is the device.
+            cpu=device == "cpu" or (launched > 1 and not torch.cuda.is_available()),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)] if launched > 1 else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps what it had begun
+        if launched == 1:
+            raise
+        raise _no_group(launched, f"none ({error})") from error
+    if launched > 1 and accelerator.num_processes != launched:
+        raise _no_group(launched, f"one of {accelerator.num_processes}")
+    return accelerator
+
+
+def _no_group(launched: int, found: str) -> TitheError:
+    return TitheError(
+        "WORLD_SIZE",
+        found=f"{launched} processes launched, and as their group {found}",
+        expected="one group of all of them",
+        remedy="launch with torchrun or `accelerate launch`, which also set RANK, LOCAL_RANK and MASTER_ADDR, or"
+        " unset WORLD_SIZE",
+    )
+
+
+def compare_ranks(recipe: Recipe, examples: Examples, steps: Sequence[int]) -> None:
+    """Compare over processes what the run starts from.
+
+    Args:
+        recipe: the run.
+        examples: its data.
+        steps: of the checkpoints that are there.
+
+    Raises:
+        TitheError: in every process, naming what differs.
+    """
+    facts = {name: metadata.version(name) for name in PACKAGES}
+    facts["the processes launched"] = str(distributed.launched_size())
+    for section, values in recipe.settings().items():
+        facts |= {f"[{section}] {key}": str(value) for key, value in values.items() if (section, key) not in _OWN}
+    facts["data"] = examples.fingerprint()
+    facts["the last checkpoint"] = f"of step {steps[-1]}" if steps else "none"
+    distributed.compare("the start of the run", facts)
 
 
 def check_writable(recipe: Recipe) -> None:

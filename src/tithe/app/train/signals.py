@@ -1,7 +1,8 @@
 """What Ctrl-C and SIGTERM do to a run: the step is finished, a checkpoint is written, and the run says how to resume.
 
 The loop asks for `StopSignals.received` after each step, writes the checkpoint and raises `Interrupted`; the command
-line prints the command that resumes and exits with status 130. A second signal acts at once, as if none were caught.
+line prints the command that resumes and exits with status 130. A second signal acts at once, as if none were caught;
+the run then says which step was saved before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, has written a checkpoint, and can be resumed."""
+    """A run that was asked to stop, has a checkpoint, and can be resumed."""
 
 
 class StopSignals:

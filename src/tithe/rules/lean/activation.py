@@ -18,10 +18,12 @@ from tithe.rules.double_backward import differentiated, entrywise, mark, marked,
 from tithe.rules.lean.bitpack import layout
 from tithe.rules.lean.derivative_codes import GATES, SLOPES
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, catch
+from tithe.rules.transforms import each_row
 
 # pyright: reportIncompatibleMethodOverride=false
 
 
+@each_row
 class Gated(torch.autograd.Function):
     """An activation with two derivatives: `apply(x, kind, low, high, inplace)`; a bit an element says which."""
 
@@ -43,6 +45,7 @@ class Gated(torch.autograd.Function):
         return marked(gx, ctx.mark), None, None, None, None
 
 
+@each_row
 class Sloped(torch.autograd.Function):
     """A smooth activation: `apply(x, kind, alpha, inplace)`; keeps an 8-bit code of its derivative."""
 

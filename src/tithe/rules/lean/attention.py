@@ -33,10 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from tithe.rules.blocks import blocks
 from tithe.rules.dispatch import autocast
 from tithe.rules.double_backward import differentiated, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode, num_bits, pack, unpack
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
+from tithe.rules.transforms import each_row
 
 _AT_ONCE = 1 << 18
 """Probabilities that are worked on at a time."""
@@ -134,12 +136,17 @@ def parts(q: Tensor, k: Tensor) -> Iterator[Part]:
     if heads * each <= _AT_ONCE:
         step = max(1, _AT_ONCE // (heads * each))
         for b in range(0, samples, step):
-            yield slice(b, b + step), slice(0, heads), slice(0, k.shape[1])
+            yield slice(b, min(b + step, samples)), slice(0, heads), slice(0, k.shape[1])
         return
     step = max(1, _AT_ONCE // (each * shared))
     for b in range(samples):
         for h in range(0, k.shape[1], step):
-            yield slice(b, b + 1), slice(h * shared, (h + step) * shared), slice(h, h + step)
+            last = min(h + step, k.shape[1])
+            yield slice(b, b + 1), slice(h * shared, last * shared), slice(h, last)
+
+
+def _size(part: Part) -> tuple[int, ...]:
+    return tuple(piece.stop - piece.start for piece in part)
 
 
 def _of(bias: Tensor | None, part: Part) -> Tensor | None:
@@ -182,6 +189,7 @@ def probabilities(q: Tensor, kt: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._safe_softmax.default(scores.add_(bias), -1)
 
 
+@each_row
 class Fused(torch.autograd.Function):
     """Attention by a stock kernel: `apply(attention, bits, q, k, v, mask)`; backward runs it again, or its steps."""
 
@@ -215,6 +223,7 @@ class Fused(torch.autograd.Function):
         return None, None, *(next(found) if t.requires_grad else None for t in inputs), None
 
 
+@each_row
 class Composed(torch.autograd.Function):
     """Attention in the order of operations of stock's unfused one: `apply(attention, bits, q, k, v, mask)`."""
 
@@ -233,7 +242,7 @@ class Composed(torch.autograd.Function):
         y = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:3], v.shape[-1]))
         bias = attention.bias(q, k, mask)
         with torch.autocast(q.device.type, enabled=False):
-            for part in parts(q, k):
+            for part in blocks(list(parts(q, k)), _size, q):
                 b, h, _ = part
                 p = probabilities(*attention.scaled(q, k, part), _of(bias, part))
                 if keeps is not None:
@@ -295,7 +304,7 @@ def gradients(
     gq, gk, gv = (torch.empty_like(t) if need else None for t, need in zip(kept, needs, strict=True))
     bias = attention.bias(q, k, mask)
     with torch.autocast(q.device.type, enabled=False):
-        for part in parts(q, k):
+        for part in blocks(list(parts(q, k)), _size, q):
             b, h, g = part
             out = [None if t is None else t[b, heads] for t, heads in ((gq, h), (gk, g), (gv, g))]
             _part(attention, part, kept, _of(bias, part), bits, gy, out)

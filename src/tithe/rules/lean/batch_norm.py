@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tithe.rules.dispatch import Carrier, apply_rule, asking
+from tithe.rules.dispatch import Carrier, another, apply_rule, asking
 from tithe.rules.lean.dispatch import Leanness, catch
 from tithe.rules.sparse.norm import Evaluated
 
@@ -28,7 +28,7 @@ from tithe.rules.sparse.norm import Evaluated
 def batch_norm(leanness: Leanness, *args: Any, **kwargs: Any) -> Any:
     """The map y = w (x − μ) / σ + b with a plain frozen w, of running μ and σ; gx = gy w / σ needs 1/σ alone."""
     found = Evaluated.of(*args, **kwargs)
-    if found is None or isinstance(found.weight, Carrier):
+    if found is None or isinstance(found.weight, Carrier) or another(found.bias) is not None:
         return NotImplemented
     weight = torch.ones_like(found.variance) if found.weight is None else found.weight
     if weight.requires_grad:

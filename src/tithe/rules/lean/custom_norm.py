@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from tithe.rules.lean.dispatch import Leanness
 from tithe.rules.lean.norm import Norm, lean_norm
+from tithe.rules.transforms import transformed
 
 
 class OwnNorm:
@@ -40,7 +41,7 @@ class OwnNorm:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own output."""
         own = partial(type(self.module).forward, self.module)
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not torch.is_grad_enabled():
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or transformed():
             return own(*args, **kwargs)
         weight = cast(Tensor, self.module.weight)
         norm = Norm("rms", tuple(weight.shape), self.eps, offset=self.offset, own=own)

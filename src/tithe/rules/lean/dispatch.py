@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import _CheckpointFrame
 
+from tithe.rules.dispatch import plain
 from tithe.rules.table import LEAN, WINGS, Handler, state
+from tithe.rules.transforms import transformed
 
 _LEAN = WINGS[LEAN]
 _top_hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks
-_ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def catch(
 
 def ordinary(x: Any) -> bool:
     """Whether x is a floating-point tensor of torch's own kind: no carrier, nested, sparse or distributed one."""
-    return type(x) in _ORDINARY and x.is_floating_point() and x.layout == torch.strided and not x.is_nested
+    return plain(x) and x.is_floating_point()
 
 
 def asks(x: Any) -> bool:
@@ -132,7 +131,7 @@ class Catch(TorchFunctionMode):
         handler = _LEAN.get(func)
         if handler is None:
             return func(*args, **kwargs)
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() and not transformed():
             if not torch.compiler.is_compiling():
                 self.follow()
             out = handler(self.leanness, *args, **kwargs)

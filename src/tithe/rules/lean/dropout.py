@@ -16,6 +16,7 @@ from torch import Tensor
 from tithe.rules.double_backward import entrywise
 from tithe.rules.lean.bitpack import chunks, flat, layout, num_bits, pack, same_layout, unpack
 from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.transforms import each_row
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 
@@ -73,6 +74,7 @@ def _(gy: Tensor, bits: Tensor, p: float, native: bool, strides: Sequence[int]) 
     return gy * gy.new_empty_strided(gy.shape, strides)
 
 
+@each_row
 class Dropped(torch.autograd.Function):
     """Dropout as autograd runs it: `apply(x, p, inplace)`; keeps which elements are left, a bit each."""
 

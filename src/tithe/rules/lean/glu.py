@@ -18,8 +18,10 @@ from tithe.rules.double_backward import differentiated, entrywise, missing, refu
 from tithe.rules.lean.activation import Sloped
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch
+from tithe.rules.transforms import each_row
 
 
+@each_row
 class Product(torch.autograd.Function):
     """The product of two tensors of one shape: `apply(a, u)`."""
 

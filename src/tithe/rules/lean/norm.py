@@ -26,11 +26,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tithe.errors import TitheError
 from tithe.rules.base import saved_tensors
-from tithe.rules.dispatch import Carrier, Graft, asking, raw
+from tithe.rules.blocks import blocks
+from tithe.rules.dispatch import Carrier, Graft, another, asking, raw
 from tithe.rules.double_backward import differentiated, instead, missing, refusal, stand_in, uncaught
 from tithe.rules.lean.bitpack import BLOCK, decode, encode
 from tithe.rules.lean.dispatch import IN_FULL, Leanness, asks, catch, ordinary
 from tithe.rules.theta import Binding
+from tithe.rules.transforms import each_row
 
 _AT_ONCE = 1 << 18
 """Values that backward works on at a time: they stay in a core's cache, and so do its temporaries."""
@@ -136,6 +138,7 @@ class Norm:
         return laid.reshape(laid.shape[0] * self.groups, -1)
 
 
+@each_row
 class _Lean(torch.autograd.Function):
     """Runs a norm: `apply(norm, bits, x, weight, bias, theta_weight, theta_bias, of_weight, of_bias)`.
 
@@ -293,7 +296,7 @@ def _gradients(
     step = max(1, _AT_ONCE // gy[:1].numel())
     axes = [0, 2] if norm.kind == "group" else [0]
     zero, one = torch.zeros_like(rstd[: step * norm.groups]), torch.ones_like(rstd[: step * norm.groups])
-    for start in range(0, gy.shape[0], step):
+    for start in blocks(range(0, gy.shape[0], step), lambda start: min(step, gy.shape[0] - start), gy):
         part = slice(start, start + step)
         g, xhat = gy[part].to(rstd.dtype), known.of(part, rstd.dtype)
         if norm.kind == "layer":
@@ -347,7 +350,7 @@ def lean_norm(leanness: Leanness, norm: Norm, x: Tensor, weight: Tensor | None, 
     """
     if not asks(x) or torch.compiler.is_compiling() or x.numel() == 0 or (leanness.exact and leanness.bits is None):
         return NotImplemented
-    if _probed(weight, bias):  # a score asks for terms that the plan's own rule has
+    if _probed(weight, bias) or another(weight) is not None or another(bias) is not None:  # the plan's own rule knows
         return NotImplemented
     scale, shift = (None if w is None else raw(w) for w in (weight, bias))
     if (scale is not None and not ordinary(scale)) or (shift is not None and (scale is None or not ordinary(shift))):

@@ -21,6 +21,7 @@ from torch._prims_common import suggest_memory_format
 
 from tithe.rules.double_backward import mark, marked
 from tithe.rules.lean.dispatch import Leanness, catch
+from tithe.rules.transforms import each_row
 
 # pyright: reportIncompatibleMethodOverride=false, reportUntypedFunctionDecorator=false
 
@@ -108,6 +109,7 @@ def _like(gy: Tensor, shape: Sequence[int], memory_format: torch.memory_format) 
     return torch.empty(shape, dtype=gy.dtype, device=gy.device, memory_format=memory_format)
 
 
+@each_row
 class MaxPooled(torch.autograd.Function):
     """A maximum over windows: `apply(x, window)`."""
 
@@ -129,6 +131,7 @@ class MaxPooled(torch.autograd.Function):
         return marked(ctx.window.backward(gy, _like(gy, ctx.shape, ctx.memory_format), places), ctx.mark), None
 
 
+@each_row
 class Averaged(torch.autograd.Function):
     """A mean over windows: `apply(x, run, back, settings)` with stock's kernels; keeps the input's shape."""
 

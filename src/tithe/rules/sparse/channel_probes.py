@@ -31,6 +31,11 @@ class Meter(SumProbe):
         alike = len({(usage.groups, usage.transposed) for usage in self.usages}) == 1
         return len(self.usages) + self.unruled if alike and not self.table else 0
 
+    @property
+    def heard(self) -> bool:
+        """Whether any operation uses it."""
+        return bool(self.usages) or self.table or self.unruled
+
     def used(self, usage: Usage) -> None:
         """Hear one call of a rule; what activation checkpointing runs again during backward was heard before."""
         again = torch._C._current_graph_task_id() != -1 and self._forward

@@ -6,7 +6,7 @@ Shapes: N samples, T positions within a sample, O and I the two sides of a matri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,10 @@ class Probe(ABC):
         weight: the weight; only its shape, dtype and device are used.
 
     Attributes:
+        separable: whether several samples of a pass could be told apart so far.
+        expand: whether a weight of leading size 1 is handed out once for each sample.
+        reached: whether a gradient has reached the weight.
+        stock: torch's own operations run for now, and whoever set this hands their gradients to the probe.
         deaf: while a loss is computed: what it differentiates within itself is no gradient of the loss.
     """
 
@@ -35,10 +39,12 @@ class Probe(ABC):
         self.shape, self.device = weight.shape, weight.device
         self.anchor = torch.zeros((), dtype=weight.dtype, device=weight.device, requires_grad=True)
         self.num_samples = 1
+        self.shapes: Hashable = None
         self.calls = 0
         self.separable = True
         self.expand = True
         self.reached = False
+        self.stock = False
         self.clear()
 
     def clear(self) -> None:
@@ -69,17 +75,14 @@ class Probe(ABC):
         return dense
 
     def fold(self) -> Tensor:
-        """The sums over each of the first two axes, enough to tell two sets of sums apart; the probe starts anew."""
+        """The sums over each of the first two axes, enough to tell two sets of sums apart."""
         if self._dense is None and self._rows is not None:
             rows, values = self._rows
             by_row = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-            folded = torch.cat([values.sum(0), by_row.index_add_(0, rows, values.sum(1))])
-        else:
-            total = self.total()
-            flat = total.reshape(total.shape[0], -1) if total.dim() > 1 else total.reshape(1, -1)
-            folded = torch.cat([flat.sum(0), flat.sum(1)])
-        self.clear()
-        return folded
+            return torch.cat([values.sum(0), by_row.index_add_(0, rows, values.sum(1))])
+        total = self.total()
+        flat = total.flatten(1) if total.dim() > 1 else total.reshape(1, -1)
+        return torch.cat([flat.sum(0), flat.sum(1)])
 
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
         """Add `values` (U, D) to distinct `rows` (U,), holding only rows that were touched."""
@@ -102,24 +105,13 @@ class Probe(ABC):
         """A rule ran forward with this weight; most probes need not know how."""
         del usage
 
-    def begin(self, num_samples: int) -> None:
-        """A backward pass over `num_samples` samples follows."""
-        self.num_samples, self.calls = num_samples, 0
+    def begin(self, num_samples: int, shapes: Hashable = None) -> None:
+        """A backward pass over `num_samples` samples follows, each of these `shapes`."""
+        self.num_samples, self.shapes, self.calls = num_samples, shapes, 0
 
     def end(self) -> None:
-        """The backward pass is over; a weight used twice in it mixed two gradients of a sample before squaring."""
+        """The backward pass is over."""
         self.reached = self.reached or self.calls > 0
-        if self.calls > 1:
-            self.separable = False
-
-    def samples(self, t: Tensor, last: int) -> Tensor | None:
-        """`t` as (N, T, last) in the accumulator's dtype; None when its rows do not divide among the samples."""
-        self.calls += 1
-        rows = t.numel() // last if last else 0
-        if self.num_samples == 0 or rows % self.num_samples:
-            self.separable = False
-            return None
-        return t.reshape(self.num_samples, -1, last).to(self.dtype)
 
     @abstractmethod
     def matrix(self, left: Tensor, right: Tensor) -> None:
@@ -132,6 +124,11 @@ class Probe(ABC):
     @abstractmethod
     def whole(self, grad: Tensor) -> None:
         """Add the gradient of all samples together, in the weight's shape."""
+
+    def alone(self, grad: Tensor) -> None:
+        """Add the gradient of a use that mixes all samples, in the weight's shape."""
+        self.separable = False
+        self.whole(grad if grad.layout == torch.strided else grad.to_dense())
 
     @abstractmethod
     def stacked(self, grads: Tensor) -> None:
@@ -164,18 +161,79 @@ def deaf(probes: Iterable[Probe]) -> Generator[None]:
 
 
 class SquareProbe(Probe):
-    """Σ over samples of the squared per-sample gradient: the diagonal Fisher information, times N."""
+    """Σ over samples of the squared per-sample gradient: the diagonal Fisher information, times N.
+
+    A pass over one sample is exact however the weight is used: its uses are held until the pass is over, and added up
+    before they are squared. A pass over several is exact where the probe stays `separable`: the weight is used once, by
+    an operation that tells samples apart, and samples of the same shapes always bring it as many rows, which tells a
+    layer that sees all of a sample from one that parts of it are routed to.
+
+    Attributes:
+        by_rule: torch's own operations would not do, whoever runs the passes has found.
+        wrong: what was added up mixes samples, or tears the gradient of one apart.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.wrong = self.by_rule = False
+        self._lengths: dict[Hashable, int] = {}
+        self._uses: list[tuple[Callable[[], None], Callable[[], Tensor]]] = []
+
+    def end(self) -> None:
+        """Square what one sample's uses add up to; a weight used twice by several had its gradients mixed."""
+        super().end()
+        if self.calls > 1:
+            self.separable = False
+        self.wrong = self.wrong or not (self.separable or self.num_samples == 1)
+        uses, self._uses = self._uses, []
+        if len(uses) == 1:
+            uses[0][0]()
+        elif uses:
+            total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            for _, gradient in uses:
+                total += gradient().reshape(self.shape)
+            self._add_square(total)
+
+    def gradient(self, grad: Tensor) -> None:
+        """Add the square of what torch's own operations found for one sample, all uses together."""
+        self.reached = True
+        self.calls += 1
+        self.wrong = self.wrong or self.calls > 1  # a reentrant checkpoint hands out what it finds part by part
+        self._add_square(grad)
+
+    def _use(self, num_rows: int, add: Callable[[], None], gradient: Callable[[], Tensor]) -> None:
+        """Take one use of the weight.
+
+        Args:
+            num_rows: rows of its input, all samples together.
+            add: adds the squares of each sample's gradient, where this is the only use.
+            gradient: the gradient of all samples together.
+        """
+        self.calls += 1
+        each, rest = divmod(num_rows, self.num_samples) if self.num_samples else (0, 1)
+        if rest or self._lengths.setdefault(self.shapes, each) != each:
+            self.separable = False
+        if self.num_samples == 1:
+            self._uses.append((add, gradient))
+        elif not rest:
+            add()
+
+    def _by_sample(self, t: Tensor) -> Tensor:
+        """`t` as (N, T, last) in the accumulator's dtype."""
+        return t.reshape(self.num_samples, -1, t.shape[-1]).to(self.dtype)
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
         """Add Σ_n (Σ_t left_nto right_nti)²; with one position a sample the squares factor into one product.
 
         Positions without a gradient (padding, or all but the first token in a classifier's last layer) are left out.
         """
-        left_NTO, right_NTI = self.samples(left, left.shape[-1]), self.samples(right, right.shape[-1])
-        self.calls -= 1
-        if left_NTO is None or right_NTI is None or left_NTO.shape[1] != right_NTI.shape[1]:
-            self.separable = False
-            return
+        self._use(
+            left.numel() // max(left.shape[-1], 1),
+            lambda: self._add_products(self._by_sample(left), self._by_sample(right)),
+            lambda: _flat(left).t().to(self.dtype) @ _flat(right).to(self.dtype),
+        )
+
+    def _add_products(self, left_NTO: Tensor, right_NTI: Tensor) -> None:
         pairs = self._live_pairs(left_NTO, right_NTI)
         height, width = self.shape[0], self.shape[1]
         step = height if height * width <= _CACHE * 2 else max(_CACHE // width, 1)
@@ -202,42 +260,58 @@ class SquareProbe(Probe):
 
     def vector(self, terms: Tensor) -> None:
         """Add the squares of each sample's gradient, Σ_n (Σ_t terms_ntd)²."""
-        t_NTD = self.samples(terms, terms.shape[-1])
-        if t_NTD is not None:
-            self.dense.view(-1).add_(t_NTD.sum(1).square_().sum(0))
+        num_rows = terms.numel() // max(terms.shape[-1], 1)
+        if self.num_samples == 1:
+            terms = _flat(terms).to(self.dtype).sum(0, keepdim=True)  # nothing of the activations' size is held
+        self._use(
+            num_rows,
+            lambda: self._add_vectors(self._by_sample(terms)),
+            lambda: _flat(terms).to(self.dtype).sum(0),
+        )
+
+    def _add_vectors(self, t_NTD: Tensor) -> None:
+        self.dense.view(-1).add_(t_NTD.sum(1).square_().sum(0))
 
     def whole(self, grad: Tensor) -> None:
         """Add the square of the whole gradient, which is right for one sample alone."""
-        self.calls += 1
-        self.separable = self.separable and self.num_samples == 1
-        self._add_square(grad)
+        if self.num_samples > 1 or not (len(self.shape) > 1 and self.shape[0] == 1):
+            self.separable = False  # no operation told samples apart, nor can the weight be handed out once for each
+        self._use(self.num_samples, lambda: self._add_square(grad), lambda: grad.to(self.dtype))
 
     def stacked(self, grads: Tensor) -> None:
         """Add the squares of gradients that come one a sample, Σ_n grads_n²."""
-        self.calls += 1
-        self.dense.add_(grads.to(self.dtype).square().sum(0, keepdim=True))
+        self._use(
+            self.num_samples,
+            lambda: self._add_stacked(grads.to(self.dtype)),
+            lambda: grads.to(self.dtype).sum(0),
+        )
+
+    def _add_stacked(self, grads: Tensor) -> None:
+        self.dense.add_(grads.square().sum(0, keepdim=True))
 
     def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
         """One small gradient at a time, squared at once."""
-        self.calls += 1
-        if self.num_samples == 0 or num_rows % self.num_samples:
-            self.separable = False
-            return
-        step = num_rows // self.num_samples
+        step = num_rows // max(self.num_samples, 1)
+        self._use(
+            num_rows,
+            lambda: self._add_each(grad, step),
+            lambda: grad(slice(0, num_rows)).to(self.dtype),
+        )
+
+    def _add_each(self, grad: Callable[[slice], Tensor], step: int) -> None:
         for n in range(self.num_samples):
             self._add_square(grad(slice(n * step, (n + 1) * step)))
 
     def _add_square(self, grad: Tensor) -> None:
-        grad = grad.to(self.dtype)
+        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.dtype)
         self.dense.addcmul_(grad, grad)
 
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Rows repeated within a sample are summed before they are squared."""
-        self.calls += 1
+        self._use(ids.numel(), lambda: self._add_looked_up(ids, gy), lambda: self._table(ids, gy))
+
+    def _add_looked_up(self, ids: Tensor, gy: Tensor) -> None:
         num_rows, width = self.shape
-        if self.num_samples == 0 or ids.numel() % self.num_samples:
-            self.separable = False
-            return
         ids_NT = ids.reshape(self.num_samples, -1)
         owner = torch.arange(self.num_samples, device=ids.device)[:, None] * num_rows
         keys, place = (ids_NT + owner).reshape(-1).unique(return_inverse=True)
@@ -247,13 +321,37 @@ class SquareProbe(Probe):
         squares = torch.zeros(rows.numel(), width, dtype=self.dtype, device=ids.device)
         self.add_rows(rows, squares.index_add_(0, place, sums.square_()))
 
+    def _table(self, ids: Tensor, gy: Tensor) -> Tensor:
+        table = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return table.index_add_(0, ids.reshape(-1), gy.reshape(-1, self.shape[1]).to(self.dtype))
+
+
+class FoldProbe(SquareProbe):
+    """The same squares as sums over each of the first two axes, so that a second set of them takes no room.
+
+    Attributes:
+        folded: those of the last pass; None where it did not reach the weight.
+    """
+
+    folded: Tensor | None = None
+
+    def _use(self, num_rows: int, add: Callable[[], None], gradient: Callable[[], Tensor]) -> None:
+        """Hold the use until the pass is over."""
+        super()._use(num_rows, lambda: None, gradient)
+        if self.separable and self.calls == 1:
+            self._uses = [(add, gradient)]
+
+    def end(self) -> None:
+        """Fold the pass's squares, where samples could be told apart."""
+        if not self.separable or self.calls != 1:
+            self._uses = []
+        super().end()
+        self.folded = self.fold() if self.calls else None
+        self.clear()
+
 
 class SumProbe(Probe):
     """Σ over samples of the gradient itself; exact for any use of the weight."""
-
-    def end(self) -> None:
-        """Sums may come in any number of calls."""
-        self.reached = self.reached or self.calls > 0
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
         """Add the product leftᵀ right over all rows."""
@@ -289,32 +387,20 @@ class SumProbe(Probe):
         self.add_rows(rows, sums.index_add_(0, place, gy.reshape(-1, self.shape[1]).to(self.dtype)))
 
 
-class SampleProbe(SumProbe):
-    """Squared per-sample gradients, one sample to a backward pass: exact for any use, at twice the bytes."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight)
-        self.squares = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-
-    def end(self) -> None:
-        """Square the sample's gradient and start anew."""
-        super().end()
-        grad = super().total()
-        self.squares.addcmul_(grad, grad)
-        grad.zero_()
-
-    def total(self) -> Tensor:
-        """The sums of the squared gradients."""
-        return self.squares
-
-
 class Listener(SumProbe):
     """Hears how a weight is used and adds nothing up.
 
-    `held` counts the bytes that sums would take: touched rows for a table, the weight's size for anything else.
+    Attributes:
+        held: bytes that sums would take: those of touched rows for a table, of the weight for anything else.
+        positions: values that each weight is multiplied by, where a rule says so.
     """
 
     held = 0
+    positions = 0
+
+    def used(self, usage: Usage) -> None:
+        """Hear how many values each weight is multiplied by."""
+        self.positions += usage.out_positions
 
     def matrix(self, left: Tensor, right: Tensor) -> None:
         """Hear a use as a matrix."""
@@ -332,6 +418,10 @@ class Listener(SumProbe):
         """Hear a use once per sample."""
         self._heard()
 
+    def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
+        """Hear a use as a convolution."""
+        self._heard()
+
     def rows(self, ids: Tensor, gy: Tensor) -> None:
         """Hear a use as a table, and count the rows that were touched."""
         self.calls += 1
@@ -340,3 +430,7 @@ class Listener(SumProbe):
     def _heard(self) -> None:
         self.calls += 1
         self.held = self.shape.numel() * self.dtype.itemsize
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])

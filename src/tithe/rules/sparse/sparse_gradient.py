@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class Touch:
         column: for each selected entry its position in `columns`, int32 (K,).
         inner: for each selected entry its place within the other axes, int32 (K,); None for a matrix.
         shape: the weight's shape.
+        indices: what all this was made from.
         cheapest: the ways already found cheapest, by what the choice depends on.
     """
 
@@ -42,17 +44,32 @@ class Touch:
     column: Tensor
     inner: Tensor | None
     shape: tuple[int, ...]
+    indices: Tensor
     cheapest: dict[Any, Way] = field(default_factory=dict[Any, "Way"])
 
     @classmethod
     def of(cls, indices: Tensor, shape: tuple[int, ...]) -> Touch:
-        """From flat row-major indices into a weight of `shape`."""
+        """From flat row-major indices, ascending, into a weight of `shape`.
+
+        Of the same tensor of indices it is the same again: equal layers that are priced share theirs, and the largest
+        masks would not fit into memory otherwise.
+        """
+        known = _known.get((id(indices), shape))
+        if known is not None and known.indices is indices:
+            return known
+        made = _known[id(indices), shape] = cls._made(indices, shape)
+        return made
+
+    @classmethod
+    def _made(cls, indices: Tensor, shape: tuple[int, ...]) -> Touch:
         depth = math.prod(shape[2:])
-        outer = torch.div(indices, depth, rounding_mode="floor")
-        rows, row = torch.div(outer, shape[1], rounding_mode="floor").unique(return_inverse=True)
-        columns, column = (outer % shape[1]).unique(return_inverse=True)
+        outer = indices if depth == 1 else torch.div(indices, depth, rounding_mode="floor")
+        row = torch.div(outer, shape[1], rounding_mode="floor")
+        column = outer - row * shape[1]
+        rows, columns = _touched(row, shape[0]), _touched(column, shape[1])
+        row, column = _places(row, rows, shape[0]), _places(column, columns, shape[1])
         inner = (indices % depth).int() if len(shape) > 2 else None
-        return cls(rows, columns, row.int(), column.int(), inner, shape)
+        return cls(rows, columns, row, column, inner, shape, indices)
 
     def at(self, by_rows: bool, by_columns: bool) -> Tensor:
         """Flat indices of the selected entries in the weight cut down to its touched rows and/or columns."""
@@ -60,6 +77,25 @@ class Touch:
         column = self.column if by_columns else self.columns.index_select(0, self.column)
         flat = row.long() * (self.columns.numel() if by_columns else self.shape[1]) + column
         return flat if self.inner is None else flat * math.prod(self.shape[2:]) + self.inner
+
+
+_known: weakref.WeakValueDictionary[tuple[int, tuple[int, ...]], Touch] = weakref.WeakValueDictionary()
+
+
+def _touched(numbers: Tensor, count: int) -> Tensor:
+    """The different ones of many numbers below `count`, ascending; sorting them would take longer."""
+    mark = torch.zeros(count, dtype=torch.bool, device=numbers.device)
+    mark[numbers] = True
+    return mark.nonzero().flatten()
+
+
+def _places(numbers: Tensor, different: Tensor, count: int) -> Tensor:
+    """For each number its place among the `different`, int32."""
+    if different.numel() == count:
+        return numbers.int()
+    place = torch.zeros(count, dtype=torch.int32, device=numbers.device)
+    place[different] = torch.arange(different.numel(), dtype=torch.int32, device=numbers.device)
+    return place[numbers]
 
 
 @torch.library.custom_op("tithe::sampled_product", mutates_args=())

@@ -1,27 +1,18 @@
-"""Make ranks agree. This is the only importer of torch.distributed; on one process nothing happens.
-
-DistributedDataParallel sees θ as it sees any parameter: that of its layer, or, in a plan that chooses again, one flat
-parameter of the model (`tithe.rules.theta.FlatTheta`), whose size stays the same. A plan that averages gradients itself
-(`plan.averages_gradients`) is not to be wrapped.
-"""
+"""Sums, means and parts of tensors over ranks. Callers meet first (`tithe.distributed.meet`)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tithe.distributed.meeting import exchange, world_size
 from tithe.errors import TitheError
 
-
-def world_size() -> int:
-    """Return the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Return this process's place among the ranks; 0 without a process group."""
-    return dist.get_rank() if world_size() > 1 else 0
+_BUCKET = 25 << 20
+"""Bytes of tensors that travel together, as in DistributedDataParallel."""
 
 
 def first(tensor: Tensor) -> Tensor:
@@ -29,6 +20,18 @@ def first(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def first_all_(tensors: Iterable[Tensor]) -> None:
+    """Write rank 0's values into tensors of any dtype, in place."""
+    with torch.no_grad():
+        for tensor in tensors:
+            data = tensor.detach().contiguous()
+            if data.device.type == "cpu" and dist.get_backend() == "nccl":  # which knows no other place than the GPU
+                data = data.cuda()
+            dist.broadcast(data.reshape(-1).view(torch.uint8), 0)  # as bytes: no backend knows every dtype
+            if data.data_ptr() != tensor.data_ptr():
+                tensor.copy_(data)
 
 
 def scatter_mean(flat: Tensor) -> Tensor:
@@ -43,11 +46,6 @@ def gather(part: Tensor) -> Tensor:
     out = part.new_empty(part.numel() * world_size())
     dist.all_gather(list(out.chunk(world_size())), part)
     return out
-
-
-def _device() -> torch.device:
-    """Where the process group can reduce: NCCL only reduces on the GPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -72,6 +70,29 @@ def mean_number(number: float, device: torch.device) -> float:
     return float(mean_(torch.tensor(number, dtype=torch.float64, device=device))) if world_size() > 1 else number
 
 
+def mean_all_(tensors: Sequence[Tensor]) -> None:
+    """Average tensors of the same shapes on every rank, in place, many of them in one message."""
+    if world_size() == 1:
+        return
+    waiting: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        group = waiting.setdefault((tensor.dtype, tensor.device), [])
+        group.append(tensor)
+        if sum(other.nbytes for other in group) >= _BUCKET:
+            _mean_bucket(waiting.pop((tensor.dtype, tensor.device)))
+    for group in waiting.values():
+        _mean_bucket(group)
+
+
+def _mean_bucket(tensors: Sequence[Tensor]) -> None:
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        mean_(tensors[0])
+        return
+    flat = mean_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
 def fixed_sizes_error() -> TitheError:
     """Make the error for a θ that changed its size under a wrapper that had fixed its buckets."""
     return TitheError(
@@ -87,18 +108,12 @@ def check_same(
     digest: Tensor,
     error: TitheError | None = None,
 ) -> None:
-    """Compare a small int64 tensor over ranks, and raise where they differ.
+    """Compare a small tensor over ranks, and raise where they differ.
 
     Raises:
         TitheError: on every rank when any differs.
     """
-    if world_size() == 1:
-        return
-    digest = digest.to(_device())
-    low, high = digest.clone(), digest.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
-    if not torch.equal(low, high):
+    if len(set(exchange(what, str(digest.tolist())))) > 1:
         raise error or TitheError(
             what,
             found="ranks that differ",

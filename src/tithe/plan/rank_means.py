@@ -1,0 +1,67 @@
+"""What a plan averages over ranks itself, where no wrapper does: gradients, and running statistics of norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
+
+from tithe import distributed
+
+
+def mean_gradients(place: str, parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase] = ()) -> None:
+    """Average gradients over ranks, and the statistics of the norms that train.
+
+    A parameter that has a gradient on some ranks alone counts as zero on the others.
+
+    Args:
+        place: where ranks meet before.
+        parameters: the same on every rank.
+        norms: those that train.
+
+    Raises:
+        TitheError: as `tithe.distributed.meet`.
+    """
+    if distributed.world_size() == 1:
+        return
+    distributed.meet(place)
+    with torch.no_grad():
+        has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+        reached = [p for p, count in zip(parameters, distributed.sum_(has).tolist(), strict=True) if count]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in reached if p.grad is not None]
+        distributed.mean_all_([*gradients, *_statistics(norms)])
+
+
+def mean_statistics(norms: Sequence[_NormBase], count: int) -> None:
+    """Average the statistics of norms that were estimated anew, each rank's by its number of batches.
+
+    Args:
+        norms: the same on every rank.
+        count: batches on this rank.
+
+    Raises:
+        TitheError: as `tithe.distributed.meet`.
+    """
+    if distributed.world_size() == 1:
+        return
+    with torch.no_grad():
+        found = _statistics(norms)
+        counts = [int(note) for note in distributed.exchange("the statistics of norms", str(count))]
+        if not sum(counts):
+            return
+        for tensor in found:
+            tensor.mul_(count * len(counts) / sum(counts))
+        distributed.mean_all_(found)
+        for norm in norms:
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(sum(counts))
+
+
+def _statistics(norms: Sequence[_NormBase]) -> list[Tensor]:
+    found = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    return [buffer for buffer in found if buffer is not None]
