@@ -89,7 +89,9 @@ def _module() -> ModuleType:
         "set_device": lambda index: None,
         "device": _device,
         "synchronize": lambda device=None: None,
-        "manual_seed": lambda seed: None,  # torch.manual_seed has seeded the CPU's generator, which this device draws from
+        "manual_seed": lambda seed: (
+            None
+        ),  # torch.manual_seed has seeded the CPU's generator, which this device draws from
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),

@@ -1,7 +1,7 @@
 """What a plan does on an accelerator equals what it does on the CPU, and no operator meets tensors of two devices.
 
-`make test-device` runs these alone: on a GPU where there is one, and else on the pretend accelerator, which equals the CPU
-bit for bit. Autograd counts the devices at the first backward pass, so that no other test may run before them.
+`make test-device` runs these alone: on a GPU where there is one, and else on the pretend accelerator, which equals the
+CPU bit for bit. Autograd counts the devices at the first backward pass, so that no other test may run before them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tithe
 from models import CASES, Batch, Case
+from tithe.rules.lean.dropout import Dropped
 
 pytestmark = pytest.mark.device
 
@@ -93,7 +94,9 @@ def on_both(
         if isinstance(expected, Tensor):
             assert isinstance(got, Tensor), key
             if device.type == "cuda" and expected.is_floating_point():
-                torch.testing.assert_close(got.cpu(), expected, rtol=close, atol=close, msg=lambda m, key=key: f"{key}: {m}")
+                torch.testing.assert_close(
+                    got.cpu(), expected, rtol=close, atol=close, msg=lambda m, key=key: f"{key}: {m}"
+                )
             else:
                 assert torch.equal(got.cpu(), expected), key
         elif device.type != "cuda":
@@ -118,7 +121,7 @@ def layer_weights(model: nn.Module) -> list[str]:
 def sparse_update(place: Place) -> tithe.SparseUpdate:
     names = layer_weights(place.model())
     biases = [name for name, _ in place.model().named_parameters() if name.endswith("bias")][:1]
-    return tithe.SparseUpdate({name: 0.5 for name in names[:3]}, biases=biases)
+    return tithe.SparseUpdate(dict.fromkeys(names[:3], 0.5), biases=biases)
 
 
 METHODS: dict[str, Callable[[Place], object]] = {
@@ -189,7 +192,10 @@ def test_lean(name: str, kind: str, planned: bool, device: torch.device, tmp_pat
         loss = place.case.loss(model, place.batches(1)[0])
         loss.backward()
         handle.release()
-        return {"loss": loss.detach(), "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+        return {
+            "loss": loss.detach(),
+            "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        }
 
     on_both(run, name, device, tmp_path)
 
@@ -263,12 +269,14 @@ def test_a_delta_is_the_same_wherever_its_weights_lie(device: torch.device, tmp_
             tithe.apply(target, place.folder / f"{file}.safetensors")
         info = tithe.inspect(place.folder / "delta.safetensors")
         st.save_model(place.case.model(), str(place.folder / "base.safetensors"))
-        tithe.merge(place.folder / "base.safetensors", place.folder / "delta.safetensors", place.folder / "merged.safetensors")
+        tithe.merge(
+            place.folder / "base.safetensors", place.folder / "delta.safetensors", place.folder / "merged.safetensors"
+        )
         seen = {"trained": trained, "on device": state(onto_device), "on cpu": state(onto_cpu)}
         for found in (seen["on device"], seen["on cpu"], st.load_file(place.folder / "merged.safetensors")):
             for key, value in found.items():
                 assert torch.equal(value.cpu(), trained[key].cpu()) or "running" in key or "num_batches" in key, key
-        return {**seen, "tensors": str(info)}
+        return {**seen, "tensors": str(info).partition("\n")[2]}  # after the line that names the file
 
     for number, name in enumerate(MODELS):
         folder = tmp_path / str(number)
@@ -368,7 +376,11 @@ def test_deep_copies(name: str, method: str, device: torch.device, tmp_path: Pat
         plan.release()
         other = copy.deepcopy(plan.model)
         assert all(p.device == place.device for p in other.parameters())
-        return {"before": before, "after": place.train(place.attach(other, METHODS[method](place))), "own": state(plan.model)}
+        return {
+            "before": before,
+            "after": place.train(place.attach(other, METHODS[method](place))),
+            "own": state(plan.model),
+        }
 
     on_both(run, name, device, tmp_path)
 
@@ -397,19 +409,63 @@ def test_kernels_of_the_optimizer(kernel: str, device: torch.device, tmp_path: P
         on_both(run, name, device, folder)
 
 
-def test_dropout_draws_what_the_cpu_draws(device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lean", [False, True])
+def test_dropout_draws_what_the_cpu_draws(lean: bool, device: torch.device, tmp_path: Path) -> None:
     if device.type == "cuda":
         pytest.skip("a GPU draws other numbers")
 
     def run(place: Place) -> Observed:
         model = place.model()
         plan = place.attach(model, tithe.FISH(density=0.5))
-        handle = tithe.lean(model, bits=8)
-        losses = place.train(plan)
-        handle.release()
-        return {"losses": losses, "weights": state(model)}
+        if lean:
+            tithe.lean(model)
+        return {"losses": place.train(plan), "weights": state(model)}
 
     on_both(run, "bert_dropout", device, tmp_path)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_lean_dropout_of_a_device_keeps_what_it_drew(p: float, device: torch.device) -> None:
+    x = torch.ones(7, 33, device=device, requires_grad=True)
+    y = Dropped.apply(x, p, False)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())
+    assert set(y.detach().cpu().unique().tolist()) == {0.0, float(torch.ones(1).mul(1 / (1 - p)))}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_checkpointed_blocks(name: str, device: torch.device, tmp_path: Path) -> None:
+    """Blocks that run again in backward, where the random state of the device is put back."""
+
+    def run(place: Place) -> Observed:
+        model = place.model()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        plan = place.attach(model, tithe.FISH(density=0.5))
+        tithe.lean(model, bits=8)
+        return {"losses": place.train(plan), "weights": state(model)}
+
+    on_both(run, name, device, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["FISH, again", "TraDy", "VR-PGE"])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision(name: str, method: str, device: torch.device, tmp_path: Path) -> None:
+    def run(place: Place) -> Observed:
+        model = place.case.model(dtype=torch.bfloat16).to(place.device)
+        data = [
+            {key: x.bfloat16() if x.is_floating_point() else x for key, x in batch.items()} for batch in place.batches()
+        ]
+        plan = place.attach(model, METHODS[method](place), data=data)
+        chosen, optimizer, losses = selected(plan), adamw(plan), list[Tensor]()
+        for batch in data:
+            losses.append(plan.backward(lambda batch=batch: place.case.loss(model, batch)).detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        plan.release()
+        return {"chosen": chosen, "losses": losses, "weights": state(model)}
+
+    on_both(run, name, device, tmp_path, close=5e-2)
 
 
 def test_the_device_refuses_what_another_lies_on(device: torch.device) -> None:
@@ -433,4 +489,5 @@ def test_the_device_refuses_what_another_lies_on(device: torch.device) -> None:
             from device import pretend
 
             assert len(pretend.take_refusals()) == 1, name
-    assert (here * torch.tensor(2.0)).sum() == 18 and here[row].device == here.device
+    assert (here * torch.tensor(2.0)).sum() == 18
+    assert here[row].device == here.device
