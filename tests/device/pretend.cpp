@@ -83,7 +83,7 @@ Tensor host(const Tensor& tensor) {
   return on_device(tensor) ? over(host_storage(tensor.storage()), tensor, c10::DispatchKey::CPU) : tensor;
 }
 
-// --- random numbers: those that the CPU draws from the same seed
+// --- random numbers: from a generator of its own, which draws what the CPU's draws from the same seed
 
 struct PretendGenerator final : c10::GeneratorImpl {
   explicit PretendGenerator(at::Generator inner)
@@ -98,6 +98,15 @@ struct PretendGenerator final : c10::GeneratorImpl {
   GeneratorImpl* clone_impl() const override { return new PretendGenerator(inner.clone()); }
   at::Generator inner;
 };
+
+at::Generator inner(const at::Generator& generator) {
+  return static_cast<PretendGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
+}
+
+at::Generator& default_generator() {
+  static auto generator = at::make_generator<PretendGenerator>(at::detail::createCPUGenerator());
+  return generator;
+}
 
 // --- the device itself: one, with one stream that is always done
 
@@ -129,8 +138,7 @@ struct PretendHooks final : at::HPUHooksInterface {
     return at::make_generator<PretendGenerator>(at::detail::createCPUGenerator());
   }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    static auto generator = at::make_generator<PretendGenerator>(at::detail::getDefaultCPUGenerator());
-    return generator;
+    return default_generator();
   }
 };
 
@@ -190,8 +198,10 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<std::pair<Tensor, Tensor>> pairs;            // each tensor of the device, and what stands for it on the host
   std::map<c10::StorageImpl*, c10::Storage> device_of_host; // of each storage of the host, the one of the device that owns it
 
+  std::vector<size_t> drawing;  // arguments that name no generator
   for (size_t i = first; i < stack->size(); ++i) {
     IValue& argument = (*stack)[i];
+    if (argument.isNone() && schema.arguments()[i - first].type()->str() == "Generator?") drawing.push_back(i);
     const bool positions = argument.isOptionalTensorList() && takes_host_positions(op);
     if (argument.isDevice()) {
       any_device |= argument.toDevice().type() == kPretend;
@@ -200,7 +210,7 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       auto generator = argument.toGenerator();
       if (generator.defined() && generator.device().type() != kPretend)
         refuse("Expected a 'hpu' device type for generator but found '" + generator.device().str() + "' (" + name + ")");
-      if (generator.defined()) argument = static_cast<PretendGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
+      if (generator.defined()) argument = inner(generator);
     } else if (argument.isStorage()) {
       auto storage = argument.toStorage();
       if (storage.device_type() == kPretend) {
@@ -226,6 +236,8 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (any_device && any_cpu)
     refuse("Expected all tensors to be on the same device, but found at least two devices, hpu:0 and cpu! (" + name + ")");
 
+  if (any_device)
+    for (size_t i : drawing) (*stack)[i] = inner(default_generator());
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     op.callBoxed(stack);
@@ -278,7 +290,16 @@ std::vector<std::string> take_refusals() { return std::exchange(refusals(), {});
 
 } // namespace
 
-TORCH_LIBRARY(pretend, m) { m.def("take_refusals() -> str[]", &take_refusals); }
+Tensor rng_state() { return default_generator().get_state(); }
+void set_rng_state(const Tensor& state) { default_generator().set_state(state); }
+void seed(int64_t seed) { default_generator().set_current_seed(seed); }
+
+TORCH_LIBRARY(pretend, m) {
+  m.def("take_refusals() -> str[]", &take_refusals);
+  m.def("rng_state() -> Tensor", &rng_state);
+  m.def("set_rng_state(Tensor state) -> ()", &set_rng_state);
+  m.def("seed(int seed) -> ()", &seed);
+}
 
 TORCH_LIBRARY_IMPL(_, HPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>()); }
 

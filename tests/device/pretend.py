@@ -38,6 +38,7 @@ def load(folder: Path) -> torch.device:
     """
     torch.ops.load_library(str(_compiled(folder)))
     torch._register_device_module("hpu", _module())
+    torch._register_device_module("privateuseone", _seeds())  # torch.manual_seed seeds it, and no HPU
     return torch.device("hpu", 0)
 
 
@@ -77,7 +78,7 @@ def _device(index: object) -> Iterator[None]:
 
 
 def _module() -> ModuleType:
-    """What torch calls `torch.<device>`: one device, whose random state is the CPU's."""
+    """What torch calls `torch.<device>`."""
     module = ModuleType("torch.hpu")
     functions = {
         "is_available": lambda: True,
@@ -89,14 +90,21 @@ def _module() -> ModuleType:
         "set_device": lambda index: None,
         "device": _device,
         "synchronize": lambda device=None: None,
-        "manual_seed": lambda seed: (
-            None
-        ),  # torch.manual_seed has seeded the CPU's generator, which this device draws from
-        "manual_seed_all": lambda seed: None,
-        "get_rng_state": lambda device=None: torch.get_rng_state(),
-        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.ops.pretend.seed,
+        "manual_seed_all": torch.ops.pretend.seed,
+        "get_rng_state": lambda device=None: torch.ops.pretend.rng_state(),
+        "set_rng_state": lambda state, device=None: torch.ops.pretend.set_rng_state(state),
+        "get_rng_state_all": lambda: [torch.ops.pretend.rng_state()],
+        "set_rng_state_all": lambda states: torch.ops.pretend.set_rng_state(*states),
         "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
     }
-    for name, function in functions.items():
+    for name, value in {**functions, "_initialized": True}.items():  # activation checkpointing reads the attribute
+        setattr(module, name, value)
+    return module
+
+
+def _seeds() -> ModuleType:
+    module = ModuleType("torch.privateuseone")
+    for name, function in {"_is_in_bad_fork": lambda: False, "manual_seed_all": torch.ops.pretend.seed}.items():
         setattr(module, name, function)
     return module
