@@ -160,6 +160,24 @@ def test_methods(name: str, method: str, device: torch.device, tmp_path: Path) -
     on_both(run, name, device, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["FISH, again", "TraDy, oracle", "SpIEL", "VR-PGE, by operations"])
+def test_data_that_the_loss_moves(method: str, device: torch.device, tmp_path: Path) -> None:
+    """Batches as a DataLoader gives them, on the CPU."""
+
+    def run(place: Place) -> Observed:
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            return place.case.loss(model, {name: x.to(place.device) for name, x in batch.items()})
+
+        plan = place.attach(place.model(), METHODS[method](place), loss=loss, data=place.case.batches(STEPS))
+        plan.predict(place.case.batch())
+        losses = place.train(plan)
+        plan.settle(draws=2)
+        plan.release()
+        return {"losses": losses, "weights": state(plan.model)}
+
+    on_both(run, "bert", device, tmp_path)
+
+
 SCORES: dict[str, dict[str, object]] = {
     **{score: {"score": score} for score in ("fisher", "gradient", "magnitude", "random")},
     "true Fisher": {"fisher": "true"},
