@@ -14,7 +14,7 @@ TITHE_INSTALL := $(PIP_INSTALL) --no-build-isolation --editable
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu test-slow lint format bench
+.PHONY: help demo test test-cpu test-device test-slow lint format bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ test: $(VENV)/.dev ## the quick test suite
 
 test-slow: $(VENV)/.dev ## the slow suite: longer runs, bigger models, compiled graphs
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+# In a process of its own: autograd counts the devices at its first backward pass, and never again.
+test-device: $(VENV)/.dev ## every method on a GPU, or on a pretended one, against the CPU
+	$(ONE_THREAD) $(BIN)/python -m pytest -m device -n $(WORKERS) --dist worksteal tests/device
 
 # Kernels are chosen by processor and number of threads: CONTRIBUTING.md says what each of these stands for.
 test-cpu: $(VENV)/.dev ## the quick suite as other processors would run it, an hour on 2 cores

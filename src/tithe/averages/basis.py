@@ -216,7 +216,7 @@ class Basis:
             gradient: (blocks, 256).
         """
         part = self._part(first, gradient.shape[0])
-        out = project(*part, self.bits, gradient)
+        out = project(*part, self.bits, gradient.to(self.device))
         self._forget(part)
         return self._paths @ out
 
@@ -230,7 +230,7 @@ class Basis:
             count: weights.
         """
         part = self._part(first, gradient.shape[0])
-        out = products(*part, self.bits, gradient, owners, count)
+        out = products(*part, self.bits, gradient.to(self.device), owners, count)
         self._forget(part)
         return out @ self._paths.T
 

@@ -89,7 +89,8 @@ class SpIEL(SparseMethod):
         """Name → indices of what stays selected, and their values when they were selected."""
         present: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name in context.sizes:
-            places, weight = context.selected(name), context.weight(name).reshape(-1)
+            weight = context.weight(name).reshape(-1)
+            places = context.selected(name).to(weight.device)
             start = context.noted(f"start of {name}")
             start = weight[places] if start is None else start.to(weight)
             present[name] = places, start, (weight[places] - start).abs()

@@ -91,15 +91,15 @@ class Stage:
         self.model, self.coupling, self.written = model, coupling, tuple(written)
         self.counts = tuple(find_counts(model, coupling) if counts is None else counts)
         self.running = False
-        self.tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         known = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         for module in model.modules():
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None and known[id(tensor)] in coupling.places:
-                    self.tensors[known[id(tensor)]] = tensor
+                    self._tensors[known[id(tensor)]] = tensor
                     self._places.setdefault(known[id(tensor)], []).append((module, key))
-        self._cut = {name: sorted(coupling.places[name].items()) for name in self.tensors}
+        self._cut = {name: sorted(coupling.places[name].items()) for name in self._tensors}
         self._counts = [(model.get_submodule(count.path), count) for count in self.counts]
         rows = [(group.start, group.num_units, self._multiple(group)) for group in coupling.groups]
         self._starts, sizes, multiples = torch.tensor(rows, dtype=torch.int64).view(-1, 3).unbind(1)
@@ -110,6 +110,15 @@ class Stage:
             if isinstance(module, _NormBase) and module.track_running_stats
             for key in module._buffers
         ]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the whole tensors that may be narrow; `Module.to` replaces buffers, while it keeps parameters."""
+        for name, [(module, key), *_] in self._places.items():
+            buffer = module._buffers.get(key)
+            if buffer is not None:
+                self._tensors[name] = buffer
+        return self._tensors
 
     def _multiple(self, group: Group) -> int:
         """What the number of a group's live units is rounded up to a multiple of.

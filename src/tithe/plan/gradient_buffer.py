@@ -107,7 +107,8 @@ class _Aside(Columns):
 
     def project(self, gradient: Tensor) -> Tensor:
         """Put the gradient aside, and return zeros for now."""
-        self._kept.waiting[self._start : self._stop] += gradient
+        waiting = self._kept.waiting  # stays where it was made, with the codes, when the model moves to another device
+        waiting[self._start : self._stop] += gradient.to(waiting.device)
         self._kept.is_waiting = True
         return torch.zeros(self.num_vectors, dtype=torch.float64)
 

@@ -85,7 +85,8 @@ class ThetaSharing:
         Raises:
             TitheError: when other values were in the weights than those of θ: nothing can follow them.
         """
-        if not torch.equal(self.shared.parameter.detach(), self._values):
+        theta = self.shared.parameter.detach()
+        if not torch.equal(theta, self._values.to(theta.device)):  # the model may have moved
             self.commit(force=True)  # also through `.data`
         written = [b for b, version in zip(self.bindings, self._versions, strict=True) if b.weight._version != version]
         before = [digest(binding.weight.detach()) for binding in written]

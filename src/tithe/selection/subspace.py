@@ -111,6 +111,10 @@ class Span(Selection):
         """Return `{"mix": M, "origin": θ̄}`; the history stores the vectors."""
         return {"mix": self.mix, "origin": self.origin}
 
+    def to(self, device: torch.device) -> Span:
+        """Return the span itself: its few numbers stay on the CPU, and products go to where the weight is."""
+        return self
+
     def take(self, items: Tensor) -> Span:
         """Return the span of some of the coefficients."""
         return Span(self.shape, self.columns, self.mix[:, items], self.origin[items], self.places)
