@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "files", "batch", "selection", "budget", "rules", "forward"},
     "averages": {"errors", "files", "batch", "selection", "budget", "rules", "delta"},
-    "scoring": {"errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
+    "scoring": {"forward", "errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
     "ranking": {"errors", "files", "batch", "selection", "rules", "method", "plan", "scoring", "select"},
     "plan": VALUES | PARTS,  # never a method, nor anything above it

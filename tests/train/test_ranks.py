@@ -80,7 +80,7 @@ def test_processes_that_make_no_group_are_refused(
 ) -> None:
     path = edit(("epochs = 2", "steps = 1"))
     monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})  # and no rank; accelerate adds to it
-    with pytest.raises(TitheError, match="2 processes launched, and as their group (none|one of 1)") as caught:
+    with pytest.raises(TitheError, match=r"2 processes launched, and as their group (none|one of 1)") as caught:
         run(path)
     assert "unset WORLD_SIZE" in caught.value.remedy
     monkeypatch.undo()

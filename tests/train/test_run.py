@@ -101,19 +101,14 @@ def test_images_are_learned_by_a_network_of_the_users_own(images: Path, workplac
         assert counts["total"] == (counts["model"] if name == "full" else counts["head"])
 
 
+@pytest.mark.filterwarnings("ignore:FISH. of 5081 weights")  # so few rows give few scores
 def test_regression_is_scored_by_correlation(edit: Edit, workplace: Path) -> None:
     words = ["bad", "dull", "fine", "good"]
     rows = [(f"the film was {words[i % 4]} {words[(i // 4) % 4]}", (i % 4) + (i // 4) % 4) for i in range(64)]
     write_tsv(workplace / "train.tsv", rows)
     write_tsv(workplace / "test.tsv", rows[:20])
     result = run(
-        edit(
-            ("classification", "regression"),
-            ("epochs = 2", "epochs = 6"),
-            ("0.2", "0.9"),
-            ("0.01", "0.003"),
-            ("samples = 32", "samples = 64"),
-        )
+        edit(("classification", "regression"), ("epochs = 2", "epochs = 6"), ("0.2", "0.9"), ("0.01", "0.003"))
     )
     assert set(result["metrics"]["test"]) == {"pearson", "spearman"}
     assert result["metrics"]["test"]["pearson"] > 0.5

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode  # pyright: 
 
 from tithe import distributed
 from tithe.errors import TitheError, TitheWarning
-from tithe.rules import Binding, Carrier
+from tithe.rules import Binding, Carrier, SharedTheta
 
 
 class Place(NamedTuple):
@@ -103,6 +103,9 @@ class Followed:
             self._take_over(place)
         for binding in self.bindings:
             self._check_flag(binding)
+            if not isinstance(binding.common, SharedTheta) and binding.parameter.numel() < binding.selection.size:
+                distributed.check_whole(self.model, wrapped=True)
+                _refuse(binding.name, f"a θ of {binding.parameter.numel()} values", f"{binding.selection.size}")
         self._check_thetas()
         return True
 

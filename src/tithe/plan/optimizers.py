@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from tithe.errors import TitheError
+
+_trying = [False]
+
+
+@contextmanager
+def _trial() -> Generator[None]:
+    """Inside, steps are those of optimizers that are tried out."""
+    _trying[0] = True
+    try:
+        yield
+    finally:
+        _trying[0] = False
+
+
+def is_trial() -> bool:
+    """Return whether an optimizer is being tried out, whose steps are no plan's business."""
+    return _trying[0]
 
 
 def num_states(optimizer: torch.optim.Optimizer) -> int:
@@ -19,9 +38,10 @@ def num_states(optimizer: torch.optim.Optimizer) -> int:
     value = nn.Parameter(torch.ones(3, dtype=torch.float64))
     try:
         trial = type(optimizer)([value], **_settings(optimizer))
-        for _ in range(2):
-            value.grad = torch.ones_like(value)
-            trial.step()
+        with _trial():
+            for _ in range(2):
+                value.grad = torch.ones_like(value)
+                trial.step()
     except Exception:  # whatever a stranger's class raises, the answer is the same
         return 2
     return sum(isinstance(kept, torch.Tensor) and kept.shape == value.shape for kept in trial.state[value].values())
@@ -66,5 +86,6 @@ def _run(
     for step in grads:
         for value, grad in zip(values, step, strict=True):
             value.grad = grad.clone()
-        optimizer.step()
+        with _trial():
+            optimizer.step()
     return torch.cat([value.detach() for value in values])

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tithe.errors import TitheError
+from tithe.plan.optimizers import is_trial
 
 STATE_KEY = "tithe"
 """Where the plan's state is in an optimizer's: `optimizer.state_dict()["state"]["tithe"]`."""
@@ -293,7 +294,7 @@ _hook: list[Any] = []
 
 @_disable_dynamo
 def _meet_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for optimizers in list(_watching):
+    for optimizers in () if is_trial() else list(_watching):
         optimizers.meet(optimizer)
 
 
