@@ -103,9 +103,7 @@ class Followed:
             self._take_over(place)
         for binding in self.bindings:
             self._check_flag(binding)
-            if not isinstance(binding.common, SharedTheta) and binding.parameter.numel() < binding.selection.size:
-                distributed.check_whole(self.model, wrapped=True)
-                _refuse(binding.name, f"a θ of {binding.parameter.numel()} values", f"{binding.selection.size}")
+            self._check_sizes(binding)
         self._check_thetas()
         return True
 
@@ -163,6 +161,15 @@ class Followed:
             place.owner.__dict__[place.key] = Carrier(place.binding, place.owner, place.key)
             if isinstance(place.owner, nn.RNNBase):
                 list_carriers(place.owner)
+
+    def _check_sizes(self, binding: Binding) -> None:
+        """A wrapper that shards may leave nothing of a weight or of θ behind."""
+        shape, size = tuple(binding.weight.shape), binding.selection.size
+        short = not isinstance(binding.common, SharedTheta) and binding.parameter.numel() < size
+        if short or shape != binding.selection.shape:
+            distributed.check_whole(self.model, wrapped=True)
+            theta = f" and a θ of {binding.parameter.numel()} values" if short else ""
+            _refuse(binding.name, f"shape {list(shape)}{theta}", f"{list(binding.selection.shape)} and {size} values")
 
     def _check_flag(self, binding: Binding) -> None:
         weight = binding.weight
