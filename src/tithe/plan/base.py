@@ -280,9 +280,9 @@ class Plan(ABC):
         """Count a step in which every optimizer had its turn, and choose where that is due."""
         self.num_steps += 1
 
-    def frozen(self) -> set[int]:
-        """Return the ids of the parameters of the model that no optimizer trains."""
-        return {id(p) for p in self._floats.values()} - {id(p) for p in self.parameters()}
+    def known(self) -> set[int]:
+        """Return the ids of the model's parameters and of what optimizers train, without a check of the model."""
+        return {id(p) for p in self._floats.values()} | {id(p) for p in self.parameters()}
 
     def check_optimizer(  # noqa: B027 - a plan may have nothing to check
         self, optimizer: torch.optim.Optimizer, elementwise: bool | None

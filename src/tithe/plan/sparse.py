@@ -98,6 +98,11 @@ class SparsePlan(Plan):
         yield from self._selected.named_parameters()
         yield from self._head.items()
 
+    def known(self) -> set[int]:
+        """Return the ids of the model's parameters and of what optimizers train, without a check of the model."""
+        trained = [*self._selected.named_parameters(), *self._head.items()]
+        return {id(p) for p in self._floats.values()} | {id(p) for _, p in trained}
+
     @property
     def index_bytes(self) -> int:
         """Return the bytes of the tensors that say where the selected values belong."""

@@ -35,8 +35,8 @@ class Watched(Protocol):
         """Iterate over what optimizers train."""
         ...
 
-    def frozen(self) -> set[int]:
-        """Return the ids of the parameters of the model that no optimizer trains."""
+    def known(self) -> set[int]:
+        """Return the ids of the model's parameters and of what optimizers train, without a check of the model."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Optimizers:
         plan = self._plan()
         if plan is None or any(optimizer is known for known in self.bound):
             return
-        ours = {id(parameter) for _, parameter in plan.named_parameters()} | plan.frozen()
+        ours = plan.known()
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             self.bind(optimizer)
 
