@@ -204,7 +204,7 @@ def budget_for(share: float, side: int) -> int:
 
 def trady(elements: int) -> tithe.TraDy:
     """The paper's recipe under a budget in its own count."""
-    return tithe.TraDy(tithe.Budget(elements=elements), ranking=RANKING)
+    return tithe.TraDy(tithe.Budget(elements=elements), ranking=RANKING, optimizer_states=0)
 
 
 def even(share: float) -> tithe.SparseUpdate:

@@ -111,6 +111,7 @@ class Drawn:
             lean=setting.lean,
             score=self.score,
             samples=SAMPLES,
+            optimizer_states=0,
         )
         return attached(model, method, setting)
 
