@@ -17,7 +17,7 @@ import tithe
 from loops import Setting
 from tithe import TitheError
 
-METHODS = ("FISH", "FISH, again", "FISH, warm-up", "TraDy", "SparseUpdate", "VR-PGE", "TWA")
+METHODS = ("FISH", "FISH, again", "FISH, warm-up", "TraDy", "TraDy, static", "VR-PGE", "TWA")
 
 KERNELS: dict[str, Callable[[object], torch.optim.Optimizer]] = {
     "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
@@ -91,7 +91,7 @@ def _setting(method: str, loop: str, history: tithe.History) -> Setting:
         "FISH, again": lambda: tithe.FISH(k=120, reselect=tithe.every(2)),
         "FISH, warm-up": lambda: tithe.FISH(k=120, warmup=2),
         "TraDy": lambda: tithe.TraDy(budget, optimizer_states=states),
-        "SparseUpdate": lambda: tithe.TraDy(budget, dynamic=False, optimizer_states=states),
+        "TraDy, static": lambda: tithe.TraDy(budget, dynamic=False, optimizer_states=states),
         "VR-PGE": lambda: tithe.VRPGE(0.6),
         "TWA": lambda: tithe.TWA(history),
     }
