@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_later_says_where_to_go_on(edit: Edit, workplace: P
 @pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
 def test_an_output_that_cannot_be_a_folder(place: str, edit: Edit, workplace: Path) -> None:
     (workplace / "file").write_text("mine")
-    with pytest.raises(TitheError, match="cannot be written"):
+    with pytest.raises(TitheError, match=r"cannot be written|expected a folder"):
         run(edit(SHORT), f"run.output={place}")
     assert (workplace / "file").read_text() == "mine"
 
