@@ -361,11 +361,6 @@ class FlatTheta(CommonTheta):
         for binding in self.bindings:
             binding.agree()
 
-    @property
-    def unused_bytes(self) -> int:
-        """Bytes of the end that the present choice leaves unused."""
-        return (self.parameter.numel() - sum(b.selection.size for b in self.bindings)) * self.parameter.element_size()
-
     def resize(self, size: int) -> bool:
         """Make room for `size` values; returns whether it is empty now, until a choice is taken over.
 
