@@ -151,6 +151,11 @@ class Plan(ABC):
         self._check_live()
 
     @property
+    def released(self) -> bool:
+        """Return whether `release` was called."""
+        return self._released
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Return the names of the parameters that are trained whole."""
         return tuple(self._head)
