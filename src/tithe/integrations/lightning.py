@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import tithe
 from tithe.errors import TitheError
-from tithe.forward import RandomStates, untouched
+from tithe.forward import RandomStates, tracked, untouched
 
 _FAMILIES = ("lightning.pytorch", "pytorch_lightning")
 """The two packages of the same library; each has classes of its own, and a trainer takes callbacks of its own."""
@@ -172,7 +172,8 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
         with precision:
             if self._loss is not None:
                 return self._loss(pl_module, batch)
-            with _muted(trainer, pl_module), untouched(pl_module):
+            # Norms follow where statistics are estimated again; scores run in evaluation mode.
+            with _muted(trainer, pl_module), untouched(pl_module, but=tracked(pl_module)):
                 return _run_training_step(pl_module, batch)
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -197,11 +198,13 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
             except TitheError as error:
                 if "plan.parameters()" not in error.remedy:
                     raise
+                in_module = trained <= {id(parameter) for parameter in pl_module.parameters()}
+                parameters = "self.parameters()" if in_module else "callback.plan.parameters()"
                 raise TitheError(
                     error.place,
                     found=error.found,
-                    expected="an optimizer over self.parameters()",
-                    remedy="in configure_optimizers use self.parameters() of the LightningModule, not those of a part",
+                    expected=f"an optimizer over {parameters}",
+                    remedy=f"return torch.optim.AdamW({parameters}, lr=…) from configure_optimizers",
                 ) from error
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -225,29 +228,40 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Have `training_step` run inside a call of the module, unless `plan.backward` calls the loss itself."""
         self._count_epochs(trainer.current_epoch)
-        self._call_module(trainer, pl_module, not self.plan.needs_backward)
+        self._begin(trainer, pl_module, batch_idx, called=not self.plan.needs_backward)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Have `validation_step` run inside a call of the module."""
-        self._call_module(trainer, pl_module, True)
+        self._begin(trainer, pl_module, batch_idx)
 
     def on_test_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Have `test_step` run inside a call of the module."""
-        self._call_module(trainer, pl_module, True)
+        self._begin(trainer, pl_module, batch_idx)
 
     def on_predict_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Have `predict_step` run inside a call of the module."""
-        self._call_module(trainer, pl_module, True)
+        self._begin(trainer, pl_module, batch_idx)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the trainer its own view of the module back."""
+        self._take_weights()
         self._call_module(trainer, pl_module, False)
+
+    def _begin(self, trainer: Any, pl_module: Any, batch_idx: int, *, called: bool = True) -> None:
+        if batch_idx == 0:
+            self._take_weights()
+        self._call_module(trainer, pl_module, called)
+
+    def _take_weights(self) -> None:
+        """Callbacks that average write all parameters of the module at once, θ and the weights behind it."""
+        if self._plan is not None and not self._plan.released:
+            self._plan.take_weights()
 
     def _call_module(self, trainer: Any, pl_module: Any, called: bool) -> None:
         """Lightning calls a step directly where nothing wraps the module: the plan's hooks would not run."""
@@ -263,6 +277,7 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
         """Return the plan's state, for a checkpoint: tensors and numbers only."""
         if self._plan is None or self._plan.released:
             return {}
+        self._take_weights()
         return {"plan": self._plan.state_dict(), "first_epoch": self._first_epoch or 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -275,6 +290,9 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
 _MANUAL = """optimize by hand, with Tithe(method, loss=loss_fn):
 
     self.automatic_optimization = False                        # in __init__
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(callback.plan.parameters(), lr=1e-3)
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -397,7 +415,8 @@ class _Batches:
             if number % turns == turn:
                 batch = trainer.precision_plugin.convert_input(found[0])
                 batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-                yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                device = next(pl_module.parameters()).device  # the CPU again once the trainer has ended
+                yield trainer.strategy.batch_to_device(batch, device=device, dataloader_idx=0)
 
     def _combine(self, found: Any) -> Any:
         """Copies of one loader or several, as the trainer combines them."""

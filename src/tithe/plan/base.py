@@ -277,6 +277,12 @@ class Plan(ABC):
         changed, self._changed = self._changed, False
         return changed
 
+    def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
+        """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.
+
+        Of a θ that was chosen again in the meantime an average means nothing; that of the weights does.
+        """
+
     def _commit(self) -> bool:
         """Write into the weights what an optimizer made of θ; returns whether θ had changed."""
         return False
