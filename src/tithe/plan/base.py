@@ -151,6 +151,11 @@ class Plan(ABC):
         self._check_live()
 
     @property
+    def released(self) -> bool:
+        """Return whether `release` was called."""
+        return self._released
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Return the names of the parameters that are trained whole."""
         return tuple(self._head)
@@ -271,6 +276,12 @@ class Plan(ABC):
                 self.finish_step()
         changed, self._changed = self._changed, False
         return changed
+
+    def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
+        """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.
+
+        Of a θ that was chosen again in the meantime an average means nothing; that of the weights does.
+        """
 
     def _commit(self) -> bool:
         """Write into the weights what an optimizer made of θ; returns whether θ had changed."""

@@ -216,6 +216,11 @@ class SparsePlan(Plan):
                 stacklevel=2,
             )
 
+    def take_weights(self) -> None:
+        """Let θ follow weights that were written, where θ was written too."""
+        self._check_live()
+        self._mount.take_weights()
+
     def _commit(self) -> bool:
         return self._selected.commit()
 
