@@ -16,7 +16,7 @@ from tithe.rules.lean.dispatch import Catch, Leanness, catch
 from tithe.rules.sparse import conv, conv_transpose, embedding, linear, norm
 from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
 from tithe.rules.table import Row, Table, table
-from tithe.rules.theta import Binding, FlatTheta, SharedTheta, digest, theta_key
+from tithe.rules.theta import Binding, FlatTheta, SharedTheta, check_holds, digest, theta_dtype, theta_key
 
 __all__ = [
     "Binding",
@@ -40,6 +40,7 @@ __all__ = [
     "autocast",
     "batch_norm",
     "catch",
+    "check_holds",
     "conv",
     "conv_transpose",
     "digest",
@@ -58,5 +59,6 @@ __all__ = [
     "raw",
     "register",
     "table",
+    "theta_dtype",
     "theta_key",
 ]
