@@ -197,11 +197,6 @@ class Plan(ABC):
         """Return the bytes of the tensors that say where the selected values belong."""
 
     @property
-    def released(self) -> bool:
-        """Return whether the model was given back, after which the plan can do nothing more."""
-        return self._released
-
-    @property
     def attached_bytes(self) -> int:
         """Bytes that the plan keeps in memory beside the weights between two steps: θ and indices."""
         theta = sum(p.nbytes for name, p in self.named_parameters() if name not in self._head)
