@@ -13,14 +13,16 @@ import importlib.util
 import inspect
 import itertools
 import random
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import tithe
@@ -186,6 +188,7 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
                 made before.
         """
         _check_copies(trainer, pl_module)
+        _check_wrapper(trainer.strategy.model, self.plan)
         trained = {id(parameter) for parameter in self.plan.parameters()}
         holding = [
             optimizer
@@ -378,6 +381,18 @@ def _check_copies(trainer: Any, pl_module: Any) -> None:
                     )
 
 
+def _check_wrapper(wrapper: Any, plan: tithe.Plan) -> None:
+    """Refuse a DistributedDataParallel that waits for a θ which warm-up steps do not train."""
+    waiting = isinstance(wrapper, DistributedDataParallel) and not cast(Any, wrapper).find_unused_parameters
+    if waiting and plan.num_steps < plan.warmup:
+        raise TitheError(
+            "Trainer(strategy=…)",
+            found=f"DistributedDataParallel, which waits for every parameter, and a warm-up of {plan.warmup} steps",
+            expected="one that lets parameters go unused",
+            remedy='Trainer(strategy="ddp_find_unused_parameters_true")',
+        )
+
+
 class _Batches:
     """The trainer's training batches, on its device, as often as they are asked for.
 
@@ -420,11 +435,12 @@ class _Batches:
 
     def _combine(self, found: Any) -> Any:
         """Copies of one loader or several, as the trainer combines them."""
-        if isinstance(found, self._combined):
-            loader: Any = self._combined(found.iterables, found._mode)
-        else:
-            loader = self._combined(found, "max_size_cycle")
-        loader.flattened = [_apart(each) for each in loader.flattened]
+        given = (found.iterables, found._mode) if isinstance(found, self._combined) else (found, "max_size_cycle")
+        with warnings.catch_warnings():
+            # Lightning 2.6 flattens loaders by what torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            loader: Any = self._combined(*given)
+            loader.flattened = [_apart(each) for each in loader.flattened]
         return loader
 
 
