@@ -185,8 +185,6 @@ def test_the_callback_works_in_the_other_package() -> None:
             return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
     module, callback = Other(), Tithe(METHODS["FISH"](), head="inner.head.*")
-    assert isinstance(callback, pytorch_lightning.Callback)
-    assert isinstance(callback, lightning.Callback)
     fit(trainer(callback, package=pytorch_lightning), module, loader())
     assert same(module.inner, plain(METHODS["FISH"]()))
 

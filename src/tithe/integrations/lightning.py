@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import itertools
 import random
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,13 +31,14 @@ from tithe.errors import TitheError
 from tithe.forward import RandomStates, tracked, untouched
 
 _FAMILIES = ("lightning.pytorch", "pytorch_lightning")
-"""The two packages of the same library; each has classes of its own, and a trainer takes callbacks of its own."""
+"""The two packages of the same library; each has classes of its own."""
 
 
-def _callback_classes() -> Iterator[type[Any]]:
-    for family in _FAMILIES:
-        if importlib.util.find_spec(family.partition(".")[0]) is not None:
-            yield importlib.import_module(family).Callback
+def _callback_classes() -> list[type[Any]]:
+    """The callbacks' class of each package in use. The other is not imported: it takes over the first one's logs."""
+    used = [family for family in _FAMILIES if family in sys.modules]
+    installed = [family for family in _FAMILIES if importlib.util.find_spec(family.partition(".")[0]) is not None]
+    return [importlib.import_module(family).Callback for family in used or installed[:1] or _FAMILIES[:1]]
 
 
 @final
