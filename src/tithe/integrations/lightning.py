@@ -13,14 +13,17 @@ import importlib.util
 import inspect
 import itertools
 import random
+import sys
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import tithe
@@ -28,13 +31,14 @@ from tithe.errors import TitheError
 from tithe.forward import RandomStates, tracked, untouched
 
 _FAMILIES = ("lightning.pytorch", "pytorch_lightning")
-"""The two packages of the same library; each has classes of its own, and a trainer takes callbacks of its own."""
+"""The two packages of the same library; each has classes of its own."""
 
 
-def _callback_classes() -> Iterator[type[Any]]:
-    for family in _FAMILIES:
-        if importlib.util.find_spec(family.partition(".")[0]) is not None:
-            yield importlib.import_module(family).Callback
+def _callback_classes() -> list[type[Any]]:
+    """The callbacks' class of each package in use. The other is not imported: it takes over the first one's logs."""
+    used = [family for family in _FAMILIES if family in sys.modules]
+    installed = [family for family in _FAMILIES if importlib.util.find_spec(family.partition(".")[0]) is not None]
+    return [importlib.import_module(family).Callback for family in used or installed[:1] or _FAMILIES[:1]]
 
 
 @final
@@ -186,6 +190,7 @@ class Tithe(*_callback_classes()):  # pyright: ignore[reportUntypedBaseClass]
                 made before.
         """
         _check_copies(trainer, pl_module)
+        _check_wrapper(trainer.strategy.model, self.plan)
         trained = {id(parameter) for parameter in self.plan.parameters()}
         holding = [
             optimizer
@@ -378,6 +383,18 @@ def _check_copies(trainer: Any, pl_module: Any) -> None:
                     )
 
 
+def _check_wrapper(wrapper: Any, plan: tithe.Plan) -> None:
+    """Refuse a DistributedDataParallel that waits for a θ which warm-up steps do not train."""
+    waiting = isinstance(wrapper, DistributedDataParallel) and not cast(Any, wrapper).find_unused_parameters
+    if waiting and plan.num_steps < plan.warmup:
+        raise TitheError(
+            "Trainer(strategy=…)",
+            found=f"DistributedDataParallel, which waits for every parameter, and a warm-up of {plan.warmup} steps",
+            expected="one that lets parameters go unused",
+            remedy='Trainer(strategy="ddp_find_unused_parameters_true")',
+        )
+
+
 class _Batches:
     """The trainer's training batches, on its device, as often as they are asked for.
 
@@ -420,11 +437,12 @@ class _Batches:
 
     def _combine(self, found: Any) -> Any:
         """Copies of one loader or several, as the trainer combines them."""
-        if isinstance(found, self._combined):
-            loader: Any = self._combined(found.iterables, found._mode)
-        else:
-            loader = self._combined(found, "max_size_cycle")
-        loader.flattened = [_apart(each) for each in loader.flattened]
+        given = (found.iterables, found._mode) if isinstance(found, self._combined) else (found, "max_size_cycle")
+        with warnings.catch_warnings():
+            # Lightning 2.6 flattens loaders by what torch 2.13 deprecates.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            loader: Any = self._combined(*given)
+            loader.flattened = [_apart(each) for each in loader.flattened]
         return loader
 
 
