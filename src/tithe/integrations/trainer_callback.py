@@ -28,6 +28,9 @@ class TitheCallback(TrainerCallback, ExportableState):
         self.chosen: Callable[[], None] | None = None
         self._ended, self._epochs = False, 0
 
+    def __reduce__(self) -> Any:
+        return TitheCallback, (self.draws, self.peak)
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
         return {"args": {"draws": self.draws, "peak": self.peak}, "attributes": {}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, cast, final
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe.errors import TitheError
-from tithe.forward import RandomStates
+from tithe.forward import RandomStates, evaluating
 
 Trainer = Any
 """`transformers.Trainer`, or what derives from it."""
@@ -20,12 +20,37 @@ Trainer = Any
 _DATA = {"train_dataset", "eval_dataset"}
 
 
+_EXAMPLES = "tithe_examples"
+"""Where a batch that is not collated yet has its examples."""
+
+
+@final
+class Example:
+    """One example of a dataset, to be collated when its loss is taken.
+
+    Args:
+        features: what the collator is given of it.
+    """
+
+    def __init__(self, features: Any) -> None:
+        self.features = features
+
+
+class _Uncollated:
+    """A collator that leaves the examples of a batch apart."""
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        return {_EXAMPLES: [Example(each) for each in features]}
+
+
 @final
 class TrainerBatches:
     """The batches of a Trainer's own training loader, from its first on, as often as they are asked for.
 
     The loader is made by the Trainer, with its sampler, collator and removal of columns. Reading it draws random
-    numbers of its own: the run's stay where they are.
+    numbers of its own: the run's stay where they are. A sample is an example of the dataset. Where a collator makes of
+    examples another number of rows (pairs of answers, several texts in one row), a batch is a list of examples, which
+    `TrainerLoss` collates: a row alone would be something else than it is trained as.
 
     Args:
         trainer: the Trainer.
@@ -36,7 +61,7 @@ class TrainerBatches:
         self._trainer, self._samples = trainer, samples
         self._loader: Any = None
 
-    def __iter__(self) -> Generator[dict[str, Any]]:
+    def __iter__(self) -> Generator[Any]:
         """Read batches, prepared as for a step.
 
         Raises:
@@ -49,15 +74,16 @@ class TrainerBatches:
             own.restore()
             try:
                 if iterator is None:
-                    iterator = self._start()
+                    iterator = self._read()
                 batch = next(iterator, None)
                 own = RandomStates()
             finally:
                 run.restore()
             if batch is None:
                 break
-            prepared = dict(self._trainer._prepare_inputs(batch))
-            count += _rows(prepared)
+            examples = batch.get(_EXAMPLES)
+            prepared = dict(self._trainer._prepare_inputs(batch)) if examples is None else examples
+            count += num_rows(prepared) if examples is None else len(examples)
             yield prepared
         share = -(-self._samples // self._trainer.args.world_size)
         if count < share:
@@ -68,23 +94,11 @@ class TrainerBatches:
                 remedy=f"write samples={count * self._trainer.args.world_size} in the method, or train on more data",
             )
 
-    def _start(self) -> Iterator[Any]:
-        dataset = self._trainer.train_dataset
-        if isinstance(dataset, Iterator):
-            raise TitheError(
-                "train_dataset",
-                found=f"a {type(dataset).__name__} that can be read only once",
-                expected="a dataset that begins anew each time, since what is scored is trained on too",
-                remedy="return a new iterator from __iter__, as torch's IterableDataset and datasets' do",
-            )
-        if self._loader is None:
-            self._loader = self._trainer.get_train_dataloader()
-        return self._read(self._loader)
-
-    def _read(self, loader: Any) -> Iterator[Any]:
-        """Read a loader from its first epoch; accelerate's would count on from the last time it was read."""
+    def _read(self) -> Iterator[Any]:
+        """Read the loader from its first epoch; accelerate's would count on from the last time it was read."""
         from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
+        loader = self._loader = self._loader or self._make()
         ours = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
         if ours:
             loader.set_epoch(0)
@@ -95,9 +109,32 @@ class TrainerBatches:
             if ours and any(loader is known for known in loader.gradient_state.dataloader_references):
                 loader.end()
 
+    def _make(self) -> Any:
+        """Make the loader, and another whose examples stay apart where rows are not what the collator was given."""
+        trainer = self._trainer
+        if isinstance(trainer.train_dataset, Iterator):
+            raise TitheError(
+                "train_dataset",
+                found=f"a {type(trainer.train_dataset).__name__} that can be read only once",
+                expected="a dataset that begins anew each time, since what is scored is trained on too",
+                remedy="return a new iterator from __iter__, as torch's IterableDataset and datasets' do",
+            )
+        self._loader = trainer.get_train_dataloader()
+        first = next(self._read(), None)
+        size = trainer._train_batch_size
+        if isinstance(trainer.train_dataset, Sized):
+            size = min(size, len(trainer.train_dataset))
+        if first is None or num_rows(first) == size:
+            return self._loader
+        with shadowed(trainer, data_collator=_Uncollated()):
+            apart = trainer.get_train_dataloader()
+        rows, self._loader = self._loader, apart
+        first = next(self._read(), None)
+        return rows if first is None or _EXAMPLES not in first else apart
 
-def _rows(batch: Mapping[str, Any]) -> int:
-    """How many samples a batch of a collator has: the first dimension of most of its tensors."""
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Return how many rows a collated batch has: the first dimension of most of its tensors."""
     sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()]
     return max(set(sizes), key=sizes.count) if sizes else 0
 
@@ -113,15 +150,26 @@ class TrainerLoss:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any] | list[Example]) -> Tensor:
         """Return the loss of the batch alone, as one number of this rank."""
-        trainer, inputs = self._trainer, dict(batch)  # a copy: a label smoother takes the labels out of it
+        trainer = self._trainer
+        inputs = self.collated(batch)
         given: dict[str, Any] = {}
         labels = inputs.get("labels")
         if trainer.compute_loss_func is not None and isinstance(labels, Tensor):  # which may divide by it
             given["num_items_in_batch"] = (labels != -100).sum()
         with undisturbed(trainer), alone(trainer.accelerator), trainer.accelerator.autocast():
             return trainer.compute_loss(model, inputs, **given)
+
+    def collated(self, batch: Mapping[str, Any] | list[Example]) -> dict[str, Any]:
+        """Return a batch as the model is given it; a copy, since a label smoother takes the labels out of it."""
+        if isinstance(batch, Mapping):
+            return dict(batch)
+        states = RandomStates()
+        try:
+            return dict(self._trainer._prepare_inputs(self._trainer.data_collator([each.features for each in batch])))
+        finally:
+            states.restore()
 
 
 @contextmanager
@@ -181,40 +229,39 @@ def shadowed(target: object, **attributes: Any) -> Generator[None]:
         vars(target).update(before)
 
 
-def check_loss(trainer: Trainer, loss: Any, batches: TrainerBatches, model: nn.Module, keep: Any) -> None:
+def check_loss(trainer: Trainer, batches: TrainerBatches, model: nn.Module) -> None:
     """Check on one batch, without a gradient, that the Trainer gets a loss for it.
 
     Args:
         trainer: the Trainer.
-        loss: what gives it.
         batches: of the Trainer.
         model: its model.
-        keep: a context that leaves the model as it was.
 
     Raises:
         TitheError: when the collator gives no labels, or the model no loss.
     """
-    batch = next(iter(batches), None)
-    if batch is None:
+    found = next(iter(batches), None)
+    if found is None:
         raise TitheError(
             "train_dataset", found="no batch", expected="data to train on", remedy="pass train_dataset= with samples"
         )
+    loss = TrainerLoss(trainer)
+    batch = loss.collated(found)
     names = list(trainer.label_names)
     unlabelled = bool(names) and not any(batch.get(name) is not None for name in names)
     try:
-        with torch.no_grad(), keep:
-            found = loss(model, batch)
+        with torch.no_grad(), evaluating(model):
+            value: Any = loss(model, batch)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        no_loss = "did not return a loss" in str(error)
         if unlabelled:
             raise _no_labels(trainer, batch, names) from error
-        if no_loss:
+        if "did not return a loss" in str(error):
             raise _no_loss(model, "an output without a loss", batch) from error
         raise
     except RuntimeError:
         return  # one that takes a gradient within itself; training says what else is wrong
-    if not isinstance(found, Tensor) or found.numel() != 1:
-        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise _no_labels(trainer, batch, names) if unlabelled else _no_loss(model, what, batch)
 
 

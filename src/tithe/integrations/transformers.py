@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import tithe
 from tithe.errors import TitheError, TitheWarning
-from tithe.forward import RandomStates, evaluating
+from tithe.forward import RandomStates
 from tithe.integrations import trainer_checks as checks
 from tithe.integrations import trainer_files as files
 from tithe.integrations.trainer_callback import TitheCallback
@@ -141,7 +141,8 @@ class _WithTithe(_Trainer):
                 expected="a Trainer before training, or after trainer.plan.release(), to pickle or copy",
                 remedy="call trainer.plan.release() first, or pickle trainer.model, which is plain",
             )
-        return _blank, (self._of,), vars(self)
+        own = {} if self._optimizer_of is None else {"optimizer": None, "_optimizer_of": None}
+        return _blank, (self._of,), {**vars(self), **own, "plan": None}
 
     # -------------------------------------------------------------------------------------------------- when it begins
 
@@ -236,7 +237,7 @@ class _WithTithe(_Trainer):
         method: Any = choice.method
         samples = method.samples if isinstance(method, tithe.SparseMethod) and method.needs_data else 0
         batches = TrainerBatches(self, samples)
-        check_loss(self, own, batches, self.model, evaluating(self.model))
+        check_loss(self, batches, self.model)
         self._num_weights = sum(p.numel() for p in self.model.parameters() if p.is_floating_point())
         self.plan = tithe.attach(
             self.model,
