@@ -258,6 +258,8 @@ def test_every_handler_says_what_it_computes() -> None:
     handlers = [*dispatch._SERVED, *lean_dispatch._KIN]
     first = {row.handler for row in OURS}
     for handler in handlers:
+        if getattr(sys.modules[handler.__module__], handler.__name__, None) is not handler:
+            continue  # of an example that ran before
         if handler.__module__.startswith("tithe.rules."):
             said = handler.__doc__ or ""
             assert len(re.split(r"[.;:]\s", said)[0].split()) > 3 or "in place" in said, handler

@@ -88,7 +88,7 @@ class Plain:
 @final
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Several of these."""
+    """Several values, in a list or tuple of their own kind."""
 
     kind: type
     parts: tuple[Any, ...]
