@@ -28,7 +28,7 @@ from tithe.rules.transforms import each_row
 
 _LEAST = 1 << 12
 """Logits below which stock's kernels are left alone: their log-softmax takes no memory that matters."""
-_CACHED, _LAUNCHED = 1 << 18, 1 << 24
+_CACHED, _LAUNCHED = 1 << 19, 1 << 24
 """Logits to a block: on a CPU what stays in a core's cache, elsewhere what is worth the launch of a dozen kernels."""
 _SAME_VALUES = frozenset(
     f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Slice", "Select", "Clone", "Transpose", "T")
