@@ -176,7 +176,8 @@ def sum_and_gradient(z_NC: Tensor, target_N: Tensor, terms: Terms, *, ask: bool)
 
 
 def _entries(z: Tensor) -> int:
-    return _CACHED if z.device.type == "cpu" else _LAUNCHED
+    """How many logits to work on at a time: of few no more than an eighth, which then stands in float32."""
+    return min(_CACHED if z.device.type == "cpu" else _LAUNCHED, max(z.numel() // 8, _LEAST))
 
 
 def _slices(z: Tensor) -> Iterator[tuple[Any, Any]]:
