@@ -523,6 +523,24 @@ def test_a_second_derivative_is_refused() -> None:
         grad.square().sum().backward()
 
 
+def test_a_transform_is_refused() -> None:
+    model = build("llama")
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            return tithe.causal_loss(self.model, words())
+
+    def run(head: Tensor) -> Tensor:
+        return torch.func.functional_call(Loss(), {"model.lm_head.weight": head}, ())
+
+    with pytest.raises(TitheError, match=r"transform of torch\.func"):
+        torch.func.grad(run)(model.lm_head.weight.detach())
+
+
 def test_a_tail_is_compared_once_in_each_mode() -> None:
     """And the model is as it was afterwards, also when its forward fails."""
     model = build("llama")

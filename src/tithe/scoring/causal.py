@@ -32,7 +32,7 @@ from tithe.rules.base import saved_tensors
 from tithe.rules.blocks import blocks
 from tithe.rules.double_backward import differentiated, missing, refusal, stand_in
 from tithe.rules.lean.cross_entropy import Terms, precise, sum_and_gradient
-from tithe.rules.transforms import each_row
+from tithe.rules.transforms import each_row, transformed
 from tithe.scoring.tail import Tail, first, parts, refused
 
 __all__ = ["causal_loss"]
@@ -89,6 +89,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, rows: int = 1024)
 
 def _causal_loss(model: nn.Module, batch: Mapping[str, Any], rows: int) -> Tensor:
     inner, trunks = parts(model)
+    if transformed():
+        raise refused(inner, "a transform of torch.func, or forward-mode differentiation, around it")
     given = dict(batch)
     if given.get("labels") is None:
         if given.get("input_ids") is None:
