@@ -124,7 +124,9 @@ class Binding:
         Args:
             positions: the values of one input channel.
         """
-        if self.max_positions is not None and positions > max(self.max_positions, self.seen_positions):
+        if self.max_positions is None or self.probe is not None or not isinstance(self.selection, Channels):
+            return
+        if positions > max(self.max_positions, self.seen_positions):
             self.seen_positions = positions
 
     def saw(self, shape: torch.Size, outlived: bool) -> None:
