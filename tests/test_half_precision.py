@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tithe
+from ranks import play
 from tithe import FISH, SpIEL, TitheError, TraDy, every
 from tithe.rules import Binding
 
@@ -562,3 +563,37 @@ def test_a_binding_says_what_theta_it_asks_for() -> None:
     weight = nn.Parameter(torch.zeros(3, dtype=F16))
     assert Binding("w", weight).theta.dtype == F32
     assert Binding("w", weight, F16).theta.dtype == F16
+
+
+# --- several ranks
+
+
+def _on_a_rank(method: Any, rank: int) -> dict[str, Tensor]:
+    model = net()
+    plan = attach(model, method)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = adamw(plan.parameters(), lr=1e-3)
+    for batch in batches(4, seed=20 + rank):
+        F.cross_entropy(wrapped(batch[0]).float(), batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {f"θ {name}": value for name, value in masters(plan).items()}
+    plan.release()
+    return found | {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def chosen_once(rank: int) -> dict[str, Tensor]:
+    return _on_a_rank(FISH(k=40), rank)
+
+
+def chosen_again(rank: int) -> dict[str, Tensor]:
+    return _on_a_rank(FISH(k=40, reselect=every(2)), rank)
+
+
+def test_two_ranks_have_the_same_masters(tmp_path: Path) -> None:
+    for first, second in play(tmp_path, chosen_once, chosen_again).values():
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        thetas = [value for name, value in first.items() if name.startswith("θ")]
+        assert len(thetas) >= 3
+        assert all(value.dtype == F32 and not torch.equal(value, value.bfloat16().float()) for value in thetas)
