@@ -402,9 +402,11 @@ def test_a_penalty_on_the_gradient_by_theta() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, of any Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_trains_the_masters() -> None:
     ends = []
-    for wrap in (lambda model: model, torch.compile):
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
         model = net()
         plan = attach(model, FISH(k=40))
         compiled = wrap(model)
