@@ -36,7 +36,7 @@ from tithe.schedule import Schedule
 from tithe.scoring import Loss, Passes, channel_norms, price_channels
 from tithe.select import bernoulli_masks, importance
 from tithe.select.channel_costs import Layer
-from tithe.selection import Selection
+from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
@@ -339,6 +339,20 @@ class SelectionContext:
     def selected(self, name: str) -> Tensor:
         """The flat indices of what is selected in one tensor now, sorted, int64; none before the first choice."""
         return next(b.selection.indices for b in self._bindings if b.name == name)
+
+    def trained(self, name: str) -> Tensor:
+        """Return θ of what is selected in one tensor now, in the order of `selected`; it may be wider than the weight.
+
+        Of a weight in half precision it is the master copy, which shows what the rounded weight does not.
+        """
+        binding = next(b for b in self._bindings if b.name == name)
+        values, selection = binding.values, binding.selection
+        if values is None:
+            return torch.empty(0, dtype=binding.dtype, device=binding.weight.device)
+        if isinstance(selection, Coordinates):
+            return values.clone()
+        places = selection.gather(torch.arange(selection.num_weights, device=values.device).view(selection.shape))
+        return values.reshape(-1)[places.reshape(-1).argsort()]
 
     def limit_inputs(self) -> None:
         """Watch, from now on, for inputs larger than those that the price list was made for."""
