@@ -12,6 +12,7 @@ from benchmarks import (
     causal_tables,
     cost_tables,
     estimator_tables,
+    language_tables,
     memory_tables,
     prune_text_tables,
     saved_tables,
@@ -38,6 +39,7 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "sparse": sparse_tables.sparse,
     "average": average_tables.average,
     "prune-text": prune_text_tables.prune_text,
+    "language": language_tables.language,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 

@@ -21,7 +21,7 @@ from tithe.app.dense import Dense
 from tithe.app.methods import METHODS, PriceRow
 from tithe.app.price.terms import OPTIMIZERS, Site, glob_names
 from tithe.delta.size import delta_bytes, file_bytes, network_bytes
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger
 from tithe.plan.outlined import span
 
@@ -195,7 +195,9 @@ class _Maker:
             return found if torch.is_grad_enabled() else torch.zeros(())
 
         batch = subject.draw(self.site.blank, self.site.num_samples)
-        plan = tithe.attach(model, method, loss=loss, data=[batch], head=subject.head)
+        with warnings.catch_warnings():  # half precision, which is asked for here, is no news
+            warnings.filterwarnings("ignore", message=".*rounds small updates away", category=TitheWarning)
+            plan = tithe.attach(model, method, loss=loss, data=[batch], head=subject.head)
         drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
         shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
         return Setup(
