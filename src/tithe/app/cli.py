@@ -103,6 +103,7 @@ def train(
       tithe train examples/digits_trady.toml
       tithe train examples/digits_vrpge.toml
       tithe train examples/digits_twa.toml
+      tithe train examples/bytes_lm.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
 
     \b
@@ -110,7 +111,7 @@ def train(
       [model]
       pretrained = "bert-base-uncased"  # or a folder, or timm = "resnet18"
       [data]
-      task = "text-classification"      # or text-regression,
+      task = "text-classification"      # or text-regression, causal-lm,
       train = "train.tsv"               #    image-classification
       test = "test.tsv"
       text = "sentence"
@@ -142,6 +143,19 @@ def train(
       epochs = 10                       # method = "mean" trains nothing
       lr = 2.0                          # on = "held_out": rows that the
                                         #    run itself does not see
+    A language model, on plain text or on chats:
+      [data]
+      task = "causal-lm"
+      train = "book.txt"                # or a folder, or JSONL with
+      packing = true                    #    messages = "messages"
+      max_length = 512
+    From nothing: scratch = true beside pretrained or timm, or
+      [model]
+      tokenizer = "bytes"
+      scratch = {model_type = "llama", hidden_size = 64, ...}
+    Also in [run]: patience = 3 ends a run that gets no better,
+    gradient_checkpointing = true runs blocks again in the backward
+    pass. [log] trackers = ["tensorboard", "wandb", ...] logs to them.
     Any method: lean = true lets the layers that are not trained keep
     for backward only what it needs; lean_bits = 8 codes attention and
     norms in 8 bits, lean_exact = true keeps smooth activations exact.

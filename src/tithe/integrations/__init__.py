@@ -1,1 +1,1 @@
-"""Adapters for trainers of other libraries; each file needs its library and nothing else imports it."""
+"""Tithe inside other libraries' training loops, one module for each; a module needs its library installed."""
