@@ -102,9 +102,10 @@ def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
     assert result["bytes"]["delta"] < 0.0105 * 4 * result["trainable"]["model"]
 
 
-def test_a_lightning_module_resumes_and_ships_what_changed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("script", ["lightning_fit.py", "accelerate_loop.py"])
+def test_a_trainers_script_resumes_and_ships_what_changed(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
-        runpy.run_path(str(EXAMPLES / "lightning_fit.py"), run_name="__main__")
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     before, trained, resumed, shipped = (line.split() for line in capsys.readouterr().out.splitlines())
     assert float(trained[1]) > float(before[1]) + 0.4
     assert resumed[1] == shipped[1] == trained[1]

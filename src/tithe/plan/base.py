@@ -424,6 +424,12 @@ class Plan(ABC):
         if self.ranks is not None:
             self.ranks.close()
 
+    def _catch_up(self) -> None:
+        """Before the plan's state is read or counted: an optimizer that has not stepped yet may have loaded another."""
+        self._check_live()
+        if self._watching is not None and not self._forward_began:
+            self._optimizers.search(loaded=True)
+
     def _check_live(self) -> None:
         if self._released:
             raise TitheError("plan", found="a released plan", expected="an attached one", remedy="attach again")
