@@ -215,7 +215,9 @@ def price(
     MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
-    All methods are priced, or those that --method names.
+    What --method names is priced, or all but VR-PGE and TWA. Its names:
+    full, full+lean, full+ckpt, head, lora, lora+lean, lora+ckpt, qlora,
+    fish, fish+lean, trady, spiel, vrpge, twa.
 
     \b
     Example:
@@ -244,7 +246,7 @@ def price(
             quotes = prices.price(
                 prices.outline(model, shape, settings or ()),
                 batch=batch,
-                methods=tuple(method or prices.OFFERS),
+                methods=tuple(method or prices.USUAL),
                 terms=terms,
                 memory=limit,
                 progress=bar.phase,
