@@ -1,4 +1,4 @@
-"""The command line: `tithe demo · train · price · average · merge · inspect`."""
+"""The command line: `tithe demo · train · predict · price · average · merge · inspect`."""
 
 from __future__ import annotations
 
@@ -187,6 +187,48 @@ def train(
             _print_json(result)
         else:
             show(result, terminal.console())
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN")],
+    file: Annotated[Path, typer.Argument(help="Rows to answer.", metavar="FILE")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv, .tsv, .jsonl or .json file.", metavar="OUT")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="A language model writes at most.", metavar="N", min=0)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Let a finished run answer the rows of a file.
+
+    FILE is a table as the run was trained on; labels are not needed, and
+    are scored where they are there. Of images it is a picture or a folder
+    of pictures. The answers are printed as CSV, unless --output names a
+    file. A language model goes on with each text, or answers each chat.
+
+    \b
+    Example:
+      tithe predict runs/first new.csv
+      tithe predict runs/first new.jsonl -o answers.jsonl
+      tithe predict runs/first new.csv --json
+    """  # noqa: D301
+    with _guarded():
+        from tithe.app.train.predicting import predict as answer
+
+        with terminal.Bar(terminal.console(stderr=True), patience=2.0) as bar:
+            found = answer(run, file, output=output, new_tokens=tokens, progress=bar.count)
+            for note in found.notes:
+                bar.say(note)
+        if as_json:
+            _print_json(found.as_dict())
+            return
+        told = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        if told:
+            _say(told)
+        if output is None:
+            typer.echo(found.table(), nl=False)
+        else:
+            typer.echo(f"written: {output}")
 
 
 @app.command()
