@@ -298,7 +298,7 @@ class _WithTithe(_Trainer):
             self._warned = True
             warnings.warn(
                 f"{spared[0]} and {len(spared) - 1} more decay with the rest, since a plan that chooses again holds all"
-                ' values in one parameter; leave them out with tithe_where=["*", "!*bias", "!*norm*"], or write'
+                f' values in one parameter; leave them out with tithe_where=["*", "!{spared[0]}", …], or write'
                 " weight_decay=0",
                 TitheWarning,
                 stacklevel=2,
