@@ -544,7 +544,6 @@ def test_a_transform_is_refused() -> None:
 def test_a_tail_is_compared_once_in_each_mode() -> None:
     """And the model is as it was afterwards, also when its forward fails."""
     model = build("llama")
-    before = {**vars(model)}, {**vars(model.model)}
     causal._checked.clear()
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
@@ -554,6 +553,15 @@ def test_a_tail_is_compared_once_in_each_mode() -> None:
         tithe.causal_loss(model, words())
         counts.append(len(seen))
     assert counts == [3, 2]
+    model.loss_function = partial(model.loss_function)
+    seen.clear()
+    tithe.causal_loss(model, words())
+    assert len(seen) == 3
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: _scaled(logits, labels)
+    with pytest.raises(TitheError, match="its head does not give"):
+        tithe.causal_loss(model, words())
+    model = build("llama")
+    before = {**vars(model)}, {**vars(model.model)}
     with pytest.raises(ValueError, match="exactly one"):
         tithe.causal_loss(model, {**words(), "input_ids": None, "nonsense": 1, "labels": 3})
     assert {**vars(model)}.keys() == before[0].keys()

@@ -37,8 +37,8 @@ from tithe.scoring.tail import Tail, first, parts, refused
 
 __all__ = ["causal_loss"]
 
-_checked: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
-"""Models whose tail has been compared with their own logits, in training and evaluation mode."""
+_checked: weakref.WeakKeyDictionary[nn.Module, dict[bool, int]] = weakref.WeakKeyDictionary()
+"""Models whose tail has been compared with their own logits, in training and evaluation mode: with which loss."""
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-4}
 """How far those may be apart, against the largest logit; half precision has 0.05."""
 
@@ -175,14 +175,14 @@ class _Call(TorchFunctionMode):
         return function.apply(job, ask, rows_NH, *leaves)
 
     def compare(self, logits: Tensor) -> None:
-        """Compare the tail with the model's own logits at the probe's rows, once, in another order.
+        """Compare the tail with the model's own logits at the probe's rows, in another order; once for each loss.
 
         Raises:
             TitheError: they differ.
         """
         probe, training = cast(Tensor, self.tail.probe), self.tail.model.training
-        known = _checked.setdefault(self.tail.model, set())
-        if training in known or isinstance(logits, FakeTensor) or isinstance(probe, FakeTensor):
+        known, loss = _checked.setdefault(self.tail.model, {}), id(cast(Any, self.tail.model).loss_function)
+        if known.get(training) == loss or isinstance(logits, FakeTensor) or isinstance(probe, FakeTensor):
             return
         with torch.no_grad():
             again = self.tail(probe.detach().flip(1))
@@ -193,7 +193,7 @@ class _Call(TorchFunctionMode):
                 far = bool(off > _NEAR.get(again.dtype, 0.05) * logits.abs().max())
         if far:
             raise refused(self.tail.model, "logits that its head does not give for these hidden states alone")
-        known.add(training)
+        known[training] = loss
         self.first = True
 
     def check(self) -> None:
@@ -228,7 +228,7 @@ def _leaves(output: Tensor, without: Tensor | None) -> list[Tensor]:
 def _listened(model: nn.Module, leaves: Sequence[Tensor]) -> bool:
     """Whether rules hand what arrives in backward on to others than these leaves: to a probe, or to a span's buffer."""
     known = {id(leaf) for leaf in leaves}
-    for module in model.modules():
+    for module in model.modules() if known else ():
         for weight in vars(module).values():
             if isinstance(weight, Carrier):
                 binding = weight.binding
