@@ -10,7 +10,6 @@ from typing import Any
 import tithe
 from tithe.ledger.flops import Flops
 
-
 FULL = "full"
 """The row that others are compared with."""
 
