@@ -94,6 +94,8 @@ class DataSection(Section):
     messages: Annotated[str, Field(min_length=1)] | None = None
     documents: Literal["file", "line", "paragraph"] = "file"
     packing: bool = False
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, Field(ge=0)] | None = None
     separator: Annotated[str, Field(min_length=1)] = ","
     labels: Annotated[tuple[Label, ...], Field(min_length=2)] | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -150,6 +152,31 @@ class DataSection(Section):
             )
         if self.config is not None and self.dataset is None:
             raise refuse("config", found="config without dataset", expected="both", remedy="remove config")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_a_data_set(self) -> DataSection:
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise refuse(
+                "shuffle_buffer",
+                found="shuffle_buffer without streaming",
+                expected="it beside streaming = true; rows in memory are shuffled whole",
+                remedy="remove shuffle_buffer",
+            )
+        if self.streaming and self.dataset is None:
+            raise refuse(
+                "streaming",
+                found="streaming of files",
+                expected="it of a data set",
+                remedy='put the files into a folder, and name it: dataset = "FOLDER"',
+            )
+        if self.streaming and self.validation is None:
+            raise refuse(
+                "streaming",
+                found="a stream without a validation split",
+                expected="one, since no part of a stream can be held out",
+                remedy='add validation = "..."',
+            )
         return self
 
     @model_validator(mode="after")
