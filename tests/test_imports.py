@@ -69,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
     | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
     "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
     "app.cli": {"tithe", "errors", "files", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
-    "integrations": {"tithe", "errors", "select"},
+    "integrations": {"tithe", "errors", "select", "forward"},
     "__main__": {"app.cli"},
 }
 

@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,12 @@ def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
     result = train(read_recipe(EXAMPLES / "sst2_minilm.toml", settings), console=Console(file=io.StringIO()))
     assert result["trainable"]["fraction"] == pytest.approx(0.005, abs=1e-6)
     assert result["bytes"]["delta"] < 0.0105 * 4 * result["trainable"]["model"]
+
+
+def test_a_lightning_module_resumes_and_ships_what_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        runpy.run_path(str(EXAMPLES / "lightning_fit.py"), run_name="__main__")
+    before, trained, resumed, shipped = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(trained[1]) > float(before[1]) + 0.4
+    assert resumed[1] == shipped[1] == trained[1]
+    assert resumed[-1] == "True"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, final, runtime_checkable
 
+import torch
 from torch import nn
 
 from tithe import distributed
@@ -23,6 +24,7 @@ from tithe.narrow import InferenceNetwork
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import check_free
 from tithe.plan.narrow import NarrowPlan
+from tithe.plan.parameters import TRAINABLE
 from tithe.plan.ranks import Ranks
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
@@ -76,6 +78,7 @@ def attach(
     head: str | Sequence[str] = (),
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PlanT:
     """Choose what to train in `model`, and train nothing else from now on.
 
@@ -91,15 +94,18 @@ def attach(
         head: globs over parameter names that are trained whole.
         seed: of every random draw.
         state: `plan.state_dict()` of an earlier run: its choice is taken over, nothing is scored.
+        dtype: of θ. None is float32 for weights in half precision, whose master copy θ is, and the weight's own
+            otherwise. A dtype that is given is that of all θ, and has to hold every weight's values.
 
     Returns:
         The plan.
 
     Raises:
         TitheError: when a glob matches nothing, nothing is left to choose, data or loss is missing, the loss is no
-            scalar with a gradient, a scored weight gets no gradient, the model has a plan already, or something wraps
-            or shards it. On several ranks all of them raise when one fails, when what they attach differs, or when one
-            does not come within the timeout of the process group (`tithe.distributed.meeting`).
+            scalar with a gradient, a scored weight gets no gradient, `dtype` cannot hold a weight, the model has a
+            plan already, or something wraps or shards it. On several ranks all of them raise when one fails, when what
+            they attach differs, or when one does not come within the timeout of the process group
+            (`tithe.distributed.meeting`).
 
     Example:
         >>> import tithe
@@ -109,10 +115,11 @@ def attach(
         (['weight'], 3)
         >>> plan.release()
     """
-    settings, plan = Settings(loss, data, where, head, seed, holders_outside(model)), None
+    settings, plan = Settings(loss, data, where, head, seed, holders_outside(model), dtype), None
     try:
         with distributed.together("attach"):
             _check_method(method)
+            _check_dtype(dtype)
             check_free(model)
             _check_whole(model)
             distributed.check_whole(model)
@@ -151,6 +158,21 @@ def _check_method(method: object) -> None:
             found=repr(method),
             expected="a SparseMethod, a NarrowMethod or a SubspaceMethod",
             remedy="write tithe.attach(model, tithe.FISH(density=0.005), ...), or derive your method from one of these",
+        )
+
+
+def _check_dtype(dtype: object) -> None:
+    """Check that a dtype that is given for θ is one that an optimizer can train.
+
+    Raises:
+        TitheError: when it is not.
+    """
+    if dtype is not None and dtype not in TRAINABLE:
+        raise TitheError(
+            "dtype",
+            found=repr(dtype),
+            expected="None, torch.float32, torch.float64, or the half precision of the weights",
+            remedy="leave dtype= out: θ is float32 for weights in half precision, and has the weight's dtype otherwise",
         )
 
 

@@ -42,6 +42,7 @@ class Settings:
     head: str | Sequence[str] = ()
     seed: int = 0
     outside: Sequence[nn.Module] = ()
+    dtype: torch.dtype | None = None
 
 
 class Plan(ABC):
@@ -80,7 +81,7 @@ class Plan(ABC):
     def __repr__(self) -> str:
         trained = sum(parameter.numel() for parameter in self.parameters())
         total = sum(parameter.numel() for parameter in self._floats.values())
-        head = sum(parameter.numel() for parameter in self._head.values())
+        head = sum(parameter.numel() for parameter in self._split.head.values())
         of_head = f", {head:,} of them the head" if head else ""
         return (
             f"{type(self).__name__} of {type(self.model).__name__} by {type(self.method).__name__}:"
@@ -151,9 +152,14 @@ class Plan(ABC):
         self._check_live()
 
     @property
+    def released(self) -> bool:
+        """Return whether `release` was called."""
+        return self._released
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Return the names of the parameters that are trained whole."""
-        return tuple(self._head)
+        return tuple(self._split.head)
 
     @property
     @abstractmethod
@@ -167,10 +173,10 @@ class Plan(ABC):
             TitheError: when the model has no floating-point parameter of that name, or it belongs to the head.
         """
         origin = self._alias.get(name, name)
-        if origin not in self._floats or origin in self._head:
+        if origin not in self._floats or origin in self._split.head:
             raise TitheError(
                 name,
-                found="the head" if origin in self._head else "no such parameter",
+                found="the head" if origin in self._split.head else "no such parameter",
                 expected="a floating-point parameter outside the head",
                 remedy="use a name of model.named_parameters()",
             )
@@ -271,6 +277,12 @@ class Plan(ABC):
                 self.finish_step()
         changed, self._changed = self._changed, False
         return changed
+
+    def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
+        """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.
+
+        Of a θ that was chosen again in the meantime an average means nothing; that of the weights does.
+        """
 
     def _commit(self) -> bool:
         """Write into the weights what an optimizer made of θ; returns whether θ had changed."""

@@ -2,6 +2,7 @@
 
 another Parameter of the same shape (`assign=True`, a fresh `nn.Parameter`)     becomes the weight; what differs moved
 values written into a weight or into θ (`copy_`, `.data`, an average's swap)     the other one takes them over
+a model converted to half precision (`model.bfloat16()`)                         θ is its master; a head is refused
 `requires_grad_` on a frozen weight                                              set back, with one warning
 a module replaced, a weight resized, parametrised, tied or untied                refused
 """
@@ -54,6 +55,7 @@ class Followed:
     def __init__(self, model: nn.Module, places: Sequence[Place], head: MutableMapping[str, nn.Parameter]) -> None:
         self.model, self.places, self.head = model, list(places), head
         self.bindings = list({id(p.binding): p.binding for p in places if p.binding is not None}.values())
+        self._dtypes = {name: parameter.dtype for name, parameter in head.items()}
         self.replaced = False
         """Whether a head parameter became another one, which an optimizer made before does not hold."""
         self.paused = False
@@ -152,6 +154,8 @@ class Followed:
                 parameter.requires_grad_(False)
                 place.binding.replace(parameter)
         if place.binding is None:
+            if parameter.dtype != self._dtypes[place.name] and parameter.dtype in (torch.float16, torch.bfloat16):
+                _refuse(place.name, f"{parameter.dtype}, without a master copy", str(self._dtypes[place.name]))
             return
         carrier = place.owner.__dict__.get(place.key)
         moved = isinstance(carrier, Carrier) and carrier.memory != place.binding.weight.untyped_storage()._cdata

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequen
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 from torch.utils.hooks import RemovableHandle
@@ -97,6 +98,7 @@ class Mount:
         weights: name → parameter, one for each distinct weight outside the head.
         head: name → parameter trained whole; one that is replaced in the model is replaced here.
         outside: modules that hold one of the weights, and are not in the model.
+        dtype: of θ; None is float32 for weights in half precision, and the weight's own otherwise.
 
     Raises:
         TitheError: when another plan is attached to the model.
@@ -108,10 +110,11 @@ class Mount:
         weights: Mapping[str, nn.Parameter],
         head: MutableMapping[str, nn.Parameter] | None = None,
         outside: Sequence[nn.Module] = (),
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         check_free(model)
-        self.bindings = {name: Binding(name, weight) for name, weight in weights.items()}
+        self.bindings = {name: Binding(name, weight, dtype) for name, weight in weights.items()}
         self._owner: dict[str, tuple[nn.Module, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._lists: dict[nn.Module, dict[str, Any]] = {}
@@ -168,6 +171,11 @@ class Mount:
         """
         self._followed.follow()
 
+    def take_weights(self) -> None:
+        """Let every θ follow its weight where both were written."""
+        for binding in self.bindings.values():
+            binding.take_weight()
+
     def check(self) -> None:
         """Compare modules, parameters and flags with those when attaching, but no values.
 
@@ -186,7 +194,8 @@ class Mount:
         """Register a θ that weights have in common on the model itself."""
         self.model.register_parameter(theta_key(""), parameter)
         for binding in self.bindings.values():
-            binding.home = self.model, theta_key("")
+            if binding.common is not None:
+                binding.home = self.model, theta_key("")
         self._handles.append(self.model.register_state_dict_post_hook(_hide_flat))
         loading = _Loading()
         self._handles.append(self.model.register_load_state_dict_pre_hook(loading.provide))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tithe.selection import Selection
+from tithe.selection import Selection, carried
 
 
 def carry_state(state: dict[str, Any], old: Selection, new: Selection) -> None:
@@ -23,6 +22,7 @@ def carry_state(state: dict[str, Any], old: Selection, new: Selection) -> None:
         new: what is selected now; a selection of another kind or layout keeps no state.
 
     Example:
+        >>> import torch
         >>> from tithe import Coordinates
         >>> before, after = (Coordinates((9,), torch.tensor(at)) for at in ([3, 5], [5, 7]))
         >>> state = {"momentum_buffer": torch.tensor([1.0, 2.0])}
@@ -30,12 +30,6 @@ def carry_state(state: dict[str, Any], old: Selection, new: Selection) -> None:
         >>> state["momentum_buffer"]
         tensor([2., 0.])
     """
-    alike = old.size > 0 and old.alike(new)
-    before = old.items.to(new.items.device)
-    at = torch.searchsorted(before, new.items).clamp_(max=max(before.numel() - 1, 0))
-    stays = before[at] == new.items if alike else torch.zeros_like(new.items, dtype=torch.bool)
     for key, value in state.items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape == old.theta_shape:
-            moved = new.by_item(value.new_zeros(new.theta_shape)).clone()
-            moved[stays] = old.by_item(value)[at[stays]] if alike else 0
-            state[key] = new.of_items(moved)
+            state[key] = carried(old, new, value, value.new_zeros(new.theta_shape))

@@ -21,7 +21,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[repor
 from tithe.delta.file import CODES
 from tithe.errors import TitheError, TitheWarning
 
-_TRAINABLE = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+TRAINABLE = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+"""The dtypes of which entries can be selected."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,39 @@ class Split:
             stacklevel=5,
         )
 
+    def check_dtype(self, dtype: torch.dtype | None, trained: Mapping[str, nn.Parameter], where: str) -> None:
+        """Check the dtype that is given for θ where weights are trained as they are; warn of half precision.
+
+        Args:
+            dtype: that was given, or None.
+            trained: the weights, by name.
+            where: what trains them as they are, as the sentence says.
+
+        Raises:
+            TitheError: when it is another than a weight's own.
+
+        Warns:
+            TitheWarning: when weights are in half precision, and nobody has said that they are to be.
+        """
+        for name, parameter in trained.items():
+            if dtype is not None and parameter.dtype != dtype:
+                raise TitheError(
+                    name,
+                    found=f"a weight of {parameter.dtype}, and dtype={dtype} for θ",
+                    expected=f"the weight's own dtype: {where}",
+                    remedy=f"leave dtype= out, or call model.to({dtype}) before attach",
+                )
+        half = [name for name, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)]
+        if half and dtype is None:
+            own = trained[half[0]].dtype
+            warnings.warn(
+                f"{half[0]}{f' and {len(half) - 1} more' if len(half) > 1 else ''}: {where}, and"
+                f" {str(own).removeprefix('torch.')} rounds small updates away. Load the model in float32, under"
+                f" torch.autocast if you like, or write dtype={own} to have it so",
+                TitheWarning,
+                stacklevel=6,
+            )
+
     def _looks_new(self, path: str) -> bool:
         weight, bias = self.floats.get(f"{path}.weight"), self.floats[f"{path}.bias"]
         if weight is None or weight.dim() < 2 or f"{path}.weight" not in self.candidates:
@@ -161,7 +195,7 @@ def split_parameters(model: nn.Module, *, where: str | Sequence[str], head: str 
     first: dict[int, str] = {}
     alias = {name: first.setdefault(id(p), name) for name, p in named}
     kinds = {name: _kind(p) for name, p in model.named_parameters()}
-    floats = {name: p for name, p in model.named_parameters() if p.dtype in _TRAINABLE and not kinds[name]}
+    floats = {name: p for name, p in model.named_parameters() if p.dtype in TRAINABLE and not kinds[name]}
     left_out = {name: LeftOut(p, kinds[name], p.requires_grad) for name, p in model.named_parameters() if kinds[name]}
     for name, out in left_out.items():
         if out.parameter.dtype not in CODES:
@@ -234,7 +268,7 @@ def _kind(parameter: Tensor) -> str:
         return "nested"
     if parameter.is_complex():
         return dtype
-    if parameter.dtype not in _TRAINABLE:
+    if parameter.dtype not in TRAINABLE:
         code = parameter.is_quantized or parameter.is_floating_point() or parameter.dtype.itemsize == 1
         return f"quantised, {dtype}" if code and parameter.dtype != torch.bool else ""
     if parameter.is_neg():

@@ -59,6 +59,7 @@ def _facts(model: nn.Module, method: Any, settings: Settings, state: Mapping[str
         "where": _told(settings.where),
         "head": _told(settings.head),
         "seed": _told(settings.seed),
+        "dtype": str(settings.dtype),
         "loss": "none" if settings.loss is None else "given",
         "data": "none" if settings.data is None else "given",
         "state": "none" if state is None else "given",

@@ -12,7 +12,7 @@ from tithe import distributed
 from tithe.plan.mount import Mount
 from tithe.plan.optimizer_state import carry_state
 from tithe.rules import Binding, FlatTheta
-from tithe.selection import Coordinates, Selection
+from tithe.selection import Coordinates, Grid, Selection
 
 
 class SelectedWeights:
@@ -22,13 +22,23 @@ class SelectedWeights:
         mount: of the model.
         bindings: the weights to choose from, in the model's order.
         optimizers: those that are bound, whose state goes with a new choice.
+        whole: weights of the head of which θ is the master, all selected always.
         changes: whether the choice will be made again.
     """
 
     def __init__(
-        self, mount: Mount, bindings: Sequence[Binding], optimizers: Sequence[Optimizer], *, changes: bool
+        self,
+        mount: Mount,
+        bindings: Sequence[Binding],
+        optimizers: Sequence[Optimizer],
+        whole: Sequence[Binding],
+        *,
+        changes: bool,
     ) -> None:
-        self.bindings, self.changes = bindings, changes
+        self.bindings, self.whole, self.changes = bindings, whole, changes
+        for binding in whole:
+            binding.select(Grid(tuple(binding.weight.shape), {}))  # every entry, without a list of them
+            mount.show(binding)
         self._mount = mount
         self._optimizers = optimizers
         self._flat: FlatTheta | None = None
@@ -154,7 +164,7 @@ class SelectedWeights:
         Args:
             held: ids of parameters that are written also where their version did not change, as after a fused kernel.
         """
-        written = [b.commit(force=id(b.parameter) in held) for b in self.bindings]
+        written = [b.commit(force=id(b.parameter) in held) for b in (*self.bindings, *self.whole)]
         return any(written)
 
     @property

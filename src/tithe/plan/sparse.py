@@ -20,6 +20,7 @@ from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.selected import SelectedWeights
 from tithe.plan.state import Buffers, PlanState
+from tithe.rules import Binding, check_holds, theta_dtype
 from tithe.rules.lean.model import Lean, lean
 from tithe.scoring import check_loss
 from tithe.selection import Channels, Selection
@@ -40,11 +41,19 @@ class SparsePlan(Plan):
         self._buffers = Buffers(model)
         if isinstance(settings.data, Iterator) and method.needs_data:
             self._data = first_batches(settings.data, method.samples)
-        bound = {name: p for name, p in split.floats.items() if name not in split.head}
-        self._mount = Mount(model, bound, self._head, settings.outside)
+        for name in (*split.head, *split.candidates):
+            check_holds(name, split.floats[name].dtype, settings.dtype)
+        # A head in half precision has a master copy too: a θ of which every entry is selected.
+        kept = {name: p for name, p in split.head.items() if theta_dtype(p.dtype, settings.dtype) != p.dtype}
+        self._head = {name: p for name, p in split.head.items() if name not in kept}
+        bound = {name: p for name, p in split.floats.items() if name not in self._head}
+        self._mount = Mount(model, bound, self._head, settings.outside, settings.dtype)
         self._candidates = [self._mount.bindings[name] for name in split.candidates]
+        self._masters = {name: self._mount.bindings[name] for name in kept}
         changes = method.reselect is not None or method.warmup > 0
-        self._selected = SelectedWeights(self._mount, self._candidates, self._optimizers.bound, changes=changes)
+        self._selected = SelectedWeights(
+            self._mount, self._candidates, self._optimizers.bound, list(self._masters.values()), changes=changes
+        )
         self._chosen = False
         self._memory = Memory()
         self._num_states = 2 if method.optimizer_states is None else method.optimizer_states
@@ -74,7 +83,7 @@ class SparsePlan(Plan):
                 self._selected.set_capacity(self.method.num_selected(context))
         if self.method.warmup == 0:
             self.reselect()
-        elif not self._head:
+        elif not self.head:
             raise TitheError(
                 "head",
                 found=f"no head, and a warm-up of {self.method.warmup} steps",
@@ -96,11 +105,27 @@ class SparsePlan(Plan):
         if not self._released:
             self._mount.check()
         yield from self._selected.named_parameters()
-        yield from self._head.items()
+        yield from self._trained_head().items()
+
+    def _trained_head(self) -> dict[str, nn.Parameter]:
+        """What an optimizer trains of the head, by name: the model's own parameters, or θ that is their master."""
+        masters = self._masters
+        return {name: masters[name].theta if name in masters else self._head[name] for name in self.head}
+
+    def _head_weights(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters of the head, by name."""
+        masters = self._masters
+        return {name: masters[name].weight if name in masters else self._head[name] for name in self.head}
+
+    @property
+    def attached_bytes(self) -> int:
+        """Bytes that the plan keeps in memory beside the weights between two steps: θ and indices."""
+        theta = sum(p.nbytes for name, p in self.named_parameters() if name not in self._head)
+        return theta + self.index_bytes
 
     def known(self) -> set[int]:
         """Return the ids of the model's parameters and of what optimizers train, without a check of the model."""
-        trained = [*self._selected.named_parameters(), *self._head.items()]
+        trained = [*self._selected.named_parameters(), *self._trained_head().items()]
         return {id(p) for p in self._floats.values()} | {id(p) for _, p in trained}
 
     @property
@@ -216,6 +241,11 @@ class SparsePlan(Plan):
                 stacklevel=2,
             )
 
+    def take_weights(self) -> None:
+        """Let θ follow weights that were written, where θ was written too."""
+        self._check_live()
+        self._mount.take_weights()
+
     def _commit(self) -> bool:
         return self._selected.commit()
 
@@ -297,7 +327,7 @@ class SparsePlan(Plan):
             self.model,
             self._candidates,
             num_parameters=self._num_parameters,
-            head=self._head,
+            head=self._trained_head(),
             loss=self._loss,
             batches=self._data,
             seed=self.seed,
@@ -327,7 +357,7 @@ class SparsePlan(Plan):
         self._mount.follow()
         self._selected.count()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
-        dense = {**{name: p.detach() for name, p in self._head.items()}, **self._buffers.changed(self.model)}
+        dense = {**{name: p.detach() for name, p in self._head_weights().items()}, **self._buffers.changed(self.model)}
         told = {"method": repr(self.method), "seed": str(self.seed), "steps": str(self.num_steps), **(metadata or {})}
         delta.write_delta(path, self.model, selections, dense, metadata=told)
 
@@ -345,7 +375,8 @@ class SparsePlan(Plan):
             selected={b.name: b.selection.to(_CPU).state() for b in self._candidates},
             moved={b.name: b.moved.to(_CPU).state() for b in self._candidates},
             values={b.name: b.moved.gather(b.weight.detach()) for b in self._candidates},
-            head={name: p.detach().clone() for name, p in self._head.items()},
+            masters={b.name: b.masters for b in self._owned() if b.masters is not None},
+            head={name: p.detach().clone() for name, p in self._head_weights().items()},
             buffers=self._buffers.changed(self.model),
             memory=dict(self._memory.tensors),
             max_positions=self._memory.max_positions,
@@ -359,13 +390,16 @@ class SparsePlan(Plan):
         """
         self._check_live()
         found = PlanState.of(state)
-        selected, moved = found.read({b.name: b.moved for b in self._candidates}, self._head)
+        head = self._head_weights()
+        selected, moved = found.read({b.name: b.moved for b in self._candidates}, head)
+        for binding in self._owned():
+            binding.check_masters(found.masters.get(binding.name))
         self._selected.commit()
         with torch.no_grad():
             for binding in self._candidates:
                 moved[binding.name].scatter_(binding.weight, found.values[binding.name].to(binding.weight.device))
             for name, value in found.head.items():
-                self._head[name].copy_(value)
+                head[name].copy_(value)
             self._buffers.write(self.model, found.buffers)
         self.num_steps, self.num_epochs, self.seed = found.num_steps, found.num_epochs, found.seed
         self._chosen = found.chosen
@@ -374,8 +408,13 @@ class SparsePlan(Plan):
         self._selected.set_capacity(found.capacity)
         self._selected.take(selected, self._memory.max_positions, carry=False)
         for binding in self._candidates:
-            binding.refresh()
             binding.moved = moved[binding.name].to(binding.weight.device)
+        for binding in self._owned():
+            binding.restore(found.masters.get(binding.name))
+
+    def _owned(self) -> list[Binding]:
+        """The weights that have a θ: those to choose from, and the head's with a master."""
+        return [*self._candidates, *self._masters.values()]
 
     def _let_go(self) -> None:
         self._mount.release()

@@ -15,7 +15,7 @@ from tithe.selection import Selection, restore
 
 Selections = dict[str, Selection]
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class PlanState:
         selected: name → state of the selection made now.
         moved: name → state of everything ever selected.
         values: name → the weight's values at `moved`.
+        masters: name → θ of what is selected now, where it holds more than the weight does.
         head: name → head parameter.
         buffers: name → buffer that changed in training.
         memory: what the method remembers from one choice to the next.
@@ -45,6 +46,7 @@ class PlanState:
     selected: dict[str, dict[str, Tensor]]
     moved: dict[str, dict[str, Tensor]]
     values: dict[str, Tensor]
+    masters: dict[str, Tensor]
     head: dict[str, Tensor]
     buffers: dict[str, Tensor]
     memory: dict[str, Tensor]

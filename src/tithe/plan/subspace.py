@@ -43,6 +43,8 @@ class SubspacePlan(Plan):
         super().__init__(model, settings)
         self.method, split = method, self._split
         split.check_memory("moves, or takes the checkpoints' values")
+        split.check_dtype(None, split.head, "the head of such a plan is trained as it is")
+        self._dtype = _theta_dtype(settings.dtype, next(iter(self._floats.values())).dtype)
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)
         weights = start_weights(self.history, method.start)
@@ -100,8 +102,7 @@ class SubspacePlan(Plan):
             mixes = [torch.diag(row) for row in scales]
             start = torch.zeros_like(squares)
             origins = list(start)
-        dtype = torch.promote_types(next(iter(self._floats.values())).dtype, torch.float32)
-        theta = nn.Parameter(start.to(device, dtype))
+        theta = nn.Parameter(start.to(device, self._dtype))
         origins = [theta.detach().cpu().double().clone()] * len(columns) if theta.dim() == 1 else origins
         spans = [
             Span(shape, column, mix, origin, places[name])
@@ -359,6 +360,18 @@ class SubspacePlan(Plan):
             TitheWarning,
             stacklevel=3,
         )
+
+
+def _theta_dtype(given: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
+    """The dtype of the coefficients: that which is given, else the weights', but float32 at least."""
+    if given in (torch.float16, torch.bfloat16):
+        raise TitheError(
+            "dtype",
+            found=f"{given} for θ",
+            expected="float32 at least: θ is the mixing coefficients, a few numbers that all weights are made from",
+            remedy="leave dtype= out, or write dtype=torch.float64",
+        )
+    return given or torch.promote_types(weight, torch.float32)
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

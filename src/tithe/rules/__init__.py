@@ -8,7 +8,7 @@ double_backward  how backward is differentiated itself, or refused
 
 from tithe.rules.base import Cost, Rule
 from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
-from tithe.rules.lean import activation, attention, batch_norm, dropout, glu, pooling
+from tithe.rules.lean import activation, attention, batch_norm, cross_entropy, dropout, glu, pooling
 from tithe.rules.lean import conv as lean_conv
 from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
@@ -16,7 +16,7 @@ from tithe.rules.lean.dispatch import Catch, Leanness, catch
 from tithe.rules.sparse import conv, conv_transpose, embedding, linear, norm
 from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
 from tithe.rules.table import Row, Table, table
-from tithe.rules.theta import Binding, FlatTheta, SharedTheta, digest, theta_key
+from tithe.rules.theta import Binding, FlatTheta, SharedTheta, check_holds, digest, theta_dtype, theta_key
 
 __all__ = [
     "Binding",
@@ -40,8 +40,10 @@ __all__ = [
     "autocast",
     "batch_norm",
     "catch",
+    "check_holds",
     "conv",
     "conv_transpose",
+    "cross_entropy",
     "digest",
     "dropout",
     "embedding",
@@ -58,5 +60,6 @@ __all__ = [
     "raw",
     "register",
     "table",
+    "theta_dtype",
     "theta_key",
 ]

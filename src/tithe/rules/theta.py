@@ -3,11 +3,16 @@
     its own θ  (K_w,)     one θ for all (m,), or a row each (W, m)     parts of one flat θ (K,), K = Σ K_w and unused
     `Binding.theta`       `SharedTheta`                                `FlatTheta`
 
+θ of a weight in half precision is float32: the master copy of the selected values, which the weight holds rounded.
+What an update adds below the weight's last bit is kept there until it counts. The two agree where θ rounds to the
+weight.
+
 Shapes: W weights, K_w selected entries of one, m coefficients of a span.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from tithe.errors import TitheError
 from tithe.rules.sparse.probes import Probe
 from tithe.rules.sparse.sparse_gradient import Touch
-from tithe.selection import Channels, Coordinates, Selection
+from tithe.selection import Channels, Coordinates, Selection, carried
 
 _SUFFIX = "@theta"
 
@@ -28,6 +33,20 @@ _SUFFIX = "@theta"
 def theta_key(parameter: str) -> str:
     """The name under which θ of a module's parameter is registered on that module."""
     return parameter + _SUFFIX
+
+
+def theta_dtype(weight: torch.dtype, given: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of θ: float32 for a weight in half precision, else the weight's own, unless one is given.
+
+    Args:
+        weight: the weight's.
+        given: for all weights, or None.
+
+    Example:
+        >>> theta_dtype(torch.bfloat16), theta_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return given or (torch.float32 if weight in (torch.float16, torch.bfloat16) else weight)
 
 
 class CommonTheta(ABC):
@@ -50,16 +69,18 @@ class Binding:
     Args:
         name: the parameter's name in the model.
         weight: the real parameter; it keeps its key in `state_dict` and gets no gradient of its own.
+        dtype: of θ; None is `theta_dtype` of the weight's.
 
     Attributes:
         home: the module and the key where θ is registered, and `functional_call` may put another tensor.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter) -> None:
+    def __init__(self, name: str, weight: nn.Parameter, dtype: torch.dtype | None = None) -> None:
         self.name = name
         self.weight = weight
         self.required = weight.requires_grad
-        self.theta = nn.Parameter(weight.detach().new_empty(0))
+        self._given, self._weight_dtype = dtype, weight.dtype
+        self.theta = nn.Parameter(weight.detach().new_empty(0, dtype=self.dtype))
         self.selection: Selection = Coordinates.nothing(tuple(weight.shape))
         self.moved = self.selection
         self.max_positions: int | None = None
@@ -79,6 +100,11 @@ class Binding:
         return self.selection.indices
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that θ of this weight is to have."""
+        return theta_dtype(self.weight.dtype, self._given)
+
+    @property
     def active(self) -> bool:
         """Whether a gradient is asked of this weight: some of it is selected, or it is being scored."""
         return self.probe is not None or self.selection.size > 0
@@ -86,9 +112,11 @@ class Binding:
     def fits(self, groups: int, *, transposed: bool) -> bool:
         """Whether the selection has a rule for such a use of the weight; selected channels mean one layout alone."""
         selection = self.selection
-        if self.probe is not None or not isinstance(selection, Channels):
+        if self.probe is not None:
             return True
-        return (selection.groups, selection.transposed) == (groups, transposed)
+        if isinstance(selection, Channels):
+            return (selection.groups, selection.transposed) == (groups, transposed)
+        return isinstance(selection, Coordinates)
 
     def note_positions(self, positions: int) -> None:
         """Note an input larger than the one that the selection's price was made for; the plan says so after the step.
@@ -130,7 +158,8 @@ class Binding:
         return self.theta if self.common is None else self.common.parameter
 
     def select(self, selection: Selection) -> None:
-        """Take over `selection`: θ keeps its identity and gets the weight's values there."""
+        """Take over `selection`: θ keeps its identity and gets the weight's values there, stayers their own."""
+        before, values = self.selection, self.theta.detach()
         self._rest += self._digest_selected()
         self.selection = selection.to(self.weight.device)
         self.touch = self._touch()
@@ -143,17 +172,53 @@ class Binding:
             # A loss of an earlier step keeps autograd's accumulator for θ alive, which remembers the old size; torch
             # drops it when the dtype changes. A wrapper that holds it (DDP) is told at the next step to wrap again.
             self.theta.data = self.theta.data.to(torch.float32 if self.theta.dtype == torch.float64 else torch.float64)
-        self.theta.data = self.selection.gather(self.weight.detach())
+        self.theta.data = self.start(before, values, self.dtype)
         self.agree()
 
+    def start(self, before: Selection, values: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """θ for what is selected now: the weight's values, and the masters of what was selected before.
+
+        Args:
+            before: what was.
+            values: θ of it; None where there was none.
+            dtype: of θ.
+        """
+        there = self.selection.gather(self.weight.detach())
+        start = there.to(dtype)
+        if values is None or dtype == there.dtype:
+            return start
+        return _masters(carried(before, self.selection, values, start), there)
+
     def follow(self) -> None:
-        """Follow the weight to other memory, perhaps on another device."""
+        """Follow the weight to other memory, perhaps on another device or in another dtype."""
+        if self.weight.dtype != self._weight_dtype:
+            self._follow_dtype()
         device = self.weight.device
         if self.selection.items.device != device:
             self.selection = self.selection.to(device)
             self.touch = self._touch()
         if self._rest.device != device:
-            self._rest, self._digest = self._rest.to(device), self._digest.to(device)
+            self._rest = self._rest.to(device)
+            self._digest, self._selected = self._digest.to(device), self._selected.to(device)
+
+    def _follow_dtype(self) -> None:
+        """Have θ in the dtype that it would have had for such a weight; the conversion itself has moved nothing.
+
+        Raises:
+            TitheError: when the dtype that was given for θ cannot hold the weight's values.
+        """
+        check_holds(self.name, self.weight.dtype, self._given)
+        self._weight_dtype = self.weight.dtype
+        if isinstance(self.common, SharedTheta):
+            return
+        if isinstance(self.common, FlatTheta):
+            self.common.convert()
+        else:
+            self.theta.data = self.theta.data.to(self.dtype)
+        written = self.weight._version != self._written
+        self._rest = digest(self.weight.detach()) - self._digest_selected()
+        if written or not self.commit(force=True):
+            self.refresh()
 
     def _touch(self) -> Touch | None:
         selection = self.selection
@@ -196,12 +261,49 @@ class Binding:
             self.counted = True
 
     def refresh(self) -> None:
-        """θ ← Sᵀ w, after the weight itself was loaded or changed; a θ that weights share follows none of them."""
+        """θ ← Sᵀ w, after the weight itself was loaded or changed; a θ that weights share follows none of them.
+
+        A master that rounds to what is there stays as it is.
+        """
         values = self.values
         if values is not None:
-            with torch.no_grad():
-                values.copy_(self.selection.gather(self.weight))
+            values.copy_(_masters(values, self.selection.gather(self.weight.detach())))
         self._agreed(values)
+
+    def restore(self, masters: Tensor | None) -> None:
+        """θ as it was saved with the weight.
+
+        Args:
+            masters: in θ's shape; None where the weight's own values are all there was.
+        """
+        values = self.values
+        if values is not None:
+            there = self.selection.gather(self.weight.detach())
+            values.copy_(there if masters is None else _masters(masters.to(values), there))
+        self._agreed(values)
+
+    def check_masters(self, masters: Tensor | None) -> None:
+        """Check that θ can hold what was saved.
+
+        Args:
+            masters: as `restore`.
+
+        Raises:
+            TitheError: when they are of another dtype than θ, or θ is to hold no more than the weight.
+        """
+        if masters is not None and (masters.dtype != self.dtype or self.dtype == self.weight.dtype):
+            raise TitheError(
+                self.name,
+                found=f"a saved θ of {masters.dtype} for a weight of half precision",
+                expected=f"one of {self.dtype} for a weight of {self.weight.dtype}",
+                remedy="load the model in the dtype of the saved run, and attach with its dtype=",
+            )
+
+    @property
+    def masters(self) -> Tensor | None:
+        """A copy of θ where it holds more than the weight does; None where the weight tells all of it."""
+        values = self.values
+        return None if values is None or values.dtype == self.weight.dtype else values.clone()
 
     def settle(self) -> None:
         """Bring θ and the weight together again, whichever of the two was changed since they last agreed.
@@ -232,7 +334,7 @@ class Binding:
         if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
             if not theta_changed and not weight_changed:  # through `.data`
                 theta_changed = not torch.equal(digest(values), self._digest)
-                weight_changed = not theta_changed
+                weight_changed = not theta_changed or not torch.equal(digest(there), self._selected)
             if theta_changed and weight_changed:
                 raise TitheError(
                     self.name,
@@ -247,6 +349,18 @@ class Binding:
             self.refresh()
             self.moved = self.selection.union(self.moved)
         if theta_changed or weight_changed:
+            self._note_written()
+
+    def take_weight(self) -> None:
+        """Let θ follow the weight where that was written, whatever was written into θ as well."""
+        values = self.values
+        if values is None or self.weight.is_meta or isinstance(self.weight, FakeTensor):
+            return
+        there = self.selection.gather(self.weight.detach())
+        same = torch.equal(_bits(there), _bits(values.to(there.dtype)))
+        if not same and not torch.equal(digest(there), self._selected):
+            self.refresh()
+            self.moved = self.selection.union(self.moved)
             self._note_written()
 
     def replace(self, weight: nn.Parameter) -> None:
@@ -289,6 +403,8 @@ class Binding:
     def _agreed(self, values: Tensor | None) -> None:
         self._committed, self._written = self.version, self.weight._version
         self._digest = torch.zeros((), dtype=torch.int64) if values is None else digest(values)
+        rounds = values is not None and values.dtype != self.weight.dtype
+        self._selected = digest(values.to(self.weight.dtype)) if values is not None and rounds else self._digest
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -302,6 +418,28 @@ def _bits(values: Tensor) -> Tensor:
 def digest(values: Tensor) -> Tensor:
     """One number that another set of values is unlikely to share."""
     return _bits(values).sum(dtype=torch.int64)
+
+
+def _masters(values: Tensor, there: Tensor) -> Tensor:
+    """Those of `values` that round to what is there, and what is there in place of the others."""
+    if values.dtype == there.dtype:
+        return there
+    return torch.where(_bits(values.to(there.dtype)) == _bits(there), values, there.to(values.dtype))
+
+
+def check_holds(name: str, weight: torch.dtype, given: torch.dtype | None) -> None:
+    """Check that a dtype that is given for θ holds all values of a weight.
+
+    Raises:
+        TitheError: naming the weight, when it does not.
+    """
+    if given is not None and torch.promote_types(weight, given) != given:
+        raise TitheError(
+            name,
+            found=f"a weight of {weight}, and dtype={given} for θ",
+            expected="a dtype of θ that holds every value of the weight",
+            remedy="leave dtype= out: θ is float32 for weights in half precision, and has the weight's dtype otherwise",
+        )
 
 
 class FlatTheta(CommonTheta):
@@ -319,12 +457,17 @@ class FlatTheta(CommonTheta):
 
     def __init__(self, bindings: Sequence[Binding], size: int) -> None:
         self.bindings = list(bindings)
-        self.parameter = nn.Parameter(bindings[0].weight.detach().new_zeros(size))
+        self.parameter = nn.Parameter(bindings[0].weight.detach().new_zeros(size, dtype=self._dtype))
         self._starts: dict[str, int] = {}
         self._views: dict[str, Tensor] = {}
         self._version = -1
         for binding in self.bindings:
             binding.common = self
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """One that holds every part."""
+        return functools.reduce(torch.promote_types, (binding.dtype for binding in self.bindings))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}
@@ -346,15 +489,19 @@ class FlatTheta(CommonTheta):
                 expected=f"at most {self.parameter.numel()}, for which the method had asked room",
                 remedy="let the method's num_selected return the size of its largest choice",
             )
+        before = [(b.selection, self.values(b) if b.name in self._starts else None) for b in self.bindings]
+        chosen: list[Tensor] = []
         start = 0
-        for binding in self.bindings:
+        for binding, (old, values) in zip(self.bindings, before, strict=True):
             binding.select(selections[binding.name])
+            if binding.selection.size:
+                chosen.append(binding.start(old, values, self.parameter.dtype).reshape(-1))
+        for binding in self.bindings:
             self._starts[binding.name] = start
             start += binding.selection.size
         with torch.no_grad():
             self.parameter.zero_()
             if size:
-                chosen = [b.selection.gather(b.weight.detach()).reshape(-1) for b in self.bindings if b.selection.size]
                 self.parameter[:size].copy_(torch.cat(chosen))
         self.parameter.grad = None
         self._views = {}
@@ -369,8 +516,13 @@ class FlatTheta(CommonTheta):
         if size == self.parameter.numel():
             return False
         self.parameter.data = self.parameter.data.new_zeros(size)
-        self.parameter.grad, self._views = None, {}
+        self.parameter.grad, self._views, self._starts = None, {}, {}
         return True
+
+    def convert(self) -> None:
+        """Have the dtype of θ for weights that were converted."""
+        if self.parameter.dtype != self._dtype:
+            self.parameter.data, self._views = self.parameter.data.to(self._dtype), {}
 
     def values(self, binding: Binding) -> Tensor:
         """The part of this weight, sharing memory with the parameter."""

@@ -94,7 +94,7 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
             positions=positions,
             per_sample=positions / size,
             flops=2.0 * weights * sum(usage.out_positions for usage in usages),
-            weight_bytes=binding.weight.element_size(),
+            theta_bytes=binding.dtype.itemsize,
             value_bytes=first.itemsize,
         )
     return _dearest(layers)

@@ -36,6 +36,7 @@ from tithe.scoring.loss import (
     reentrant_error,
     say_sum,
 )
+from tithe.scoring.unlike import unlike
 
 Statistic = Literal["square", "sum"]
 
@@ -118,6 +119,7 @@ class Passes:
                 "data", found="no samples", expected="at least one batch", remedy="pass data= an iterable of batches"
             )
         self._largest = max(self.batches, key=_num_elements)
+        self._mixed, self._pair = unlike(self.batches, self._largest)
         micro = min(_MICRO, num_samples(self._largest))
         self._micro = micro if self.num_samples > _FEW and micro >= _LEAST else 1
 
@@ -213,9 +215,9 @@ class Passes:
 
     def _squares(self, group: list[Binding]) -> dict[str, Probe]:
         probes = {b.name: SquareProbe(b.weight) for b in group}
-        first = _unlike(self._largest) if self._micro > 1 else []
-        done = [_Piece(self._largest, [n]) for n in first]
-        losses = [self._backward(probes, piece.take(), self._largest) for piece in done]
+        first = self._pair if self._micro > 1 else []
+        done = [_Piece(self._mixed, [n]) for n in first]
+        losses = [self._backward(probes, piece.take(), self._mixed) for piece in done]
         together = bool(first) and self._agree(probes, first, losses)
         rest = list(self._pieces(first, together))
         while together and rest:
@@ -256,11 +258,11 @@ class Passes:
                     self._backward({**probes, **(others or {})}, slice_batch(piece.batch, n, n + 1), piece.batch)
 
     def _pieces(self, scored: list[int], together: bool) -> Iterator[_Piece]:
-        """All samples but those of the largest batch that are scored already, as many at once as a pass runs."""
+        """All samples but those that are scored already, as many at once as a pass runs."""
         each = self._micro * _num_elements(self._largest) / num_samples(self._largest)
         for batch in self.batches:
             size = num_samples(batch)
-            left = [n for n in range(size) if batch is not self._largest or n not in scored]
+            left = [n for n in range(size) if batch is not self._mixed or n not in scored]
             micro = max(1, int(each * size / max(_num_elements(batch), 1))) if together else size
             for start in range(0, len(left), micro):
                 yield _Piece(batch, left[start : start + micro])
@@ -273,7 +275,7 @@ class Passes:
         """
         if not all(probe.separable and probe.reached for probe in probes.values()):
             return False
-        both = take_samples(self._largest, pair)
+        both = take_samples(self._mixed, pair)
         folds: dict[str, FoldProbe] = {}
         for expand in (True, False):  # an expanded parameter may not fit where it is used
             for name, probe in probes.items():
@@ -496,20 +498,6 @@ def _shapes(batch: Any) -> Hashable:
     """The shapes of a batch's samples; samples of one shape bring a layer that sees all of them as many rows."""
     size = num_samples(batch)
     return tuple(tuple(leaf.shape[1:] if leaf.shape[:1] == (size,) else leaf.shape) for leaf in leaves(batch))
-
-
-def _unlike(batch: Any) -> list[int]:
-    """Two samples of a batch, those with the fewest and the most non-zero entries: the shortest and the longest."""
-    size = num_samples(batch)
-    counts = [
-        sum(
-            int((leaf.values() if leaf.is_nested else leaf).count_nonzero())
-            for leaf in leaves(slice_batch(batch, n, n + 1))
-        )
-        for n in range(size)
-    ]
-    low, high = counts.index(min(counts)), counts.index(max(counts))
-    return [low, high if high != low else (low + 1) % size]
 
 
 def _num_elements(batch: Any) -> int:

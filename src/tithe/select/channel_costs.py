@@ -29,7 +29,7 @@ class Layer:
         positions: values of one channel's input in the batch that was priced, N·H·W.
         per_sample: the same for one sample, H·W.
         flops: floating-point operations of one channel's weight gradient, for that batch.
-        weight_bytes: of one weight.
+        theta_bytes: of one value of θ.
         value_bytes: of one value of the input.
     """
 
@@ -43,7 +43,7 @@ class Layer:
     positions: int
     per_sample: float
     flops: float
-    weight_bytes: int
+    theta_bytes: int
     value_bytes: int
 
     @property
@@ -95,7 +95,7 @@ class Costs:
         unit, limit = float(1 + num_states), float(budget.of(int(total)))
         kept = [layer.per_sample for layer in layers]
         if budget.bytes is not None:
-            unit = float(max(layer.weight_bytes for layer in layers) * (2 + num_states))
+            unit = float(max(layer.theta_bytes for layer in layers) * (2 + num_states))
             limit -= head * (1 + num_states)
             kept = [float(layer.positions * layer.value_bytes + _INDEX) for layer in layers]
         elif budget.flops is not None:

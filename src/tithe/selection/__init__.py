@@ -5,10 +5,10 @@
 A selection knows shapes and indices. It never sees a module, an optimizer or a rank.
 """
 
-from tithe.selection.base import Coordinates, Selection
+from tithe.selection.base import Coordinates, Selection, carried
 from tithe.selection.channels import Channels
 from tithe.selection.grid import Grid
 from tithe.selection.saved import restore
 from tithe.selection.subspace import Columns, Span, without_values
 
-__all__ = ["Channels", "Columns", "Coordinates", "Grid", "Selection", "Span", "restore", "without_values"]
+__all__ = ["Channels", "Columns", "Coordinates", "Grid", "Selection", "Span", "carried", "restore", "without_values"]

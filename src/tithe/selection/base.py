@@ -101,6 +101,25 @@ class Selection(ABC):
         return Coordinates(self.shape, torch.cat([self.indices, other.indices.to(device)]).unique())
 
 
+def carried(old: Selection, new: Selection, values: Tensor, start: Tensor) -> Tensor:
+    """Return values at `new`: those of the items that `old` selects too, the others as they start.
+
+    Args:
+        old: what was selected before.
+        new: what is selected now; of another kind or layout than `old`, nothing of it stays.
+        values: at `old`.
+        start: at `new`; the result has its dtype.
+    """
+    if not old.size or not new.size or not old.alike(new):
+        return start
+    before = old.items.to(new.items.device)
+    at = torch.searchsorted(before, new.items).clamp_(max=before.numel() - 1)
+    stays = before[at] == new.items
+    rows = new.by_item(start).clone()
+    rows[stays] = old.by_item(values)[at[stays]].to(rows.dtype)
+    return new.of_items(rows)
+
+
 def check_ids(place: str, ids: Tensor, count: int, shape: tuple[int, ...]) -> None:
     """Check that ids are sorted, distinct and in range.
 

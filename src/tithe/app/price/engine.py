@@ -187,7 +187,7 @@ class _Stall:
         """The largest of a few round fractions that fits with the micro-batch that was found to fit."""
         num_samples = min(self.site.num_samples, fit.micro_batch)
         total = sum(p.numel() for p in self.site.model.parameters())
-        each = (2 + self.optimizer.states) * self.site.subject.dtype.itemsize + 8
+        each = (2 + self.optimizer.states) * tithe.rules.theta_dtype(self.site.subject.dtype).itemsize + 8
 
         def cost(place: int) -> int:
             fraction = _FRACTIONS[place - 1]

@@ -127,9 +127,10 @@ class Site:
             raise TitheError("budget", found="FLOPs", expected="a fraction, elements or bytes", remedy="--budget 1%")
         if budget.bytes is None:
             return Drawn(k=int(budget.of(0)))
-        head = sum(self.model.get_parameter(name).nbytes for name in glob_names(self.model, self.subject.head))
+        theta = tithe.rules.theta_dtype(self.subject.dtype).itemsize
+        head = theta * sum(self.model.get_parameter(n).numel() for n in glob_names(self.model, self.subject.head))
         # A value, its gradient and states, and an index of 8 bytes.
-        k = (budget.bytes - head * (1 + states)) // ((2 + states) * self.subject.dtype.itemsize + 8)
+        k = (budget.bytes - head * (1 + states)) // ((2 + states) * theta + 8)
         if k < 1:
             raise TitheError(
                 "budget",
