@@ -36,7 +36,8 @@ class ModelSection(Section):
     Exactly one of `pretrained` (a Hugging Face id, a local folder, or `package:NAME/FOLDER` inside an installed Python
     package), `timm` (a timm name), `callable` (`package.module:callable`, called with `num_labels=`) and a table
     `scratch` (a configuration of transformers, with its `model_type`). `scratch = true` beside `pretrained` or `timm`
-    takes the architecture alone, with fresh weights. `tokenizer` is a name as `pretrained` is, or "bytes".
+    takes the architecture alone, with fresh weights; `weights` is a file of weights to begin with instead (safetensors,
+    or a state dict of torch), for every source but `pretrained`. `tokenizer` is a name as `pretrained` is, or "bytes".
     """
 
     pretrained: PathText | None = None
@@ -46,6 +47,7 @@ class ModelSection(Section):
     num_labels: Annotated[int, Field(ge=1)] | None = None
     head: tuple[str, ...] | None = None
     scratch: bool | dict[str, Any] = False
+    weights: PathText | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -57,6 +59,13 @@ class ModelSection(Section):
                 found=f"a configuration beside {given[0]}",
                 expected="one of them",
                 remedy=f"remove {given[0]}, or write scratch = true to take its architecture",
+            )
+        if self.weights is not None and self.pretrained is not None:
+            raise refuse(
+                "weights",
+                found="weights beside pretrained",
+                expected="the folder that holds them: pretrained alone",
+                remedy="remove one of them",
             )
         if self.scratch is True and self.callable is not None:
             raise refuse(
