@@ -110,7 +110,7 @@ def _streamed(recipe: Recipe) -> Examples:
 
 
 def make_samples(recipe: Recipe, examples: Examples, encoder: Encoder, *, world: int) -> dict[str, AnySamples]:
-    """Every split, encoded.
+    """Encode the examples of every split.
 
     Args:
         recipe: the run.
