@@ -25,8 +25,8 @@ import tithe
 from benchmarks.records import Record, Store, parse
 
 VOCABULARY, LENGTH, BATCH = 1024, 64, 8
-PRETRAINING, STEPS = (300, 2e-3), 80  # steps and rate; steps of a row
-NUM_VALIDATION, NUM_TEST = 192, 384  # rows of LENGTH tokens
+PRETRAINING, STEPS = (300, 2e-3), 60  # steps and rate; steps of a row
+NUM_VALIDATION, NUM_TEST = 96, 192  # rows of LENGTH tokens
 SAMPLES = 64  # that a mask is scored on
 RANK = 2
 SEEDS = (0, 1, 2)

@@ -9,8 +9,10 @@ from pathlib import Path
 from benchmarks import (
     accuracy_tables,
     average_tables,
+    causal_tables,
     cost_tables,
     estimator_tables,
+    language_tables,
     memory_tables,
     prune_text_tables,
     saved_tables,
@@ -31,11 +33,13 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "transfer": transfer_tables.transfer,
     "memory": memory_tables.memory,
     "saved": saved_tables.saved,
+    "causal": causal_tables.causal,
     "estimator": estimator_tables.estimator,
     "speed": speed_tables.speed,
     "sparse": sparse_tables.sparse,
     "average": average_tables.average,
     "prune-text": prune_text_tables.prune_text,
+    "language": language_tables.language,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 

@@ -158,6 +158,42 @@ def test_a_new_choice_leaves_stayers_their_master(reselect: Any) -> None:
         assert float(model.state_dict()[name].view(-1)[at]) == float(torch.tensor(value).bfloat16())
 
 
+def test_spiel_drops_what_moved_least_in_the_master() -> None:
+    """No weight shows that it moved: all moves are below half of its last bit."""
+    model = net()
+    plan = attach(model, SpIEL(density=0.2, replaced=0.5), head=())
+    before = copy.deepcopy(model.state_dict())
+    (theta,) = plan.parameters()
+    start = theta.detach().clone()
+    theta.data *= 1 + 2.0**-10 * torch.rand(len(theta), generator=torch.Generator().manual_seed(3))
+    loss_fn(model, batches()[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    places = [(b.name, at) for b in plan._candidates for at in b.indices.tolist()]
+    far = (theta.detach() - start).abs().topk(len(theta) - round(len(theta) / 2)).indices.tolist()
+    plan._data = batches(2, seed=77)
+    assert plan.reselect()
+    for name, at in (places[n] for n in far):
+        assert at in plan.selected(name).tolist()
+
+
+def test_theta_of_channels_comes_in_the_order_of_their_places() -> None:
+    class Look(tithe.SparseMethod):
+        reselect = every(1)
+        seen: tuple[Tensor, Tensor] | None = None
+
+        def choose(self, context: tithe.SelectionContext) -> dict[str, tithe.Selection]:
+            Look.seen = context.selected("1.weight"), context.trained("1.weight")
+            return {"1.weight": tithe.Channels((12, 6), torch.tensor([1, 4]))}
+
+    model = net()
+    plan = attach(model, Look())
+    train(plan, adamw(plan.parameters()), batches(2))
+    assert Look.seen is not None
+    places, values = Look.seen
+    assert places.numel() == values.numel() == 24
+    assert torch.equal(model.state_dict()["1.weight"].view(-1)[places], values.bfloat16())
+
+
 @each_method
 def test_the_state_of_the_optimizer_is_float32(make: Callable[[], Any]) -> None:
     plan = attach(net(), make())
@@ -292,167 +328,6 @@ def test_a_delta_holds_the_weights_in_their_own_dtype(make: Callable[[], Any], t
     assert not [key for module in model.modules() for key in vars(module) if key in ("weight", "bias")]
     applied = tithe.apply(net(), tmp_path / "delta.safetensors")
     assert all(torch.equal(value, applied.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-# --- the ways a gradient takes
-
-
-@each_method
-def test_micro_batches_add_up_in_float32(make: Callable[[], Any]) -> None:
-    """Four gradients of bfloat16 weights are added in float32: their sum is exact to float32's rounding."""
-    model = net()
-    plan = attach(model, make())
-    train(plan, adamw(plan.parameters()), batches(3))
-    total: dict[str, Tensor] = {}
-    for batch in batches(4):
-        loss_fn(model, batch).backward()
-        for name, theta in plan.named_parameters():
-            if theta.grad is not None:
-                assert theta.grad.dtype == F32
-                total[name] = total.get(name, torch.zeros_like(theta, dtype=F64)) + theta.grad.double()
-                theta.grad = None
-    for batch in batches(4):
-        loss_fn(model, batch).backward()
-    for name, theta in plan.named_parameters():
-        if name in total:
-            assert theta.grad is not None
-            assert torch.allclose(theta.grad.double(), total[name], rtol=1e-6, atol=1e-8), name
-
-
-def test_under_autocast_a_float32_model_is_what_it_was() -> None:
-    model = net(F32)
-    plan = attach(model, FISH(k=40))
-    with torch.autocast("cpu", BF16):
-        loss_fn(model, batches()[0]).backward()
-    assert all(p.dtype == p.grad.dtype == F32 for p in plan.parameters() if p.grad is not None)
-    assert plan.state_dict()["masters"] == {}
-
-
-def test_a_scaled_loss_of_a_float16_model_is_unscaled() -> None:
-    """`GradScaler` refuses gradients in float16, which θ has none of."""
-    weights = []
-    for scale in (False, True):
-        model = net(F16)
-        plan = attach(model, FISH(k=40))
-        optimizer = adamw(plan.parameters())
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scale)
-        for batch in batches(4):
-            scaler.scale(loss_fn(model, batch)).backward()
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        assert plan.num_steps == 4
-        weights.append(torch.cat([p.detach().view(-1) for p in plan.parameters()]))
-    start = torch.cat([p.detach().view(-1) for p in attach(net(F16), FISH(k=40)).parameters()])
-    assert torch.allclose(weights[0], weights[1], atol=2e-2)
-    assert float((weights[0] - start).abs().max()) > 2e-2
-
-
-@pytest.mark.parametrize("kernel", ["fused", "foreach"])
-def test_other_kernels_of_an_optimizer(kernel: str) -> None:
-    plan = attach(net(), FISH(k=40))
-    optimizer = torch.optim.AdamW(
-        list(plan.parameters()), lr=1e-2, fused=kernel == "fused", foreach=kernel == "foreach"
-    )
-    before = masters(plan)
-    train(plan, optimizer, batches(3))
-    for name, theta in plan.named_parameters():
-        assert not torch.equal(theta, before[name])
-    for name, selection in plan.selections.items():
-        value = dict(plan.named_parameters())[name].detach()
-        assert torch.equal(selection.gather(plan.model.state_dict()[name]), value.bfloat16())
-
-
-@pytest.mark.parametrize("reselect", [None, every(2)])
-def test_theta_handed_to_functional_call(reselect: Any) -> None:
-    model = net()
-    plan = attach(model, FISH(k=40, reselect=reselect), head=())
-    handed = {
-        name: p.detach().clone() + (0.25 if name.endswith("@theta") else 0.0)
-        for name, p in model.named_parameters()
-        if name.endswith("@theta")
-    }
-    assert all(value.dtype == F32 for value in handed.values())
-    batch = batches()[0]
-
-    def loss(thetas: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(model, thetas, (batch[0],)).float(), batch[1])
-
-    grads = torch.func.grad(loss)(handed)
-    assert all(grad.dtype == F32 and bool(grad.any()) for grad in grads.values())
-    for theta in plan.parameters():
-        theta.data += 0.25
-    assert torch.equal(loss(handed), loss_fn(model, batch))
-    loss_fn(model, batch).backward()
-    own = {name: p.grad for name, p in model.named_parameters() if name.endswith("@theta")}
-    for name, grad in grads.items():
-        expected = own[name]
-        assert expected is not None
-        assert torch.allclose(grad, expected, rtol=0.05, atol=1e-3)
-
-
-def test_a_penalty_on_the_gradient_by_theta() -> None:
-    model = net()
-    plan = attach(model, FISH(k=40, score="magnitude"), where=["1.weight", "1.bias"])
-    found = torch.autograd.grad(loss_fn(model, batches()[0]), list(plan.parameters()), create_graph=True)
-    torch.stack([g.square().sum() for g in found]).sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == F32 and bool(p.grad.isfinite().all()) for p in plan.parameters())
-
-
-@pytest.mark.slow
-def test_a_compiled_model_trains_the_masters() -> None:
-    ends = []
-    for wrap in (lambda model: model, torch.compile):
-        model = net()
-        plan = attach(model, FISH(k=40))
-        compiled = wrap(model)
-        optimizer = adamw(plan.parameters())
-        for batch in batches(3):
-            F.cross_entropy(compiled(batch[0]).float(), batch[1]).backward()
-            assert all(p.grad is None or p.grad.dtype == F32 for p in plan.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-        ends.append(torch.cat([p.detach().view(-1) for p in plan.parameters()]))
-    assert torch.allclose(ends[0], ends[1], atol=2e-2)
-
-
-# --- what it costs
-
-
-@each_method
-def test_the_ledger_counts_theta_as_it_is(make: Callable[[], Any]) -> None:
-    model = net()
-    plan = attach(model, make())
-    optimizer = adamw(plan.parameters())
-    train(plan, optimizer, batches(3))
-    found = plan.predict(batches()[0])
-    loss_fn(model, batches()[0]).backward()
-    assert found.theta == found.gradients == sum(p.nbytes for p in plan.parameters()) > 4 * 40
-    assert found.gradients == sum(p.grad.nbytes for p in plan.parameters() if p.grad is not None)
-    optimizer.step()
-    states = [value for kept in optimizer.state.values() for value in kept.values() if value.dim()]
-    assert found.optimizer == sum(value.nbytes for value in states)
-    optimizer.zero_grad()
-    batch = batches()[0]
-    measured = tithe.measure(lambda: loss_fn(model, batch).backward())
-    assert plan.predict(batch).kept == measured.kept
-
-
-def test_a_budget_in_bytes_pays_for_theta_in_float32() -> None:
-    model = net()
-    plan = attach(model, TraDy(tithe.Budget("3KB"), layers="all", dynamic=False))
-    spending = plan.spending()
-    optimizer = adamw(plan.parameters())
-    train(plan, optimizer, batches(1))
-    loss_fn(model, batches()[0]).backward()
-    head = sum(p.numel() for p in (model.get_parameter("3.weight"), model.get_parameter("3.bias")))
-    theta = sum(p.numel() for p in plan.parameters()) - head
-    channels = sum(s.items.numel() for s in plan.selections.values())
-    batch = 8
-    kept = channels * (batch * 2 + 8)  # their input in bfloat16, and their number
-    assert spending.spent == 4 * 4 * theta + kept + 3 * 4 * head
-    assert spending.spent <= spending.limit == 3000
 
 
 # --- the head, and plans that train whole tensors

@@ -134,6 +134,33 @@ def test_the_weights_are_those_of_the_reference_loop_or_the_first_step_is_refuse
             assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "`torch.compile`"])
+@pytest.mark.parametrize("method", ["FISH", "FISH, again", "FISH, warm-up", "TraDy"])
+def test_a_model_in_bfloat16_keeps_its_masters_in_every_loop(
+    method: str, loop: str, history: tithe.History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    net, batches = loops.net, loops.batches
+
+    def half(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"x": batch["x"].bfloat16(), "labels": batch["labels"]}
+
+    monkeypatch.setattr(loops, "net", lambda: net().bfloat16())
+    monkeypatch.setattr(loops, "batches", lambda: [half(batch) for batch in batches()])
+    setting = _setting(method, loop, history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = loops.reference(setting).state_dict()
+        found = LOOPS[loop](setting, tmp_path).state_dict()
+    for name, value in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        if loop in CLOSE or (method, loop) in WARNED:
+            torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-1 if (method, loop) in WARNED else 2e-2)
+        else:
+            assert torch.equal(found[name], value), name
+
+
 def page() -> str:
     """The table of the docs: a cell is "equal", or what the error or the warning names."""
     rows = ["| loop | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tithe
 from test_scoring import _assert_close, _count, _loop, _scores
 
 Batch = dict[str, Tensor]
@@ -189,3 +191,100 @@ def test_scores_of_an_encoder_with_padded_rows() -> None:
         data.append({**batch, "labels": torch.arange(8) % 2})
     _same(make, _own, data)
     assert _count(_model(make), _own, data)[0] <= 12
+
+
+# --- sequences longer than a budget was priced for
+
+
+def _trady(make: Callable[[], nn.Module], data: Any, budget: str = "12KB", **settings: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = make()
+    method = tithe.TraDy(tithe.Budget(budget), layers="all", **settings)
+    plan = tithe.attach(
+        model, method, loss=_own, data=data, where=["*_proj.*", "*.c_*"] if make is _gpt2 else "*_proj.*"
+    )
+    return plan, torch.optim.AdamW(list(plan.parameters()), lr=1e-3)
+
+
+def _step(plan: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> list[str]:
+    """What a step warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _own(plan.model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_longer_sequences_are_said_once_and_never_end_a_run(dynamic: bool) -> None:
+    plan, optimizer = _trady(_llama, [_padded([3, 6, 5, 4], left=False)], dynamic=dynamic)
+    limit = plan.spending().limit
+    assert _step(plan, optimizer, _padded([6, 2, 6, 6], left=True)) == []
+    said: list[str] = []
+    for epoch in range(3):
+        for longest in (12, 24, 3, 30):
+            said += _step(plan, optimizer, _padded([longest, 3, 4, longest], left=True, seed=epoch))
+            assert plan.spending().spent <= limit or not dynamic
+        plan.end_epoch()
+    assert len(said) == 1
+    assert "a batch was larger than those that its budget was priced for" in said[0]
+    assert plan.num_steps == 13
+    kept = plan.spending()
+    assert kept.channels > 0
+    assert dynamic or kept.spent > limit  # it says what it is, and goes on
+
+
+def test_layers_that_are_selected_whole_notice_a_longer_sequence_too() -> None:
+    """All channels of a layer are trained by torch's own operation."""
+    plan, optimizer = _trady(_llama, [_padded([3, 6, 5, 4], left=False)], "1MB", dynamic=False)
+    before = plan.spending()
+    assert before.channels == before.of_channels
+    assert _step(plan, optimizer, _padded([12, 3], left=False)) == []  # as many tokens as were priced
+    assert _step(plan, optimizer, _padded([12, 3, 3, 12], left=False)) == []
+    batch = _padded([12, 3, 3, 12], left=False)
+    ledger = tithe.measure(lambda: _own(plan.model, batch), model=plan.model)
+    inputs = sum(48 * 4 * s.items.numel() for s in plan.selections.values())
+    assert plan.spending().spent - before.spent == inputs // 2
+    assert ledger.kept > inputs // 2
+
+
+class _Shuffled:
+    """A loader of 9 rows in batches of 4, in another order each time; the first time the longest is alone in one."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.passes += 1
+        lengths = [3, 4, 5, 4, 3, 3, 4, 4, 20]
+        lengths = lengths if self.passes == 1 else lengths[::-1]
+        for start in range(0, 9, 4):
+            yield _padded(lengths[start : start + 4], left=False, seed=start)
+
+
+def test_the_longest_row_may_come_in_a_whole_batch() -> None:
+    data = _Shuffled()
+    plan, optimizer = _trady(_llama, data)
+    for _ in range(3):
+        for batch in data:
+            assert batch["input_ids"].numel() <= 80
+            assert _step(plan, optimizer, batch) == []
+        plan.end_epoch()
+    assert plan.spending().spent <= plan.spending().limit
+
+
+def test_experts_in_one_tensor_stay_frozen_under_channels_and_are_scored_by_entries() -> None:
+    torch.manual_seed(0)
+    model, data = _mixtral(), [_padded([3, 6, 5, 4], left=False)]
+    with pytest.warns(tithe.TitheWarning, match="experts in one tensor"):
+        tithe.attach(model, tithe.TraDy(tithe.Budget("20KB"), layers="all"), loss=_own, data=data).release()
+    plan = tithe.attach(model, tithe.FISH(k=50), loss=_own, data=data, where="*.experts.*")
+    assert plan.selections["model.layers.0.mlp.experts.gate_up_proj"].size
+    before = model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].clone()
+    optimizer = torch.optim.AdamW(list(plan.parameters()), lr=1e-2)
+    assert _step(plan, optimizer, data[0]) == []
+    moved = (model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"] != before).flatten().nonzero().flatten()
+    assert set(moved.tolist()) <= set(plan.selected("model.layers.0.mlp.experts.gate_up_proj").tolist())
+    assert moved.numel()
+    str(plan)  # what cannot be priced on shapes alone is left out

@@ -16,13 +16,13 @@ import tithe
 from tithe.integrations.transformers import with_tithe
 
 HEAD = ("classifier.*",)
-ROWS, BATCH = 16, 4
+ROWS, BATCH = 12, 4
 FISH = tithe.FISH(density=0.05, samples=ROWS)
 
 
 def bert(**settings: Any) -> BertForSequenceClassification:
     torch.manual_seed(0)
-    shape = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    shape = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     return BertForSequenceClassification(BertConfig(**shape, max_position_embeddings=16, **settings))
 
 

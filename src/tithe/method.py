@@ -19,6 +19,7 @@ Everything else has a default. A method is a subclass, most simply a frozen data
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from tithe.averages import History
-from tithe.batch import leaves, num_samples
+from tithe.batch import leaves, num_samples, take_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
 from tithe.scoring import Loss, Passes, channel_norms, price_channels
 from tithe.select import bernoulli_masks, importance
 from tithe.select.channel_costs import Layer
-from tithe.selection import Selection
+from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
@@ -339,6 +340,20 @@ class SelectionContext:
         """The flat indices of what is selected in one tensor now, sorted, int64; none before the first choice."""
         return next(b.selection.indices for b in self._bindings if b.name == name)
 
+    def trained(self, name: str) -> Tensor:
+        """Return θ of what is selected in one tensor now, in the order of `selected`; it may be wider than the weight.
+
+        Of a weight in half precision it is the master copy, which shows what the rounded weight does not.
+        """
+        binding = next(b for b in self._bindings if b.name == name)
+        values, selection = binding.values, binding.selection
+        if values is None:
+            return torch.empty(0, dtype=binding.dtype, device=binding.weight.device)
+        if isinstance(selection, Coordinates):
+            return values.clone()
+        places = selection.gather(torch.arange(selection.num_weights, device=values.device).view(selection.shape))
+        return values.reshape(-1)[places.reshape(-1).argsort()]
+
     def limit_inputs(self) -> None:
         """Watch, from now on, for inputs larger than those that the price list was made for."""
         layers = self.layers(largest=True)
@@ -392,15 +407,29 @@ def largest_batch(data: Iterable[Any]) -> Any:
     """Return the batch with the most numbers, the first of those; None where there is no batch.
 
     A list is looked through; of other data only the first batches are read where all their samples are of one size.
+    Such data may be dealt out in another order each time: where most batches hold as many samples, the largest sample
+    may come in a batch of that many, all of its size.
     """
     found, most, seen = None, -1, 0
+    longest, length = None, 0.0
     sizes: set[float] = set()
+    counts: Counter[int] = Counter()
     for batch in data:
         size, count = sum(leaf.numel() for leaf in leaves(batch)), num_samples(batch)
+        each = size / max(count, 1)
         if size > most:
             found, most = batch, size
-        sizes.add(size / max(count, 1))
+        if each > length:
+            longest, length = batch, each
+        sizes.add(each)
+        counts[count] += 1
         seen += count
         if not isinstance(data, Sequence) and seen >= (_ALIKE if len(sizes) == 1 else _MOST):
             break
-    return found
+    if isinstance(data, Sequence) or longest is None:
+        return found
+    usual, batches = counts.most_common(1)[0]
+    if 2 * batches <= counts.total() or length * usual <= most:
+        return found
+    count = num_samples(longest)
+    return take_samples(longest, [n % count for n in range(usual)])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from task_rows import TEXTS as RECIPE
 from tithe import TitheError
 from tithe.app.train import read_recipe
 from tithe.app.train.loop import Run
@@ -22,33 +23,6 @@ from tithe.app.train.tasks.causal_lm import CausalEncoder
 from tithe.app.train.tasks.text import IGNORED
 from workplace import assert_equal, quiet, run, shown
 
-RECIPE = """
-[model]
-tokenizer = "bytes"
-[model.scratch]
-model_type = "llama"
-hidden_size = 16
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-[data]
-task = "causal-lm"
-train = "train.txt"
-max_length = 16
-[method]
-name = "fish"
-density = 0.2
-samples = 4
-score = "magnitude"
-[optimizer]
-lr = 0.01
-[run]
-steps = 3
-batch_size = 4
-log_every = 1
-output = "out"
-device = "cpu"
-"""
 TEXT = "".join(f"line {number} of {number**3 % 1001}, and so on\n" for number in range(40))
 
 

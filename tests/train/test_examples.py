@@ -32,6 +32,19 @@ def test_the_script_trains_a_part_and_ships_it(capsys: pytest.CaptureFixture[str
     assert shipped == part
 
 
+def test_the_language_model_learns_a_text_and_ships_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be, that is the question. " * 30)
+    monkeypatch.setattr("sys.argv", ["causal_lm.py", str(text)])
+    runpy.run_path(str(EXAMPLES / "causal_lm.py"), run_name="__main__")
+    before, part, _, shipped = capsys.readouterr().out.splitlines()
+    losses = [float(re.findall(r" (\d+\.\d+)", line)[0]) for line in (before, part, shipped)]
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[2] == losses[1]
+
+
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
 def test_a_recipe_is_valid(recipe: Path) -> None:
     assert read_recipe(recipe).run.output.startswith("../runs/")

@@ -10,6 +10,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from tithe.errors import TitheError
 from tithe.forward import RandomStates, evaluating
@@ -74,7 +75,8 @@ class TrainerBatches:
             own.restore()
             try:
                 if iterator is None:
-                    iterator = self._read()
+                    self._loader = self._make() if self._loader is None else self._loader
+                    iterator = _read(self._loader)
                 batch = next(iterator, None)
                 own = RandomStates()
             finally:
@@ -94,43 +96,43 @@ class TrainerBatches:
                 remedy=f"write samples={count * self._trainer.args.world_size} in the method, or train on more data",
             )
 
-    def _read(self) -> Iterator[Any]:
-        """Read the loader from its first epoch; accelerate's would count on from the last time it was read."""
-        from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
-
-        loader = self._loader = self._loader or self._make()
-        ours = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-        if ours:
-            loader.set_epoch(0)
-        try:
-            yield from loader
-        finally:
-            # Left before its end, a loader would stay the one that accelerate takes for the loop's.
-            if ours and any(loader is known for known in loader.gradient_state.dataloader_references):
-                loader.end()
-
     def _make(self) -> Any:
         """Make the loader, and another whose examples stay apart where rows are not what the collator was given."""
         trainer = self._trainer
-        if isinstance(trainer.train_dataset, Iterator):
+        data = trainer.train_dataset
+        if isinstance(data, IterableDataset) and iter(data) is iter(data):
             raise TitheError(
                 "train_dataset",
-                found=f"a {type(trainer.train_dataset).__name__} that can be read only once",
+                found=f"a {type(data).__name__} that can be read only once",
                 expected="a dataset that begins anew each time, since what is scored is trained on too",
                 remedy="return a new iterator from __iter__, as torch's IterableDataset and datasets' do",
             )
-        self._loader = trainer.get_train_dataloader()
-        first = next(self._read(), None)
+        loader = trainer.get_train_dataloader()
+        first = next(_read(loader), None)
         size = trainer._train_batch_size
-        if isinstance(trainer.train_dataset, Sized):
-            size = min(size, len(trainer.train_dataset))
+        if isinstance(data, Sized):
+            size = min(size, len(data))
         if first is None or num_rows(first) == size:
-            return self._loader
+            return loader
         with shadowed(trainer, data_collator=_Uncollated()):
             apart = trainer.get_train_dataloader()
-        rows, self._loader = self._loader, apart
-        first = next(self._read(), None)
-        return rows if first is None or _EXAMPLES not in first else apart
+        first = next(_read(apart), None)
+        return loader if first is None or _EXAMPLES not in first else apart
+
+
+def _read(loader: Any) -> Iterator[Any]:
+    """Read a loader from its first epoch; accelerate's would count on from the last time it was read."""
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
+    ours = isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
+    if ours:
+        loader.set_epoch(0)
+    try:
+        yield from loader
+    finally:
+        # Left before its end, a loader would stay the one that accelerate takes for the loop's.
+        if ours and any(loader is known for known in loader.gradient_state.dataloader_references):
+            loader.end()
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
@@ -187,13 +189,26 @@ def undisturbed(trainer: Trainer) -> Generator[None]:
         for name, (value, was) in before.items():
             if name in attributes and attributes[name] is value and value == was:
                 continue
-            if isinstance(value, dict):  # in place: others may hold it
-                value.clear()
-                value.update(cast("dict[Any, Any]", was))
-            elif isinstance(value, (list, deque)):
-                value.clear()
-                value.extend(cast("list[Any]", was))
-            attributes[name] = value
+            attributes[name] = _put_back(value, was)
+
+
+def _put_back(value: Any, was: Any) -> Any:
+    """Return a container with what it held before, itself and those inside where they are still there."""
+    if type(value) is not type(was) or value == was:
+        return value if type(value) is type(was) else was
+    if isinstance(value, dict):
+        now = cast("dict[Any, Any]", value)
+        found = {key: _put_back(now[key], item) if key in now else item for key, item in was.items()}
+        now.clear()
+        now.update(found)
+        return now
+    if isinstance(value, (list, deque)):
+        items = cast("list[Any]", value)
+        held = [_put_back(items[place], item) if place < len(items) else item for place, item in enumerate(was)]
+        items.clear()
+        items.extend(held)
+        return items
+    return was
 
 
 def _is_plain(value: Any) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, final
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import tithe
@@ -45,7 +46,7 @@ def with_tithe(trainer: type[TrainerT]) -> type[TrainerT]:
 
     Its constructor also takes these, by name:
 
-    - `tithe`: the method, for example `tithe.FISH(density=0.005)`.
+    - `tithe`: the method.
     - `tithe_head`, `tithe_where`: globs over parameter names, as in `tithe.attach`.
     - `tithe_loss`: `loss(model, batch)` to choose by; None is the Trainer's own `compute_loss`.
     - `tithe_save`: "both" writes `delta.safetensors` beside the weights wherever the Trainer saves; "delta" writes it
@@ -60,11 +61,24 @@ def with_tithe(trainer: type[TrainerT]) -> type[TrainerT]:
     Returns:
         The subclass; the same one each time.
 
+    Raises:
+        TitheError: when it is no Trainer's class.
+
     Example:
         >>> from transformers import Trainer
         >>> issubclass(with_tithe(Trainer), Trainer)
         True
     """
+    kind: Any = trainer
+    if not (isinstance(kind, type) and issubclass(kind, transformers.Trainer)):
+        raise TitheError(
+            "with_tithe",
+            found=repr(trainer),
+            expected="transformers.Trainer or a class that derives from it",
+            remedy="write with_tithe(Trainer)(model=…, args=…, tithe=method)",
+        )
+    if issubclass(kind, _WithTithe):
+        return trainer
     return cast("type[TrainerT]", type(f"Tithe{trainer.__name__}", (_WithTithe, trainer), {"_of": trainer}))
 
 
@@ -142,7 +156,8 @@ class _WithTithe(_Trainer):
                 remedy="call trainer.plan.release() first, or pickle trainer.model, which is plain",
             )
         own = {} if self._optimizer_of is None else {"optimizer": None, "_optimizer_of": None}
-        return _blank, (self._of,), {**vars(self), **own, "plan": None}
+        kind = self._of if type(self) is with_tithe(self._of) else type(self)
+        return _blank, (kind,), {**vars(self), **own, "plan": None}
 
     # -------------------------------------------------------------------------------------------------- when it begins
 
@@ -283,7 +298,7 @@ class _WithTithe(_Trainer):
             self._warned = True
             warnings.warn(
                 f"{spared[0]} and {len(spared) - 1} more decay with the rest, since a plan that chooses again holds all"
-                ' values in one parameter; leave them out with tithe_where=["*", "!*bias", "!*norm*"], or write'
+                f' values in one parameter; leave them out with tithe_where=["*", "!{spared[0]}", …], or write'
                 " weight_decay=0",
                 TitheWarning,
                 stacklevel=2,

@@ -105,6 +105,8 @@ class Blank(TorchDispatchMode):
         """Stop."""
         super().__exit__(*error)
         self._entered.pop().close()
+        if not self._entered:
+            self._parameters.clear()  # a plan looks for whatever else holds a weight
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         # A parameter has no data however small it is: a plan joins parts of many, which have to be of one kind.

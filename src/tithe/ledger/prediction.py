@@ -1,5 +1,6 @@
 """Predict a measurement on tensors that have a shape and no data: the price before paying."""
 
+import logging
 import random
 import sys
 import weakref
@@ -110,6 +111,15 @@ class _FakeRecorder(Recorder):
                 found=f"{func}, which does not run on fake tensors ({error})",
                 expected="operators with a shape-only implementation",
                 remedy="measure a real step with tithe.measure, or register a fake: torch.library.register_fake",
+            ) from error
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except RuntimeError as error:  # what stands for a kernel may ask for more than the kernel does
+            raise TitheError(
+                self.place() or "the loss function",
+                found=f"{func}, which fails on shapes alone ({error})",
+                expected="an operator that runs there as it does on numbers",
+                remedy="run a real step: if that fails too, the model does; else measure it with tithe.measure",
             ) from error
 
     def _fakes(self, tree: Any) -> Any:
@@ -237,7 +247,7 @@ def predict(
     recorder = _FakeRecorder(fake_mode([list(model.parameters()), batch]))
     recorder.name(model)
     own = {storage._cdata: storage.nbytes() for t in [*model.parameters(), *model.buffers()] for storage in storages(t)}
-    with _untouched(model), _eager():
+    with _untouched(model), _eager(), _silent():
         fakes = map_batch(lambda leaf: leaf.detach().clone() if _is_small(leaf) else recorder.fake(leaf), batch)
         try:
             for parameter in model.parameters():
@@ -261,6 +271,17 @@ def predict(
             for leaf, grad in recorder.grads:
                 leaf.grad = grad
     return replace(replay(recorder.events), weights=sum(own.values()))
+
+
+@contextmanager
+def _silent() -> Generator[None]:
+    """Keep torch from printing the traceback of an operator that fails on fakes: the error itself says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _check(loss: Tensor) -> None:

@@ -89,11 +89,11 @@ class SpIEL(SparseMethod):
         """Name → indices of what stays selected, and their values when they were selected."""
         present: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name in context.sizes:
-            weight = context.weight(name).reshape(-1)
-            places = context.selected(name).to(weight.device)
+            now = context.trained(name)
+            places = context.selected(name).to(now.device)
             start = context.noted(f"start of {name}")
-            start = weight[places] if start is None else start.to(weight)
-            present[name] = places, start, (weight[places] - start).abs()
+            start = now if start is None else start.to(now)
+            present[name] = places, start, (now - start).abs()
         counts = {name: places.numel() for name, (places, _, _) in present.items()}
         num_dropped = round(self.replaced * sum(counts.values()))
         moved = ((name, change) for name, (_, _, change) in present.items())

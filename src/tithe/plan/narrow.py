@@ -70,7 +70,10 @@ class NarrowPlan(Plan):
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         self._split.check_memory("may become narrow")
         trained = {**split.candidates, **split.head}
-        split.check_dtype(settings.dtype, trained, "such a plan trains the model's own tensors as they are")
+        where = "such a plan trains the model's own tensors as they are"
+        split.check_own_dtype(settings.dtype, trained, where)
+        if settings.dtype is None:
+            split.warn_of_half(trained, where, ", or write dtype={} to have it so")
         check_untied(model, settings.outside, "may become narrow")
         batch = next(iter(self._data), None)
         stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)

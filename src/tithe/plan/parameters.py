@@ -121,8 +121,8 @@ class Split:
             stacklevel=5,
         )
 
-    def check_dtype(self, dtype: torch.dtype | None, trained: Mapping[str, nn.Parameter], where: str) -> None:
-        """Check the dtype that is given for θ where weights are trained as they are; warn of half precision.
+    def check_own_dtype(self, dtype: torch.dtype | None, trained: Mapping[str, nn.Parameter], where: str) -> None:
+        """Check that a dtype that is given for θ is the weights' own.
 
         Args:
             dtype: that was given, or None.
@@ -130,10 +130,7 @@ class Split:
             where: what trains them as they are, as the sentence says.
 
         Raises:
-            TitheError: when it is another than a weight's own.
-
-        Warns:
-            TitheWarning: when weights are in half precision, and nobody has said that they are to be.
+            TitheError: naming the first weight of another.
         """
         for name, parameter in trained.items():
             if dtype is not None and parameter.dtype != dtype:
@@ -143,16 +140,29 @@ class Split:
                     expected=f"the weight's own dtype: {where}",
                     remedy=f"leave dtype= out, or call model.to({dtype}) before attach",
                 )
-        half = [name for name, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)]
-        if half and dtype is None:
-            own = trained[half[0]].dtype
-            warnings.warn(
-                f"{half[0]}{f' and {len(half) - 1} more' if len(half) > 1 else ''}: {where}, and"
-                f" {str(own).removeprefix('torch.')} rounds small updates away. Load the model in float32, under"
-                f" torch.autocast if you like, or write dtype={own} to have it so",
-                TitheWarning,
-                stacklevel=6,
-            )
+
+    def warn_of_half(self, trained: Mapping[str, nn.Parameter], where: str, otherwise: str = "") -> None:
+        """Warn where weights in half precision are trained as they are.
+
+        Args:
+            trained: the weights, by name.
+            where: what trains them so, as the sentence says.
+            otherwise: how to have it so without a warning, as the sentence ends.
+
+        Warns:
+            TitheWarning: naming the first of them.
+        """
+        half = {name: p.dtype for name, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)}
+        if not half:
+            return
+        first, dtype = next(iter(half.items()))
+        warnings.warn(
+            f"{first}{f' and {len(half) - 1} more' if len(half) > 1 else ''}: {where}, and"
+            f" {str(dtype).removeprefix('torch.')} rounds small updates away. Load the model in float32, under"
+            f" torch.autocast if you like{otherwise.format(dtype)}",
+            TitheWarning,
+            stacklevel=6,
+        )
 
     def _looks_new(self, path: str) -> bool:
         weight, bias = self.floats.get(f"{path}.weight"), self.floats[f"{path}.bias"]

@@ -43,7 +43,7 @@ class SubspacePlan(Plan):
         super().__init__(model, settings)
         self.method, split = method, self._split
         split.check_memory("moves, or takes the checkpoints' values")
-        split.check_dtype(None, split.head, "the head of such a plan is trained as it is")
+        split.warn_of_half(split.head, "the head of such a plan is trained as it is")
         self._dtype = _theta_dtype(settings.dtype, next(iter(self._floats.values())).dtype)
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)

@@ -96,6 +96,8 @@ class Served(NamedTuple):
         selection, a convolution's groups or a probe is none of the family's.
         """
         x, weight, bias = call.x, call.weight, call.bias
+        if isinstance(weight, Carrier) and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+            weight.binding.note_positions(x.numel() // max(x.shape[call.axis], 1))
         if needs_no_rule(weight, bias) or not fits(x, weight, cast=self.cast != ""):
             return NotImplemented
         of_weight, of_bias = asking(weight), asking(bias)
@@ -110,8 +112,6 @@ class Served(NamedTuple):
             return NotImplemented
         if self.cast:
             x = autocast(x, to_float32=self.cast == "float32")
-        if of_weight is not None and by_channels and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
-            of_weight.note_positions(x.numel() // max(x.shape[call.axis], 1))
         rule = call.rule(x, of_weight, of_bias)
         if of_weight is not None and of_weight.probe is None and x is call.x and not torch.compiler.is_compiling():
             rule.held = outlives(x, of_weight)

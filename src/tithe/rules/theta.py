@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from tithe.errors import TitheError
 from tithe.rules.sparse.probes import Probe
 from tithe.rules.sparse.sparse_gradient import Touch
-from tithe.selection import Channels, Coordinates, Selection, carried
+from tithe.selection import Channels, Coordinates, Grid, Selection, carried
 
 _SUFFIX = "@theta"
 
@@ -124,7 +124,9 @@ class Binding:
         Args:
             positions: the values of one input channel.
         """
-        if self.max_positions is not None and positions > max(self.max_positions, self.seen_positions):
+        if self.max_positions is None or self.probe is not None or not isinstance(self.selection, Channels):
+            return
+        if positions > max(self.max_positions, self.seen_positions):
             self.seen_positions = positions
 
     def saw(self, shape: torch.Size, outlived: bool) -> None:
@@ -267,7 +269,7 @@ class Binding:
         """
         values = self.values
         if values is not None:
-            values.copy_(_masters(values, self.selection.gather(self.weight.detach())))
+            values.copy_(_masters(values, self._there()))
         self._agreed(values)
 
     def restore(self, masters: Tensor | None) -> None:
@@ -278,7 +280,7 @@ class Binding:
         """
         values = self.values
         if values is not None:
-            there = self.selection.gather(self.weight.detach())
+            there = self._there()
             values.copy_(there if masters is None else _masters(masters.to(values), there))
         self._agreed(values)
 
@@ -330,7 +332,7 @@ class Binding:
         if theta_changed and not weight_changed:
             self.commit()
             return
-        there = self.selection.gather(self.weight.detach())
+        there = self._there()
         if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
             if not theta_changed and not weight_changed:  # through `.data`
                 theta_changed = not torch.equal(digest(values), self._digest)
@@ -394,7 +396,14 @@ class Binding:
     def _digest_selected(self) -> Tensor:
         if not self.selection.size:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return digest(self.selection.gather(self.weight.detach()))
+        return digest(self._there())
+
+    def _there(self) -> Tensor:
+        """The weight's values where θ's are, to be read: of a weight that is selected whole they are no copy."""
+        selection, weight = self.selection, self.weight.detach()
+        if selection.full and isinstance(selection, (Coordinates, Grid)):
+            return weight.reshape(selection.theta_shape)
+        return selection.gather(weight)
 
     def agree(self) -> None:
         """Note that θ and the weight hold the same values now."""

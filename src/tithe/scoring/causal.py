@@ -32,7 +32,7 @@ from tithe.rules.base import saved_tensors
 from tithe.rules.blocks import blocks
 from tithe.rules.double_backward import differentiated, missing, refusal, stand_in
 from tithe.rules.lean.cross_entropy import Terms, precise, sum_and_gradient
-from tithe.rules.transforms import each_row
+from tithe.rules.transforms import each_row, transformed
 from tithe.scoring.tail import Tail, first, parts, refused
 
 __all__ = ["causal_loss"]
@@ -89,6 +89,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, rows: int = 1024)
 
 def _causal_loss(model: nn.Module, batch: Mapping[str, Any], rows: int) -> Tensor:
     inner, trunks = parts(model)
+    if transformed():
+        raise refused(inner, "a transform of torch.func, or forward-mode differentiation, around it")
     given = dict(batch)
     if given.get("labels") is None:
         if given.get("input_ids") is None:
@@ -283,26 +285,91 @@ class _Job:
 
     def run(
         self, rows_NH: Tensor, leaves: Sequence[Tensor], at: Tensor | None, ask: bool, scale: Tensor | None = None
-    ) -> Generator[tuple[Any, Tensor, Sequence[Tensor | None]]]:
-        """Work on the blocks: of each its place, its sum of losses, and the gradients of its rows and the leaves."""
+    ) -> _Sums:
+        """Work on the blocks, each a function's frame, so that nothing of one is left while the next runs."""
         num_rows = rows_NH.shape[0] if at is None else at.numel()
         starts = range(0, num_rows, self.rows)
+        sums = _Sums(rows_NH, leaves, ask and rows_NH.requires_grad, at is not None, len(starts) > 1)
         for start in blocks(starts, lambda start: min(self.rows, num_rows - start), rows_NH):
-            place: Any = slice(start, start + self.rows) if at is None else at[start : start + self.rows]
-            h_MH = rows_NH.detach()[place] if at is None else rows_NH.detach().index_select(0, place)
-            h = h_MH[None].requires_grad_(ask and rows_NH.requires_grad)
-            with torch.set_grad_enabled(ask), _apart():
-                z = self.tail(h)
-                z = z.reshape(-1, z.shape[-1])
-            loss, g = sum_and_gradient(z.detach(), self.target[place], self.terms, ask=ask and z.requires_grad)
-            asked = [h] * h.requires_grad + list(leaves)
-            found: Sequence[Tensor | None] = [None] * len(asked)
-            if g is not None:
-                g = g if scale is None else g.mul_(scale)
-                with _silent(leaves):
-                    found = torch.autograd.grad(z, asked, g, allow_unused=True)
-            del z, g
-            yield place, loss, found if h.requires_grad else [None, *found]
+            place = slice(start, start + self.rows) if at is None else at[start : start + self.rows]
+            self._block(rows_NH.detach(), place, leaves, sums, ask, scale)
+        return sums
+
+    def _block(
+        self,
+        rows_NH: Tensor,
+        place: Any,
+        leaves: Sequence[Tensor],
+        sums: _Sums,
+        ask: bool,
+        scale: Tensor | None,
+    ) -> None:
+        h = rows_NH[place][None].requires_grad_(sums.rows is not None)
+        with torch.set_grad_enabled(ask), _apart():
+            z = self.tail(h)
+            z = z.reshape(-1, z.shape[-1])
+        loss, g = sum_and_gradient(z.detach(), self.target[place], self.terms, ask=ask and z.requires_grad)
+        sums.loss = sums.loss + loss
+        if g is None:
+            return
+        g = g if scale is None else g.mul_(scale)
+        asked = ([] if sums.rows is None else [h]) + list(leaves)
+        with _silent(leaves):
+            found: list[Tensor | None] = list(torch.autograd.grad(z, asked, g, allow_unused=True))
+        del z, g
+        if sums.rows is not None:
+            gh = found.pop(0)
+            sums.rows[place] = torch.zeros_like(h[0]) if gh is None else gh[0]
+        sums.add(found)
+
+
+class _Sums:
+    """What blocks add up to.
+
+    Args:
+        rows_NH: the hidden states.
+        leaves: the trained tensors of the tail.
+        ask: whether the hidden states get a gradient.
+        gaps: whether some rows are in no block.
+        several: whether there is more than one block.
+
+    Attributes:
+        loss: the sum of losses.
+        rows: the gradient of the hidden states, (N, H), or None.
+        of_leaves: the gradients of the leaves so far.
+    """
+
+    def __init__(self, rows_NH: Tensor, leaves: Sequence[Tensor], ask: bool, gaps: bool, several: bool) -> None:
+        self.loss = rows_NH.new_zeros((), dtype=precise(rows_NH.dtype))
+        self.rows = (torch.zeros_like if gaps else torch.empty_like)(rows_NH) if ask else None
+        self.leaves, self.several = leaves, several
+        self.of_leaves: list[Tensor | None] = [None] * len(leaves)
+
+    def add(self, found: Sequence[Tensor | None]) -> None:
+        """Add a block's gradients of leaves; of several blocks in float32, where they are in half precision."""
+        for n, grad in enumerate(found):
+            total = self.of_leaves[n]
+            if grad is None:
+                continue
+            if total is not None:
+                total.add_(grad)
+            elif self.several:  # a copy, because autograd may have given the same memory to another leaf
+                self.of_leaves[n] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            else:
+                self.of_leaves[n] = grad
+
+    def made(self, scale: Tensor | None = None) -> list[Tensor]:
+        """The gradients of leaves in their dtype, times a number; of one that no block has used, zeros."""
+        made: list[Tensor] = []
+        for n, leaf in enumerate(self.leaves):
+            total, self.of_leaves[n] = self.of_leaves[n], None
+            if total is None:
+                made.append(torch.zeros_like(leaf))
+                continue
+            if scale is not None:
+                total = total.mul_(scale) if self.several else total * scale
+            made.append(total.to(leaf.dtype))
+        return made
 
 
 @contextmanager
@@ -325,15 +392,6 @@ def _silent(leaves: Sequence[Tensor]) -> Generator[None]:
             hooks.update(saved)
 
 
-def _added(sums: list[Tensor | None], found: Sequence[Tensor | None]) -> None:
-    """Add gradients of leaves to their sums, in float32 where they are in half precision."""
-    for n, grad in enumerate(found):
-        if grad is None:
-            continue
-        total = sums[n]
-        sums[n] = grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
-
-
 def _twice() -> TitheError:
     return refusal(
         "causal_loss",
@@ -349,35 +407,22 @@ class _Early(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, ask: bool, rows_NH: Tensor, *leaves: Tensor) -> Tensor:
         """Keep the gradients of the sum of losses: that of hidden states as it is, those of leaves for the mean."""
-        at = job.counting()
-        need = ask and rows_NH.requires_grad
-        gh_NH = (torch.empty_like if at is None else torch.zeros_like)(rows_NH) if need else None
-        sums: list[Tensor | None] = [None] * len(leaves)
-        total = rows_NH.new_zeros((), dtype=precise(rows_NH.dtype))
-        for place, loss, (gh_MH, *found) in job.run(rows_NH, leaves, at, ask):
-            total = total + loss
-            if gh_NH is not None and gh_MH is not None:
-                gh_NH[place] = gh_MH[0]
-            _added(sums, found)
+        sums = job.run(rows_NH, leaves, job.counting(), ask)
         if ask:
-            one = job.scale(torch.ones_like(total))
-            made = [
-                torch.zeros_like(leaf) if s is None else s.mul_(one).to(leaf.dtype)
-                for s, leaf in zip(sums, leaves, strict=True)
-            ]
+            one = job.scale(torch.ones_like(sums.loss))
             ctx.one, ctx.leaves = one, leaves
-            ctx.x = stand_in(rows_NH) if need else None
-            ctx.save_for_backward(gh_NH, *made)
-        return job.value(total)
+            ctx.x = stand_in(rows_NH) if sums.rows is not None else None
+            ctx.save_for_backward(sums.rows, *sums.made(one))
+        return job.value(sums.loss)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients, times that of the loss."""
         gh_NH, *made = ctx.saved_tensors
         gy = grads[0]
-        scale = gy * ctx.one.to(gy)
-        found = [None if gh_NH is None else gh_NH * scale.to(gh_NH)]
-        found += [g * gy.to(g) for g in made]
+        scale = gy * ctx.one.to(gy)  # of no dimension, so that it keeps its own precision and changes no dtype
+        found = [None if gh_NH is None else gh_NH * scale]
+        found += [g * gy for g in made]
         if differentiated():
             found = missing(found, (ctx.x, *ctx.leaves), _twice)
         return None, None, *found
@@ -390,15 +435,13 @@ class _Late(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, ask: bool, rows_NH: Tensor, *leaves: Tensor) -> Tensor:
         """Keep the hidden states."""
-        total = rows_NH.new_zeros((), dtype=precise(rows_NH.dtype))
-        for _, loss, _ in job.run(rows_NH, (), None, ask=False):
-            total = total + loss
+        sums = job.run(rows_NH, (), None, ask=False)
         ctx.job = job
         kind = rows_NH.device.type
         on = torch.is_autocast_enabled(kind)
         ctx.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), on)
         ctx.save_for_backward(rows_NH, *leaves)
-        return job.value(total)
+        return job.value(sums.loss)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -407,13 +450,15 @@ class _Late(torch.autograd.Function):
         twice = differentiated()
         with torch.no_grad(), ctx.autocast():
             scale = ctx.job.scale(grads[0])
-            gh_NH = torch.empty_like(rows_NH) if rows_NH.requires_grad else None
-            sums: list[Tensor | None] = [None] * len(leaves)
-            for place, _, (gh_MH, *found) in ctx.job.run(rows_NH, leaves, None, True, scale):
-                if gh_NH is not None and gh_MH is not None:
-                    gh_NH[place] = gh_MH[0]
-                _added(sums, found)
-        made = [gh_NH, *(None if s is None else s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True))]
+            sums = ctx.job.run(rows_NH, leaves, None, True, scale)
+        if any(leaf.dim() and found is None for leaf, found in zip(leaves, sums.of_leaves, strict=True)):
+            raise TitheError(
+                "causal_loss",
+                found="a weight of the head that is not in its place any more, as after functional_call",
+                expected="the same weights in backward as in forward",
+                remedy="call backward inside, or release the plan that watches it",
+            )
+        made = [sums.rows, *sums.made()]
         if twice:
             made = missing(made, (grads[0], rows_NH, *leaves), _twice)
         return None, None, *made

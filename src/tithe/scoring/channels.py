@@ -69,7 +69,8 @@ def price_channels(model: nn.Module, bindings: Sequence[Binding], loss: Loss, ba
         named = ", ".join(unruled[:4]) + (" …" if len(unruled) > 4 else "")
         warnings.warn(
             f"{named}: used by an operation that has no rule for input channels "
-            "(nn.MultiheadAttention, an LSTM); they stay frozen. Leave them out of where= to say so.",
+            "(nn.MultiheadAttention, an LSTM, experts in one tensor); they stay frozen. Leave them out of where= to "
+            "say so.",
             TitheWarning,
             stacklevel=2,
         )

@@ -83,26 +83,27 @@ def _pretrained(module: nn.Module) -> bool:
 @contextmanager
 def calling(module: nn.Module, function: Callable[..., Any]) -> Generator[None]:
     """Let calls of a module go to a function, hooks left out: by the door that `nn.Module.compile` uses."""
-    before = module._compiled_call_impl
-    module._compiled_call_impl = function
-    try:
+    with _shadowing(module, "_compiled_call_impl", function):
         yield
-    finally:
-        module._compiled_call_impl = before
 
 
 @contextmanager
 def running(module: nn.Module, function: Callable[..., Any]) -> Generator[None]:
     """Let a module's forward be a function: some wrappers call `forward` itself."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = function
+    with _shadowing(module, "forward", function):
+        yield
+
+
+@contextmanager
+def _shadowing(module: nn.Module, key: str, value: Any) -> Generator[None]:
+    own = vars(module)
+    before = {key: own[key]} if key in own else {}
+    own[key] = value
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        del own[key]
+        own.update(before)
 
 
 def first(output: Any) -> Any:

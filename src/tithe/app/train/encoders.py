@@ -81,7 +81,7 @@ def _length(recipe: Recipe, model: nn.Module) -> int:
     Raises:
         TitheError: the recipe says more than there are positions.
     """
-    told, positions = recipe.data.max_length, _positions(model)
+    told, positions = recipe.data.max_length, learned_positions(model)
     if positions is None or told <= positions:
         return told
     if "max_length" in recipe.data.model_fields_set:
@@ -94,7 +94,7 @@ def _length(recipe: Recipe, model: nn.Module) -> int:
     return positions
 
 
-def _positions(model: nn.Module) -> int | None:
+def learned_positions(model: nn.Module) -> int | None:
     """How many positions of a text a model has learned; None where they are computed."""
     counts: list[int] = []
     for name, module in model.named_modules():
@@ -125,7 +125,16 @@ def image_encoder(recipe: Recipe, model: nn.Module, examples: Examples | None) -
                 expected=f"{data.channels}",
                 remedy="one a channel",
             )
-    return ImageEncoder(mean, std, data.image_size or size)
+    return ImageEncoder(mean, std, data.image_size or size or _side(examples))
+
+
+def _side(examples: Examples | None) -> int | None:
+    """The side of the arrays that are trained on, where they are square: pictures that come later are resized to it."""
+    images = None if examples is None else examples.splits["train"]
+    if not isinstance(images, Images) or images.pixels is None:
+        return None
+    height, width = images.pixels.shape[1:3]
+    return int(height) if height == width else None
 
 
 def _expected_images(recipe: Recipe, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int | None]:

@@ -199,13 +199,7 @@ def from_scratch(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
     else:
         config = _configuration(recipe, told, own)
         if tokenizer is not None:
-            # A tokenizer may have tokens beyond its vocabulary_size, and a chat model's usually has.
-            names = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
-            usual = {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name, None) for name in names[:3]}
-            usual[names[3]] = tokenizer.pad_token_id  # as in T5
-            for key, value in usual.items():
-                if key not in told and value is not None and key in config.to_dict():
-                    setattr(config, key, value)
+            _complete(config, told, tokenizer)
     place = recipe.place("model", "scratch")
     try:
         with quiet():
@@ -218,6 +212,22 @@ def from_scratch(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
             expected=f"a configuration of which {task.architecture} makes a model",
             remedy="correct the numbers, or take another model_type",
         ) from error
+
+
+def _complete(config: Any, told: Mapping[str, Any], tokenizer: Any) -> None:
+    """Let a configuration have the vocabulary and the special tokens of a tokenizer, but for what it was told."""
+    values = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }
+    for key, value in values.items():
+        if key not in told and value is not None and key in config.to_dict():
+            setattr(config, key, value)
+    if config.is_encoder_decoder and "decoder_start_token_id" not in told:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as in T5, whose configuration knows no default
 
 
 def _configuration(recipe: Recipe, told: Mapping[str, Any], own: Mapping[str, Any]) -> Any:

@@ -177,6 +177,10 @@ class Recipe(Section):
             )
         return path
 
+    def told(self) -> dict[str, Any]:
+        """The keys that were told, with their values, as JSON data: what `parse_recipe` makes the same recipe of."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
     def settings(self) -> dict[str, Any]:
         """All keys of the sections that there are, with their values, as JSON data."""
         return {name: section for name, section in self.model_dump(mode="json").items() if section is not None}

@@ -89,6 +89,8 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": run.examples.fingerprint(),
         "recipe": run.recipe.settings(),
+        "told": {"recipe": run.recipe.told(), "folder": str(run.recipe.folder)},
+        "inputs": run.network.encoder.statistics(),
         "files": {"delta": str(delta), "result": str(run.recipe.output / "result.json")},
     }
 

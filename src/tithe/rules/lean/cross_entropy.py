@@ -28,7 +28,7 @@ from tithe.rules.transforms import each_row
 
 _LEAST = 1 << 12
 """Logits below which stock's kernels are left alone: their log-softmax takes no memory that matters."""
-_CACHED, _LAUNCHED = 1 << 18, 1 << 24
+_CACHED, _LAUNCHED = 1 << 19, 1 << 24
 """Logits to a block: on a CPU what stays in a core's cache, elsewhere what is worth the launch of a dozen kernels."""
 _SAME_VALUES = frozenset(
     f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "Slice", "Select", "Clone", "Transpose", "T")
@@ -176,7 +176,8 @@ def sum_and_gradient(z_NC: Tensor, target_N: Tensor, terms: Terms, *, ask: bool)
 
 
 def _entries(z: Tensor) -> int:
-    return _CACHED if z.device.type == "cpu" else _LAUNCHED
+    """How many logits to work on at a time: of few no more than an eighth, which then stands in float32."""
+    return min(_CACHED if z.device.type == "cpu" else _LAUNCHED, max(z.numel() // 8, _LEAST))
 
 
 def _slices(z: Tensor) -> Iterator[tuple[Any, Any]]:

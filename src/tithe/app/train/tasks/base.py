@@ -51,6 +51,10 @@ class Encoder(ABC):
     def largest(self, items: Sequence[Any]) -> int:
         """Find the largest item, the first of several: a batch with it is as large as batches can be."""
 
+    def statistics(self) -> dict[str, Any]:
+        """The keys of `[data]` that were measured on the training rows, with their values."""
+        return {}
+
     def weights(self, items: Sequence[Any]) -> Sequence[int] | None:
         """Count in each item what the mean loss of a batch is a mean of, such as predicted tokens; None: items."""
         return None
@@ -64,11 +68,13 @@ class Predictor:
         labels: the classes in the order of the outputs.
         encoder: of the run.
         new_tokens: how many tokens are generated at most, where the task generates.
+        positions: of a text that the model has learned; None where they are computed.
     """
 
     labels: tuple[str, ...]
     encoder: Encoder
     new_tokens: int
+    positions: int | None = None
 
 
 class Task(ABC):
@@ -82,6 +88,10 @@ class Task(ABC):
     """What the model's configuration is told, besides the number of labels."""
     needs_head: ClassVar[bool] = True
     """Whether a model has to have a head that is new to the task."""
+    has_targets: ClassVar[bool] = True
+    """Whether rows say what is right, so that answers can be scored."""
+    generates: ClassVar[bool] = False
+    """Whether answers are texts that the model writes."""
 
     @property
     def terms(self) -> Terms:
@@ -168,6 +178,14 @@ class Task(ABC):
         Raises:
             TitheError: the number of outputs is another.
         """
+
+    @abstractmethod
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """A label that a row without one may have while it is answered: any that `targets` takes."""
+
+    def prompts(self, how: Predictor, rows: Rows, targets: Targets) -> tuple[Sequence[Any], tuple[str, ...]]:
+        """Turn rows into items that are answered, one a row; returns what the user should know of it, too."""
+        return how.encoder.encode(rows, targets)
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, how: Predictor) -> list[dict[str, Any]]:

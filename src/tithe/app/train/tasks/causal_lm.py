@@ -31,6 +31,8 @@ class CausalLm(TextTask):
     name = "causal-lm"
     architecture = "AutoModelForCausalLM"
     needs_head = False
+    generates = True
+    has_targets = False
 
     def columns(self, data: DataSection) -> dict[str, str]:
         """A text, or the messages of a chat."""
@@ -39,6 +41,10 @@ class CausalLm(TextTask):
     def cell(self, data: DataSection, key: str, value: object, names: Sequence[str]) -> Any:
         """Take a text, or the messages of a chat."""
         return read_messages(value) if key == "messages" else read_text(value)
+
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """Nothing has to stand in."""
+        return ""
 
     def classes(self, recipe: Recipe, train: Rows) -> tuple[str, ...]:
         """There are no classes."""
@@ -84,6 +90,23 @@ class CausalLm(TextTask):
                 remedy="use a causal language model",
             )
 
+    def prompts(self, how: Predictor, rows: Rows, targets: Targets) -> tuple[Sequence[Any], tuple[str, ...]]:
+        """The tokens of each text or chat, of which the last count where they are too many."""
+        encoder = how.encoder
+        assert isinstance(encoder, CausalEncoder)
+        assert isinstance(rows, Table)
+        if encoder.chats is not None:
+            made = [(ids, [IGNORED] * len(ids)) for ids in map(encoder.chats.prompt, rows.text)]
+        else:
+            end = encoder.tokenizer.eos_token_id  # a text that is to go on does not end
+            encoded = encoder.tokenizer(list(rows.text), verbose=False)["input_ids"]
+            texts = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded]
+            made = [(ids, ids) for ids in texts]
+        room = encoder.max_length if how.positions is None else min(encoder.max_length, how.positions - how.new_tokens)
+        longer = sum(len(ids) > room for ids, _ in made)
+        note = f"{longer} of {len(made)} rows are longer than {room} tokens: only their last are read"
+        return [(ids[-room:], labels[-room:]) for ids, labels in made], (note,) if longer else ()
+
     def predict(self, model: nn.Module, batch: Batch, how: Predictor) -> list[dict[str, Any]]:
         """The perplexity of each text, and how the model goes on."""
         inputs, labels, rows = batch["inputs"], batch["labels"], list[dict[str, Any]]()
@@ -93,8 +116,9 @@ class CausalLm(TextTask):
             own = labels[row][mask]
             losses = F.cross_entropy(logits[row][mask][:-1].float(), own[1:], ignore_index=IGNORED, reduction="none")
             known = own[1:] != IGNORED
-            loss = float(losses[known].mean()) if bool(known.any()) else math.nan
-            told: dict[str, Any] = {"perplexity": round(math.exp(min(loss, 700.0)), 4), "tokens": int(known.sum())}
+            told: dict[str, Any] = {"tokens": len(own)}
+            if bool(known.any()):
+                told["perplexity"] = round(math.exp(min(float(losses[known].mean()), 700.0)), 4)
             if how.new_tokens:
                 told["continuation"] = continuation(model, inputs["input_ids"][row][mask], how)
             rows.append(told)
@@ -124,8 +148,6 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 def continuation(model: Any, ids: Tensor, how: Predictor) -> str:
     """What a model of transformers writes after these tokens (T,), the likeliest token each time."""
     tokenizer = how.encoder.tokenizer
-    end = tokenizer.eos_token_id
-    ids = ids[:-1] if len(ids) > 1 and int(ids[-1]) == end else ids  # the text is not to end where it goes on
     written = model.generate(
         input_ids=ids[None],
         attention_mask=torch.ones_like(ids[None]),
@@ -133,7 +155,7 @@ def continuation(model: Any, ids: Tensor, how: Predictor) -> str:
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end,
+        eos_token_id=tokenizer.eos_token_id,
     )
     return str(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
 

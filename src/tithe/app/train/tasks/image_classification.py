@@ -50,6 +50,11 @@ class ImageEncoder(Encoder):
         inputs = (images_NCHW - mean_C11) / std_C11
         return {"inputs": inputs, "labels": torch.stack([target for _, target in items])}
 
+    def statistics(self) -> dict[str, Any]:
+        """Mean and deviation of the channels, and the size."""
+        size = {} if self.size is None else {"image_size": self.size}
+        return {"mean": list(self.mean), "std": list(self.std), **size}
+
     def largest(self, items: Sequence[Any]) -> int:
         """The first: images of a batch have one size."""
         return 0

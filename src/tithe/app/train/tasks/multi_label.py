@@ -48,6 +48,10 @@ class MultiLabel(TextTask):
             return Fault(f"the class {twice!r} twice", expected=expected, remedy="write it once")
         return tuple(read)
 
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """No class stands in."""
+        return ()
+
     def classes_in(self, label: Any) -> Iterable[str]:
         """The label is a tuple of classes."""
         return cast("tuple[str, ...]", label)

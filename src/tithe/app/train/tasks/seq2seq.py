@@ -13,7 +13,7 @@ from tithe.app.train.cells import read_text
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch, Table, Targets
 from tithe.app.train.sections import DataSection
-from tithe.app.train.tasks.base import Encoder, Predictor, Rows, output_of, stacked
+from tithe.app.train.tasks.base import Encoder, Predictor, Rows, stacked
 from tithe.app.train.tasks.text import IGNORED, TextTask, cut_note, masks, padded
 from tithe.errors import TitheError
 
@@ -24,6 +24,7 @@ class Seq2Seq(TextTask):
     name = "seq2seq"
     architecture = "AutoModelForSeq2SeqLM"
     needs_head = False
+    generates = True
 
     def columns(self, data: DataSection) -> dict[str, str]:
         """The source, and the target."""
@@ -32,6 +33,10 @@ class Seq2Seq(TextTask):
     def cell(self, data: DataSection, key: str, value: object, names: Sequence[str]) -> Any:
         """Take a cell as a text."""
         return read_text(value)
+
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """A blank stands in."""
+        return " "
 
     def classes(self, recipe: Recipe, train: Rows) -> tuple[str, ...]:
         """There are no classes."""
@@ -46,9 +51,8 @@ class Seq2Seq(TextTask):
         return PairEncoder(tokenizer, length, recipe.data.max_target_length)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean over the target's tokens."""
-        logits_NTV = output_of(model, batch)
-        return F.cross_entropy(logits_NTV.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED)
+        """The mean over the target's tokens, which the model computes in its own forward."""
+        return _run(model, batch)["loss"]
 
     def tally(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of each row: the sum of its losses, its tokens, and whether all of them are the likeliest.
@@ -56,7 +60,7 @@ class Seq2Seq(TextTask):
         The likeliest token at each place, after the right ones before it, is right everywhere if and only if writing
         the likeliest token each time writes the target: an exact match takes no generation.
         """
-        logits_NTV, labels_NT = output_of(model, batch).float(), batch["labels"]
+        logits_NTV, labels_NT = _run(model, batch)["logits"].float(), batch["labels"]
         losses_NT = F.cross_entropy(logits_NTV.transpose(1, 2), labels_NT, ignore_index=IGNORED, reduction="none")
         wrong_NT = (logits_NTV.argmax(-1) != labels_NT) & (labels_NT != IGNORED)
         return stacked([losses_NT.double().sum(1), (labels_NT != IGNORED).sum(1), ~wrong_NT.any(1)])
@@ -68,7 +72,7 @@ class Seq2Seq(TextTask):
 
     def check(self, recipe: Recipe, model: nn.Module, batch: Batch, num_classes: int) -> None:
         """Look for logits of each token of the target."""
-        output, labels = output_of(model, batch), batch["labels"]
+        output, labels = _run(model, batch)["logits"], batch["labels"]
         if output.ndim != 3 or output.shape[:2] != labels.shape:
             raise TitheError(
                 recipe.place("model"),
@@ -90,6 +94,13 @@ class Seq2Seq(TextTask):
             num_beams=1,
         )
         return [{"text": text} for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    """Run a model that is told the labels: it makes the decoder's input of them, the target one place later."""
+    inputs = batch["inputs"]
+    assert isinstance(inputs, dict)
+    return model(**inputs, labels=batch["labels"])
 
 
 @final
@@ -124,7 +135,7 @@ class PairEncoder(Encoder):
         return list(zip(given, right, strict=True)), tuple(notes)
 
     def join(self, items: Sequence[Any]) -> Batch:
-        """Pad on the right; the decoder reads the target one place later, which its model sees to."""
+        """Pad both on the right."""
         given, right = [given for given, _ in items], [right for _, right in items]
         pad = self.tokenizer.pad_token_id
         inputs = {"input_ids": padded(given, pad), "attention_mask": masks(given)}

@@ -26,6 +26,10 @@ class Classification(Task):
         """Take a label or a text."""
         return read_label(value, names, set(data.labels or ())) if key == "label" else read_text(value)
 
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """The first class stands in."""
+        return classes[0]
+
     def classes_in(self, label: Any) -> Iterable[str]:
         """The label is the class itself."""
         return (label,)

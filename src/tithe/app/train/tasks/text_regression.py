@@ -28,6 +28,10 @@ class TextRegression(TextTask):
         """Take a number or a text."""
         return read_number(value) if key == "label" else read_text(value)
 
+    def blank(self, text: Any, classes: Sequence[str]) -> Any:
+        """A zero stands in."""
+        return "0"
+
     def classes(self, recipe: Recipe, train: Rows) -> tuple[str, ...]:
         """There are no classes."""
         return ()
