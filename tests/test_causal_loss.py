@@ -290,6 +290,32 @@ def test_scores_are_those_of_the_models_own_loss(where: str, score: Any) -> None
         assert shared >= 0.99 * sum(map(len, chosen[0].values()))
 
 
+def test_true_fisher_information_is_refused() -> None:
+    """It takes one prediction for each sample, which the model's own loss does not give either."""
+    for loss in (own, tithe.causal_loss):
+        with pytest.raises(TitheError, match="empirical"):
+            tithe.attach(build("llama"), tithe.FISH(density=0.1, fisher="true"), loss=loss, data=[words()])
+
+
+@pytest.mark.slow
+def test_a_narrow_network_takes_its_two_losses_in_blocks() -> None:
+    losses: list[list[float]] = []
+    for loss in (own, partial(tithe.causal_loss, rows=5)):
+        model, batch = build("llama"), words()
+        plan = tithe.attach(model, tithe.VRPGE(keep=0.5), loss=loss, data=[batch])
+        optimizer = torch.optim.SGD([*plan.parameters(), *plan.structure_parameters()], lr=0.1)
+        plan.bind(optimizer)
+        torch.manual_seed(3)
+        found: list[float] = []
+        for _ in range(3):
+            found.append(float(plan.backward(lambda m=model, of=loss: of(m, words())).detach()))
+            optimizer.step()
+            optimizer.zero_grad()
+            plan.step()
+        losses.append(found)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("name", ["tied", "capped"])
 def test_lean_layers(name: str, bits: int | None) -> None:
@@ -363,7 +389,7 @@ def test_two_ranks_average_their_gradients(tmp_path: Path) -> None:
             torch.testing.assert_close(found, mean, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["model", "loss", "in place"])
+@pytest.mark.parametrize("how", ["model", *(pytest.param(how, marks=pytest.mark.slow) for how in ("loss", "in place"))])
 def test_compiled_models(how: str) -> None:
     """Of a compiled model the trunk is captured; the loss is no part of a graph."""
     torch._dynamo.reset()
@@ -391,9 +417,13 @@ def test_compiled_models(how: str) -> None:
 
 # --- what it keeps
 
+PRICED = [("llama", False), ("gpt2", True), ("tied", True)]
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("lean", [False, True])
+
+@pytest.mark.parametrize(
+    ("name", "lean"),
+    [("llama", True), ("gpt2", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in PRICED)],
+)
 def test_it_costs_what_a_prediction_says(name: str, lean: bool) -> None:
     model, batch = build(name), words()
     plan = tithe.attach(model, tithe.FISH(density=0.1, score="random"))
@@ -426,8 +456,9 @@ def test_the_logits_never_stand_whole() -> None:
         states = torch.randn(1, 512, 16, requires_grad=True)
         return tithe.measure(lambda: loss(model, {"inputs_embeds": states, "labels": labels}).backward(), model=model)
 
-    stock, blocks = work(own), work(partial(tithe.causal_loss, rows=16))
+    stock, blocks = work(own), work(tithe.causal_loss)
     assert blocks.peak <= 0.1 * stock.peak
+    assert work(partial(tithe.causal_loss, rows=16)).peak < blocks.peak
     assert blocks.kept < 4 * 512 * 16 * 4 + 50_000
 
 
@@ -544,7 +575,6 @@ def test_a_transform_is_refused() -> None:
 def test_a_tail_is_compared_once_in_each_mode() -> None:
     """And the model is as it was afterwards, also when its forward fails."""
     model = build("llama")
-    before = {**vars(model)}, {**vars(model.model)}
     causal._checked.clear()
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
@@ -554,6 +584,15 @@ def test_a_tail_is_compared_once_in_each_mode() -> None:
         tithe.causal_loss(model, words())
         counts.append(len(seen))
     assert counts == [3, 2]
+    model.loss_function = partial(model.loss_function)
+    seen.clear()
+    tithe.causal_loss(model, words())
+    assert len(seen) == 3
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: _scaled(logits, labels)
+    with pytest.raises(TitheError, match="its head does not give"):
+        tithe.causal_loss(model, words())
+    model = build("llama")
+    before = {**vars(model)}, {**vars(model.model)}
     with pytest.raises(ValueError, match="exactly one"):
         tithe.causal_loss(model, {**words(), "input_ids": None, "nonsense": 1, "labels": 3})
     assert {**vars(model)}.keys() == before[0].keys()

@@ -162,7 +162,7 @@ def _bind(layer: nn.Module, chosen: Channels, *, by_graft: bool, path: str = "")
     found: list[Binding] = []
     for name, weight in list(bound.named_parameters()):
         weight.requires_grad_(False)
-        binding = Binding(name, weight)
+        binding = Binding(name, weight, weight.dtype)
         where, _, key = name.rpartition(".")
         if where == path and key == "weight":
             binding.select(chosen)

@@ -338,4 +338,5 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 
 def test_every_offer_says_its_row() -> None:
-    assert list(OFFERS) == ["full", "head", "lora", "fish", "fish+lean", "trady", "vrpge", "twa", "spiel"]
+    baselines = ["full", "full+lean", "full+ckpt", "head", "lora", "lora+lean", "lora+ckpt", "qlora"]
+    assert list(OFFERS) == [*baselines, "fish", "fish+lean", "trady", "vrpge", "twa", "spiel"]

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tithe.app.cli import app
-from tithe.app.price import Shape, outline, parse_budget
+from tithe.app.price import OFFERS, Shape, outline, parse_budget
 from tithe.errors import TitheError
 from workplace import make_tiny
 
@@ -36,6 +36,9 @@ def run(*words: str) -> str:
 
 def test_the_tables_fit_80_columns_and_are_plain(folder: Path) -> None:
     out = run(str(folder), "--tokens", "8", "--batch", "4", "--budget", "20%", "--memory", "1MB")
+    assert "×less" in out
+    assert "VR-PGE" not in out
+    assert "TWA" not in out
     assert max(map(len, out.splitlines())) <= 80
     assert "\x1b" not in out
     for word in (
@@ -55,10 +58,11 @@ def test_the_tables_fit_80_columns_and_are_plain(folder: Path) -> None:
 
 def test_all_rows_fit_80_columns_too(folder: Path) -> None:
     pytest.importorskip("peft")
-    out = run(str(folder), "--tokens", "8", "--batch", "4", "--budget", "60%")
+    named = [part for name in OFFERS for part in ("--method", name)]
+    out = run(str(folder), "--tokens", "8", "--batch", "4", "--budget", "60%", *named)
     assert max(map(len, out.splitlines())) <= 80
     assert not re.search(r"\d…|\w… ", out)
-    for row in ("full", "head only", "LoRA", "FISH", "FISH + lean", "TraDy + lean", "VR-PGE", "TWA"):
+    for row in (offer.name for offer in OFFERS.values()):
         assert re.search(rf"^ {re.escape(row)}  +\d", out, re.MULTILINE), row
     assert "a mapped file" in out
 
@@ -70,6 +74,7 @@ def test_json_is_all_that_stdout_carries(folder: Path) -> None:
     assert (found["batch"], found["memory"], found["budget"]["fraction"]) == (4, 1_000_000, 0.2)
     for row in found["rows"]:
         assert set(row) >= PARTS
+        assert row["times_less"] == pytest.approx(found["rows"][0]["peak"] / row["peak"])
         standing = sum(row[part] for part in ("weights", "batch", "theta", "index", "optimizer"))
         assert row["peak"] == standing + sum(row["at_peak"].values())
         assert set(row["flops"]) == {"forward", "input_gradient", "weight_gradient"}

@@ -546,7 +546,7 @@ def test_a_plan_attached_before_the_group_is_compared_at_its_first_step(tmp_path
     def late(rank: int, seed: int, name: str) -> Any:
         model = make()
         plan = tithe.attach(model, FISH(density=0.2, score="random", scope="tensor"), seed=seed)
-        meet(rank, f"{tmp_path}/{name}")
+        meet(rank, f"{tmp_path}/{name}", 15)  # rank 1 notices; rank 0 waits for it in DDP's own sum
         try:
             return train(plan, DistributedDataParallel(model), batches(rank))
         finally:

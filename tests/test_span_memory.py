@@ -108,7 +108,7 @@ def test_the_basis_is_not_in_memory(tmp_path: Path) -> None:
 # torch 2.13's own capture of any autograd.Function raises these two
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("name", ["mlp", "bert"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("bert", marks=pytest.mark.slow)])
 def test_compiled_models_train(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model, batch = case.model(), case.batch()

@@ -230,7 +230,7 @@ def _bind(layer: nn.Module, chosen: dict[str, Coordinates], *, by_graft: bool) -
     bindings: dict[str, Binding] = {}
     for name, weight in list(layer.named_parameters()):
         weight.requires_grad_(False)
-        binding = Binding(name, weight)
+        binding = Binding(name, weight, weight.dtype)
         path, _, key = name.rpartition(".")
         owner = layer.get_submodule(path)
         if name in chosen:

@@ -301,3 +301,39 @@ def test_head_and_where_reach_the_plan(tmp_path: Path) -> None:
     assert all("query" in name for name in trainer.plan.selections)
     assert trainer.plan.seed == 0
     assert HEAD == ("classifier.*",)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
+OTHERS = {
+    "evaluation, prediction": "equal, before and after training",
+    "`train()` twice": "equal; the plan goes on",
+    "resuming; `load_best_model_at_end`": "equal; the plan is that of the checkpoint",
+    "`auto_find_batch_size`": "equal",
+    "a dataset without a length": "equal; scored, and then trained from its first row",
+    "`model_init`, `hyperparameter_search`": "a new plan in each run",
+    "`Seq2SeqTrainer` with `predict_with_generate`": "trained and evaluated",
+    "`SFTTrainer`: packing, padding-free, label smoothing, DFT loss": "equal",
+    "`DPOTrainer`, with and without `precompute_ref_log_probs`": "equal",
+    "PEFT": "a part of the adapter is trained, saved and resumed",
+    "two ranks by torchrun": "equal to one, up to the order of sums; resumed bit for bit",
+}
+
+
+def page() -> str:
+    """The table of the docs."""
+    lines = ["| feature | weights |", "|---|---|"]
+    lines += [f"| {name} | equal |" for name in FEATURES]
+    lines += [f"| {name} | {told} |" for name, told in OTHERS.items()]
+    return "\n".join(lines)
+
+
+def test_the_page_shows_what_is_tested() -> None:
+    text = PAGE.read_text("utf-8")
+    begin, end = "<!-- table -->\n", "\n<!-- end -->"
+    assert text[text.index(begin) + len(begin) : text.index(end)] == page()
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text("utf-8")
+    begin, end = "<!-- table -->\n", "<!-- end -->"
+    PAGE.write_text(text[: text.index(begin) + len(begin)] + page() + "\n" + text[text.index(end) :], "utf-8")

@@ -86,7 +86,7 @@ CHOSEN_AGAIN = {
 }
 
 
-@pytest.mark.parametrize("method", CHOSEN_AGAIN)
+@pytest.mark.parametrize("method", ["fish", pytest.param("trady", marks=pytest.mark.slow)])
 def test_two_ranks_equal_one_with_the_doubled_batch(
     method: str, edit: Callable[..., Path], workplace: Path, tiny: Path
 ) -> None:
@@ -142,7 +142,9 @@ def test_two_ranks_draw_the_same_networks_and_equal_one(edit: Callable[..., Path
         torch.testing.assert_close(values, states[1]["tensors"][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ['name = "full"', FISH], ids=["full", "fish"])
+@pytest.mark.parametrize(
+    "method", [pytest.param('name = "full"', marks=pytest.mark.slow, id="full"), pytest.param(FISH, id="fish")]
+)
 def test_two_ranks_record_one_history_and_share_out_its_average(
     method: str, edit: Callable[..., Path], workplace: Path, tiny: Path
 ) -> None:

@@ -90,6 +90,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a key of the recipe; repeatable.", metavar="KEY=VALUE")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Upload the run's folder to the Hugging Face hub.", metavar="NAME/MODEL")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
@@ -105,6 +108,7 @@ def train(
       tithe train examples/digits_twa.toml
       tithe train examples/bytes_lm.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
+      tithe train recipe.toml --push NAME/MODEL
 
     \b
     A whole recipe:
@@ -168,6 +172,10 @@ def train(
         if data is not None:
             settings.append(f"data.folder={json.dumps(str(data.resolve()))}")
         checked = read_recipe(recipe, settings)
+        if push is not None:
+            from tithe.app.train.sharing import check_repo
+
+            check_repo(push)
 
         from tithe.app.train.report import show
         from tithe.app.train.signals import Interrupted
@@ -187,6 +195,16 @@ def train(
             _print_json(result)
         else:
             show(result, terminal.console())
+        if push is not None:
+            from tithe.app.train.sharing import by_hand
+            from tithe.app.train.sharing import push as upload
+
+            told = upload(checked.output, push)
+            _say(
+                f"pushed: {told}"
+                if told
+                else f"no token of the hub, so not pushed. By hand:\n  {by_hand(checked.output, push)}"
+            )
 
 
 @app.command()

@@ -43,6 +43,7 @@ class PriceRow:
         budgeted: whether the budget says how much it trains.
         per_batch: whether a budget in bytes makes its choice depend on the size of the batch.
         on_request: whether it is priced only where it is named.
+        like: key of a row with the same figures.
         note: what to know about the row.
     """
 
@@ -53,6 +54,7 @@ class PriceRow:
     budgeted: bool = True
     per_batch: bool = False
     on_request: bool = False
+    like: str | None = None
     note: str = ""
 
 
@@ -304,6 +306,7 @@ SPIEL = Entry(
             key="spiel",
             name="SpIEL",
             make=lambda site: site.mask(),
+            like="fish",
             note="SpIEL is priced with a random mask of its size, as FISH is.",
         ),
     ),

@@ -41,6 +41,8 @@ from tithe.errors import TitheError
 from tithe.forward import Probe
 
 VERSION: Final = 2
+CLASS: Final = "class"
+"""The key of the metadata that names the class of the model; it is only ever looked up among known classes."""
 Kind = Literal["kept", "indices", "dense"]
 
 

@@ -165,15 +165,22 @@ def _write_shard(target: Path, shard: Path, deltas: Sequence[_Delta], added: Map
     save_tensors(target, {**tensors, **added}, file.metadata)
 
 
-def _write_folder(target: Path, origin: Path, shards: Shards, deltas: Sequence[_Delta]) -> None:
-    target.mkdir()
+def copy_extras(origin: Path, target: Path) -> None:
+    """Copy what lies beside the weights of a checkpoint to a folder, where that does not have it."""
     for path in sorted(origin.iterdir()):
         if path.name.startswith(".") or path.suffix in _STALE or path.name.endswith(".index.json"):
+            continue
+        if (target / path.name).exists():
             continue
         if path.is_file():
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and path.name not in _STALE_FOLDERS:
             shutil.copytree(path, target / path.name)
+
+
+def _write_folder(target: Path, origin: Path, shards: Shards, deltas: Sequence[_Delta]) -> None:
+    target.mkdir()
+    copy_extras(origin, target)
     added = _added(deltas)
     for number, shard in enumerate(shards.files, start=1):
         last = number == len(shards.files)

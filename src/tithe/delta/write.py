@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tithe.delta.file import write_tensors
 from tithe.delta.fingerprint import checksum, digest, state_tensors, ties, words
-from tithe.delta.format import Entry, Header, encode, index_dtype
+from tithe.delta.format import CLASS, Entry, Header, encode, index_dtype
 from tithe.delta.source import Source, open_source, prefix_hint
 from tithe.errors import TitheError
 from tithe.selection import Selection
@@ -31,7 +31,7 @@ def write_delta(
         model: the trained model, attached or not; its `state_dict` holds the trained values.
         selections: parameter name → the entries that were trained.
         dense: name → full tensor, for what is stored whole: heads, and buffers that changed.
-        metadata: free strings for the header, such as method and density.
+        metadata: free strings for the header, such as method and density; the name of the model's class goes with them.
 
     Raises:
         TitheError: when a name is not in the model's `state_dict`, is given twice (once through a tied name), has
@@ -61,7 +61,7 @@ def write_delta(
             entry, parts = _sparse(lead, state[lead], indices, aliases)
         entries[lead] = entry
         stored.update(parts)
-    write_tensors(path, stored, encode(Header(entries, metadata)))
+    write_tensors(path, stored, encode(Header(entries, {CLASS: type(model).__name__, **metadata})))
 
 
 def diff(

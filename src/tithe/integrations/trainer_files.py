@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from tithe.errors import TitheError
 
@@ -43,6 +46,22 @@ def plan_state(checkpoint: str | Path) -> Mapping[str, Any]:
 def holds_weights(checkpoint: str | Path) -> bool:
     """Return whether a checkpoint has weights of its own beside a delta."""
     return any((Path(checkpoint) / name).is_file() for name in (*WEIGHTS, *INDICES, *ADAPTERS))
+
+
+def is_renamed(checkpoint: str | Path, model: nn.Module) -> bool:
+    """Return whether weights were saved under other names than the model's, as `save_pretrained` does for some models.
+
+    `from_pretrained` knows these names; a Trainer that loads a checkpoint does not, and goes on without its weights.
+    """
+    names: set[str] = set()
+    for name in WEIGHTS[:1]:
+        if (Path(checkpoint) / name).is_file():
+            with safe_open(Path(checkpoint) / name, "pt") as file:
+                names |= set(file.keys())
+    for name in INDICES:
+        if (Path(checkpoint) / name).is_file():
+            names |= set(json.loads((Path(checkpoint) / name).read_text("utf-8"))["weight_map"])
+    return not names <= set(model.state_dict())
 
 
 def remove_weights(folder: str | Path) -> None:

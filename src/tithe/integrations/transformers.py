@@ -186,10 +186,14 @@ class _WithTithe(_Trainer):
     def _load_weights(self, checkpoint: str, state: Mapping[str, Any], load: Callable[[str], None]) -> None:
         if "tensors" in state:
             return  # the plan's state is all of the model's, in the shapes that are left of it
-        if files.holds_weights(checkpoint):
-            load(checkpoint)
-        else:
+        if not files.holds_weights(checkpoint):
             tithe.apply(self.model, Path(checkpoint) / files.DELTA)
+        elif files.is_renamed(checkpoint, self.model):
+            states = RandomStates()
+            self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+            states.restore()
+        else:
+            load(checkpoint)
 
     def _load_callback_state(self) -> None:
         """Restore callbacks, and put the plan's back in its place before the user's."""
@@ -427,13 +431,13 @@ class _WithTithe(_Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint; the plan is attached anew as it was there."""
-        best = self.state.best_model_checkpoint
+        best, load = self.state.best_model_checkpoint, super()._load_best_model
         if not self._live or not (Path(best) / files.OPTIMIZER).is_file():
-            super()._load_best_model()
+            self._load_weights(best, {}, lambda _: load())
             return
         state = files.plan_state(best)
         self._let_go()
-        super()._load_best_model()
+        self._load_weights(best, state, lambda _: load())
         states = RandomStates()
         try:
             self._attach(state)

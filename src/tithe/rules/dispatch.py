@@ -96,8 +96,8 @@ class Served(NamedTuple):
         selection, a convolution's groups or a probe is none of the family's.
         """
         x, weight, bias = call.x, call.weight, call.bias
-        if isinstance(weight, Carrier) and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
-            weight.binding.note_positions(x.numel() // max(x.shape[call.axis], 1))
+        if isinstance(weight, Carrier) and isinstance(weight.binding.selection, Channels):
+            _note_positions(call, weight.binding)
         if needs_no_rule(weight, bias) or not fits(x, weight, cast=self.cast != ""):
             return NotImplemented
         of_weight, of_bias = asking(weight), asking(bias)
@@ -119,6 +119,13 @@ class Served(NamedTuple):
                 rule.watch = partial(of_weight.saw, x.shape)
         y = apply_rule(rule, x, weight, bias)
         return y if call.finish is None else call.finish(y)
+
+
+def _note_positions(call: Call, binding: Binding) -> None:
+    """Note how large an input is, also where stock's operation serves it, as a weight does that is selected whole."""
+    x = call.x
+    if plain(x) and x.dim() and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+        binding.note_positions(x.numel() // max(x.shape[call.axis], 1))
 
 
 _SERVED: dict[Handler, Served] = {}

@@ -124,7 +124,7 @@ class Binding:
         Args:
             positions: the values of one input channel.
         """
-        if self.max_positions is None or self.probe is not None or not isinstance(self.selection, Channels):
+        if self.max_positions is None or self.probe is not None:
             return
         if positions > max(self.max_positions, self.seen_positions):
             self.seen_positions = positions

@@ -37,10 +37,12 @@ from tithe.scoring.tail import Tail, first, parts, refused
 
 __all__ = ["causal_loss"]
 
-_checked: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()
-"""Models whose tail has been compared with their own logits, in training and evaluation mode."""
+_checked: weakref.WeakKeyDictionary[nn.Module, dict[bool, int]] = weakref.WeakKeyDictionary()
+"""Models whose tail has been compared with their own logits, in training and evaluation mode: with which loss."""
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-4}
 """How far those may be apart, against the largest logit; half precision has 0.05."""
+_FEW = 64
+"""Rows that are no fewer in a block than asked for: a product of fewer reads the head more often than it pays."""
 
 
 def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, rows: int = 1024) -> Tensor:
@@ -54,7 +56,8 @@ def causal_loss(model: nn.Module, batch: Mapping[str, Any], *, rows: int = 1024)
         model: a causal model of transformers with a head, or a wrapper around one: a plan, PEFT and
             DistributedDataParallel are fine.
         batch: what the model is called with, by name. Without `labels` they are `input_ids`, as they are.
-        rows: at most so many positions of all sequences together are in one block.
+        rows: at most so many positions of all sequences together are in one block, and at most an eighth of them all,
+            unless the gradients of the head are larger than a block's logits.
 
     Returns:
         The loss, a scalar: in float32, or in float64 for a model in it. If every label is ignored, NaN with gradients
@@ -167,22 +170,22 @@ class _Call(TorchFunctionMode):
         leaves = _leaves(input, probe) if torch.is_grad_enabled() else []
         late = _listened(self.tail.model, leaves)
         ask = torch.is_grad_enabled() and (hidden.requires_grad or bool(leaves))
-        job = _Job(
-            self.tail, target, Terms(weight, ignore_index, label_smoothing), self.rows, reduction == "mean", input.dtype
-        )
+        terms = Terms(weight, ignore_index, label_smoothing)
+        small = not late and sum(leaf.numel() for leaf in leaves) <= self.rows * input.shape[1] // 8
+        job = _Job(self.tail, target, terms, self.rows, small, reduction == "mean", input.dtype)
         rows_NH = hidden.reshape(-1, hidden.shape[-1])
         function: Any = _Late if late else _Early
         return function.apply(job, ask, rows_NH, *leaves)
 
     def compare(self, logits: Tensor) -> None:
-        """Compare the tail with the model's own logits at the probe's rows, once, in another order.
+        """Compare the tail with the model's own logits at the probe's rows, in another order; once for each loss.
 
         Raises:
             TitheError: they differ.
         """
         probe, training = cast(Tensor, self.tail.probe), self.tail.model.training
-        known = _checked.setdefault(self.tail.model, set())
-        if training in known or isinstance(logits, FakeTensor) or isinstance(probe, FakeTensor):
+        known, loss = _checked.setdefault(self.tail.model, {}), id(cast(Any, self.tail.model).loss_function)
+        if known.get(training) == loss or isinstance(logits, FakeTensor) or isinstance(probe, FakeTensor):
             return
         with torch.no_grad():
             again = self.tail(probe.detach().flip(1))
@@ -193,7 +196,7 @@ class _Call(TorchFunctionMode):
                 far = bool(off > _NEAR.get(again.dtype, 0.05) * logits.abs().max())
         if far:
             raise refused(self.tail.model, "logits that its head does not give for these hidden states alone")
-        known.add(training)
+        known[training] = loss
         self.first = True
 
     def check(self) -> None:
@@ -228,7 +231,7 @@ def _leaves(output: Tensor, without: Tensor | None) -> list[Tensor]:
 def _listened(model: nn.Module, leaves: Sequence[Tensor]) -> bool:
     """Whether rules hand what arrives in backward on to others than these leaves: to a probe, or to a span's buffer."""
     known = {id(leaf) for leaf in leaves}
-    for module in model.modules():
+    for module in model.modules() if known else ():
         for weight in vars(module).values():
             if isinstance(weight, Carrier):
                 binding = weight.binding
@@ -247,6 +250,7 @@ class _Job:
         target: labels of all rows, int64 (N,).
         terms: of the cross-entropy.
         rows: at most so many rows make a block.
+        eighths: at most an eighth of the rows do, however few they are.
         mean: whether the loss is the mean over rows that count.
         dtype: that the model's own loss has.
     """
@@ -255,6 +259,7 @@ class _Job:
     target: Tensor
     terms: Terms
     rows: int
+    eighths: bool
     mean: bool
     dtype: torch.dtype
 
@@ -288,10 +293,11 @@ class _Job:
     ) -> _Sums:
         """Work on the blocks, each a function's frame, so that nothing of one is left while the next runs."""
         num_rows = rows_NH.shape[0] if at is None else at.numel()
-        starts = range(0, num_rows, self.rows)
+        step = min(self.rows, max(_FEW, -(-num_rows // 8))) if self.eighths else self.rows
+        starts = range(0, num_rows, step)
         sums = _Sums(rows_NH, leaves, ask and rows_NH.requires_grad, at is not None, len(starts) > 1)
-        for start in blocks(starts, lambda start: min(self.rows, num_rows - start), rows_NH):
-            place = slice(start, start + self.rows) if at is None else at[start : start + self.rows]
+        for start in blocks(starts, lambda start: min(step, num_rows - start), rows_NH):
+            place = slice(start, start + step) if at is None else at[start : start + step]
             self._block(rows_NH.detach(), place, leaves, sums, ask, scale)
         return sums
 

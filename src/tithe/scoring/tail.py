@@ -64,7 +64,8 @@ def parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return inner, trunks
 
 
-_captured: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
+_captured: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+"""What `torch.compile` returned → trunks inside → their calls, captured by the same compiler."""
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -211,16 +212,16 @@ class Tail:
     def _call(self, trunk: nn.Module) -> Callable[..., Any]:
         """The trunk's own call, compiled where the model was: what its compiler is to capture is the trunk alone."""
         own = trunk._compiled_call_impl or trunk._call_impl
-        context = next((module.dynamo_ctx for module in self._within if _is_compiled(module)), None)
-        if context is None:
+        compiled = next(filter(_is_compiled, self._within), None)
+        if compiled is None:
             return own
-        known = _captured.get(trunk)
-        if known is None:
-            known = _captured[trunk] = context(trunk._call_impl)
+        known = _captured.setdefault(compiled, {})
+        if trunk not in known:
+            known[trunk] = compiled.dynamo_ctx(trunk._call_impl)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch.compiler.set_stance("default"):
-                return known(*args, **kwargs)
+                return known[trunk](*args, **kwargs)
 
         return call
 

@@ -17,6 +17,7 @@ from tithe.app.train.fitting import check_fits
 from tithe.app.train.models import answer, build, find_model, score
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.setup import make_accelerator
+from tithe.app.train.streaming import Stream
 from tithe.app.train.tasks import task_of
 from tithe.app.train.terms import merit
 from tithe.forward import estimate_statistics, tracked, training
@@ -44,6 +45,13 @@ class Bench:
     """
 
     def __init__(self, recipe: Recipe, history: History, progress: Callable[[float, float], None]) -> None:
+        if recipe.data.streaming:
+            raise TitheError(
+                recipe.place("data", "streaming"),
+                found="a stream",
+                expected="rows that can be read again and again, in any order",
+                remedy="--set data.streaming=false, or name files",
+            )
         find_model(recipe)
         self.recipe, self.history, self._progress = recipe, history, progress
         self._examples = read_examples(recipe)
@@ -61,6 +69,7 @@ class Bench:
         self.samples = {
             name: Samples(rows, self._examples.targets[name], network.encoder)
             for name, rows in self._examples.splits.items()
+            if not isinstance(rows, Stream)
         }
         told = [f"{name}: {note}" for name, samples in self.samples.items() for note in samples.notes]
         self.notes = [*self._examples.notes, *network.notes, *told]

@@ -58,12 +58,19 @@ def price(
     _check_memory(memory, 0 if "qlora" in methods else weights)
     rows: list[Quote] = []
     left_out: dict[str, TitheError] = {}
+    shared: dict[str, Any] = {}
     looks = 3 if memory is not None else 1
     for place, method in enumerate(methods):
         offer = OFFERS[method]
-        site = Site(subject=subject, terms=terms, blank=blank, model=model, num_samples=batch)
+        site = Site(subject=subject, terms=terms, blank=blank, model=model, num_samples=batch, shared=shared)
         stall = _Stall(offer, site, weights)
         try:
+            alike = next(
+                (row for row in rows if offer.like is not None and row.method == OFFERS[offer.like].name), None
+            )
+            if alike is not None:
+                rows.append(dataclasses.replace(alike, method=offer.name))
+                continue
             progress(offer.name, place * looks, len(methods) * looks)
             row = stall.quote()
             if memory is not None:

@@ -74,6 +74,7 @@ class Offer:
         per_batch: whether a budget in bytes makes its choice depend on the size of the batch.
         foreign: the package that changes the model's layers, when it is not this one.
         on_request: whether it is priced only where it is named.
+        like: key of an offer with the same figures.
         note: what to know about the row.
     """
 
@@ -82,6 +83,7 @@ class Offer:
     budgeted: bool = False
     per_batch: bool = False
     on_request: bool = False
+    like: str | None = None
     foreign: str | None = None
     note: str = ""
 
@@ -124,19 +126,29 @@ def _head(site: Site) -> Setup:
     return _attached(site, lambda: Dense(site.model, glob_names(site.model, site.subject.head)))
 
 
-def _lora(site: Site, change: Callable[[nn.Module], object] = lambda _: None, *, four_bits: bool = False) -> Setup:
-    """Set up PEFT's adapters on a network of their own.
+def _lora(
+    site: Site, change: Callable[[nn.Module], Callable[[], None]] | None = None, *, four_bits: bool = False
+) -> Setup:
+    """Set up PEFT's adapters on a network of their own, which other rows use again.
 
     Args:
         site: where.
-        change: what is done to the network that runs.
+        change: what is done to the network that runs; it returns what undoes it.
         four_bits: whether the linear layers are stored in four bits.
     """
+    key = "four bits" if four_bits else "adapters"
+    if key not in site.shared:
+        site.shared[key] = _adapted(site, four_bits=four_bits)
+    setup: Setup = site.shared[key]
+    return setup if change is None else dataclasses.replace(setup, undo=change(setup.model))
+
+
+def _adapted(site: Site, *, four_bits: bool) -> Setup:
     if importlib.util.find_spec("peft") is None:
         raise TitheError("peft", found="no such package", expected="it installed", remedy="pip install peft")
     import peft
 
-    model = site.subject.make(site.blank)  # adapters change the modules: a network of its own
+    model = site.copy()
     head = {name.rpartition(".")[0] for name in glob_names(model, site.subject.head)}
     weights = None
     if four_bits:
@@ -160,7 +172,6 @@ def _lora(site: Site, change: Callable[[nn.Module], object] = lambda _: None, *,
         warnings.simplefilter("ignore")
         adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     inner: nn.Module = adapted.get_base_model().train()
-    change(inner)
     trained = [p for p in inner.parameters() if p.requires_grad]
     added = [(n, p.dtype, p.shape) for n, p in inner.named_parameters() if p.requires_grad and p not in before]
     file = file_bytes([(f"base_model.model.{name}", dtype, shape) for name, dtype, shape in added], {"format": "pt"})
@@ -280,13 +291,14 @@ def _offer(row: PriceRow) -> Offer:
         budgeted=row.budgeted,
         per_batch=row.per_batch,
         on_request=row.on_request,
+        like=row.like,
         note=row.note,
     )
 
 
 _CHECKPOINT_NOTE = (
-    "ckpt is the model's own gradient checkpointing: each layer's input is in memory, which counts as work, not as "
-    "kept; a layer is run again in backward."
+    "ckpt is the model's own gradient checkpointing: each layer's input is kept, and the layer runs again in backward, "
+    "which input ∇ counts."
 )
 _FOUR_BITS_NOTE = (
     "QLoRA assumes linear layers stored in NF4, one float32 scale for 64 weights (4.5 bits a weight), made whole one "
@@ -300,7 +312,9 @@ OFFERS: Mapping[str, Offer] = {
     "full+ckpt": Offer(name="full + ckpt", prepare=_full_checkpointed, note=_CHECKPOINT_NOTE),
     "head": Offer(name="head only", prepare=_head),
     "lora": Offer(name="LoRA", prepare=_lora, foreign="peft"),
-    "lora+lean": Offer(name="LoRA + lean", prepare=lambda site: _lora(site, tithe.lean), foreign="peft"),
+    "lora+lean": Offer(
+        name="LoRA + lean", prepare=lambda site: _lora(site, lambda model: tithe.lean(model).release), foreign="peft"
+    ),
     "lora+ckpt": Offer(
         name="LoRA + ckpt", prepare=lambda site: _lora(site, checkpoint), foreign="peft", note=_CHECKPOINT_NOTE
     ),

@@ -13,7 +13,7 @@ from tithe.app.terminal import human, megabytes, table
 from tithe.delta.ranges import fold, shorten
 
 _LAYERS = 6
-_PATH = 40
+_PATH = 34
 
 
 def show(quotes: Quotes, console: Console) -> None:
@@ -97,7 +97,7 @@ def _layers(quotes: Quotes) -> Iterator[Table]:
         ranked = [*ranked[:_LAYERS], f"({len(ranked) - _LAYERS} more)"]
     names = shorten(ranked, _PATH)
     cells = [[megabytes(sum(row.layers.get(path, 0) for path in groups[said])) for said in ranked] for row in rows]
-    columns = [(_short(row.method, 11), *column) for row, column in zip(rows, cells, strict=True)]
+    columns = [(_short(row.method, 10), *column) for row, column in zip(rows, cells, strict=True)]
     wide = [2 + max(map(len, column)) for column in columns]
     room = 78 - min(_PATH, max(6, *map(len, names), 0))
     start = 0
@@ -114,7 +114,7 @@ def _layers(quotes: Quotes) -> Iterator[Table]:
 
 
 def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else name.replace(" + ", "+").replace(" only", "")[:width]
+    return name.replace(" + ", "+").replace(" only", "")[:width]
 
 
 def _clip(path: str, room: int) -> str:

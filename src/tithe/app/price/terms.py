@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,7 @@ class Site:
         blank: the shapes-only place of all that meets.
         model: the network, as it was built.
         num_samples: of the batch.
+        shared: what one row has made and others need too, by name.
     """
 
     subject: Subject
@@ -113,6 +116,17 @@ class Site:
     blank: Blank
     model: nn.Module
     num_samples: int
+    shared: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def copy(self) -> nn.Module:
+        """Copy the network, for what changes its modules."""
+        memo: dict[int, Any] = {}
+        with self.blank:
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                made = tensor.detach().clone()
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+            return copy.deepcopy(self.model, memo)
 
     def mask(self) -> Drawn:
         """Make the mask that the budget allows.

@@ -9,6 +9,8 @@
     tables, delimited, cells, documents  texts and labels     images, pictures, arrays  images
     hub, sources  models and data by name         fitting  whether model and data go together
     paths, decoding, slips    what a recipe may say wrongly
+    streaming  rows that are read while training goes on     trackers  TensorBoard and others
+    predicting  tithe predict                     sharing  the model card, --push
     average_section  [history], [average]  recording, averaging                   how a run ends with an average
 
 Importing this package loads pydantic alone; `train` loads the rest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -79,7 +79,13 @@ class Course(ABC):
         run = self.recipe.run
         return run.batch_size * run.accumulate * self.share[1]
 
-    def parts(self, epoch: int, weigh: Callable[[Sequence[int]], int] = len) -> list[list[tuple[Sequence[int], float]]]:
+    def order(self, epoch: int) -> Sequence[int]:
+        """The rows of an epoch, in the order in which they are seen."""
+        return epoch_order(self.num_rows, seed=self.recipe.run.seed, epoch=epoch)
+
+    def parts(
+        self, epoch: int, weigh: Callable[[Sequence[int]], int] = len, *, start: int = 0
+    ) -> Iterator[list[tuple[Sequence[int], float]]]:
         """For each step of an epoch, this process's micro-batches: their rows and what each one's mean counts for.
 
         The weights make the step's loss the mean over all that is predicted in it, on all processes, however uneven the
@@ -88,22 +94,33 @@ class Course(ABC):
         Args:
             epoch: which.
             weigh: counts what the mean loss of a batch with these rows is a mean of.
+            start: steps of the epoch that are left out at its beginning.
         """
-        order, (rank, world) = epoch_order(self.num_rows, seed=self.recipe.run.seed, epoch=epoch), self.share
-        steps = chunks(order, self._step_size)[: self.steps_per_epoch]
-        return [
-            [
-                (part, weigh(part) * world / weigh(rows))
-                for part in chunks(rows[rank::world], self.recipe.run.batch_size)
-            ]
-            for rows in steps
-        ]
+        order, (rank, world) = self.order(epoch), self.share
+        for step in range(start, self.steps_per_epoch):
+            rows = order[step * self._step_size : (step + 1) * self._step_size]
+            own = chunks(rows[rank::world], self.recipe.run.batch_size)
+            yield [(part, weigh(part) * world / weigh(rows)) for part in own if len(rows) > 0]
 
 
 @final
 @dataclass(frozen=True)
 class OwnCourse(Course):
-    """The steps of the recipe's method."""
+    """The steps of the recipe's method; of a stream an epoch is what lies between two evaluations."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows, or between two evaluations of a stream."""
+        if self.recipe.data.streaming:
+            return self.recipe.run.evaluate_every or self.total_steps
+        return super().steps_per_epoch
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The rows of an epoch; those of a stream come one after the other."""
+        if not self.recipe.data.streaming:
+            return super().order(epoch)
+        size = self.steps_per_epoch * self._step_size
+        return range(epoch * size, min((epoch + 1) * size, self.num_rows))
 
     @property
     def split(self) -> str:

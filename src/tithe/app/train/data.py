@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast, final
 
@@ -19,6 +19,7 @@ from tithe.app.train.images import Progress, read_folder, read_hub_images
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch, Table, Targets
 from tithe.app.train.skipping import listed
+from tithe.app.train.streaming import Stream, StreamedSamples, open_stream
 from tithe.app.train.tables import read_hub_table, read_table
 from tithe.app.train.tasks import task_of
 from tithe.app.train.tasks.base import Encoder, Rows
@@ -38,7 +39,7 @@ class Examples:
         notes: what the user should know of them: rows that were left out, a split without labels.
     """
 
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Rows | Stream]
     targets: Mapping[str, Targets]
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -48,6 +49,9 @@ class Examples:
         digest = hashlib.sha256(json.dumps(self.labels).encode())
         for name, rows in self.splits.items():
             digest.update(f"{name}{len(rows.label)}".encode())
+            if isinstance(rows, Stream):
+                digest.update(rows.fingerprint().encode())
+                continue
             digest.update(json.dumps(rows.label).encode())
             if isinstance(rows, Table):
                 # A message of a chat may hold whatever JSON or parquet does.
@@ -73,6 +77,8 @@ def read_examples(recipe: Recipe, progress: Progress = _silent) -> Examples:
     Raises:
         TitheError: a file, a column or a label is not what was expected; it names the line.
     """
+    if recipe.data.streaming:
+        return _streamed(recipe)
     splits = _read_splits(recipe, progress)
     notes = [
         f"{name}: left out {len(rows.skipped)} that cannot be used: {listed(list(rows.skipped))}"
@@ -91,6 +97,39 @@ def read_examples(recipe: Recipe, progress: Progress = _silent) -> Examples:
         splits = _carve(recipe, splits, "average", ("average", "held_out"), recipe.average.held_out)
     targets = {name: task.targets(recipe, rows, labels) for name, rows in splits.items()}
     return Examples(splits, targets, labels, tuple(notes))
+
+
+def _streamed(recipe: Recipe) -> Examples:
+    """The same where training rows are a stream: the other splits are read whole."""
+    task, stream = task_of(recipe), open_stream(recipe)
+    wanted = {"validation": recipe.data.validation, "test": recipe.data.test}
+    splits = {split: read_hub_table(recipe, split, name) for split, name in wanted.items() if name is not None}
+    classes = recipe.data.labels or stream.names
+    targets = {name: task.targets(recipe, rows, classes) for name, rows in splits.items()}
+    return Examples({"train": stream, **splits}, {"train": (), **targets}, classes)
+
+
+def make_samples(recipe: Recipe, examples: Examples, encoder: Encoder, *, world: int) -> dict[str, AnySamples]:
+    """Encode the examples of every split.
+
+    Args:
+        recipe: the run.
+        examples: its splits.
+        encoder: how rows become items, and items batches.
+        world: processes of the run.
+
+    Raises:
+        TitheError: a row cannot be encoded; it names the line.
+    """
+    made: dict[str, AnySamples] = {}
+    for name, rows in examples.splits.items():
+        if isinstance(rows, Stream):
+            size = recipe.run.batch_size * recipe.run.accumulate * world
+            num = size * (recipe.run.steps or 1)
+            made[name] = StreamedSamples(rows, examples.labels, encoder, num=num, step_size=size)
+        else:
+            made[name] = Samples(rows, examples.targets[name], encoder)
+    return made
 
 
 def _read_splits(recipe: Recipe, progress: Progress) -> dict[str, Rows]:
@@ -227,6 +266,15 @@ class Samples(Dataset[Any]):
         """Count what the mean loss of a batch with these rows is a mean of."""
         return len(rows) if self._weights is None else sum(self._weights[row] for row in rows)
 
+    def steps(
+        self, parts: Iterable[list[tuple[Sequence[int], float]]], workers: int
+    ) -> Iterator[list[tuple[Batch, float]]]:
+        """The micro-batches of each step with their weights, from the rows of each."""
+        parts = list(parts)
+        batches = self.batches([rows for part in parts for rows, _ in part], workers)
+        for part in parts:
+            yield [(next(batches), weight) for _, weight in part]
+
     def batches(self, rows: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
         """Iterate over the batches with these rows, leaving the global random state alone."""
         loader = DataLoader(
@@ -237,6 +285,9 @@ class Samples(Dataset[Any]):
             generator=torch.Generator().manual_seed(0),
         )
         return iter(loader)
+
+
+AnySamples = Samples | StreamedSamples
 
 
 def epoch_order(num: int, *, seed: int, epoch: int) -> list[int]:
@@ -284,7 +335,7 @@ class Batches:
         workers: processes that read them.
     """
 
-    samples: Samples
+    samples: AnySamples
     rows: Sequence[Sequence[int]]
     device: torch.device
     workers: int = 0
@@ -294,7 +345,7 @@ class Batches:
 
 
 def choosing_rows(
-    samples: Samples, batch_size: int, *, seed: int, share: tuple[int, int], priced: bool
+    samples: AnySamples, batch_size: int, *, seed: int, share: tuple[int, int], priced: bool
 ) -> list[Sequence[int]]:
     """Put the training rows in the order of one seeded shuffle, to choose by: on each process its share, in batches.
 
@@ -306,7 +357,10 @@ def choosing_rows(
         priced: whether a budget is priced for the first batch: it is then the same on every process, and the largest
             that a step can have.
     """
-    rows, (rank, world) = epoch_order(len(samples), seed=seed, epoch=-1), share
+    rank, world = share
+    if isinstance(samples, StreamedSamples):  # in the order in which they come, which was shuffled
+        return chunks(range(len(samples))[rank::world], batch_size)
+    rows = epoch_order(len(samples), seed=seed, epoch=-1)
     if not priced:
         return chunks(rows[rank::world], batch_size)
     rows = [samples.largest, *(row for row in rows if row != samples.largest)]

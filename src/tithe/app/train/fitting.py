@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe.app.train.data import Samples, to_device
+from tithe.app.train.data import AnySamples, to_device
 from tithe.app.train.models import Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch
@@ -17,7 +17,7 @@ from tithe.errors import TitheError
 
 
 def check_fits(
-    recipe: Recipe, network: Network, samples: Mapping[str, Samples], num_classes: int, device: torch.device
+    recipe: Recipe, network: Network, samples: Mapping[str, AnySamples], num_classes: int, device: torch.device
 ) -> None:
     """Run the model on the largest example of every split, and compare what it gives with what the data asks for.
 
@@ -42,7 +42,7 @@ def check_fits(
         with torch.random.fork_rng(devices), torch.no_grad():
             for split, rows in samples.items():
                 largest = rows.largest
-                (batch,) = rows.batches([[largest, 0 if largest else len(rows) - 1]])
+                (batch,) = rows.batches([[largest, largest - 1 if largest else min(1, len(rows) - 1)]])
                 _check_batch(recipe, model, split, to_device(batch, device), num_classes)
     finally:
         for module, training in modes.items():

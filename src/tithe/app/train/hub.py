@@ -105,8 +105,8 @@ def find_folder(recipe: Recipe, name: str, base: Path, *place: str) -> Path | No
     return None
 
 
-def load_split(recipe: Recipe, split: str, name: str) -> Any:
-    """Load one split of a data set by its id, or from a local folder, as `datasets.Dataset`.
+def load_split(recipe: Recipe, split: str, name: str, *, streaming: bool = False) -> Any:
+    """Load one split of a data set by its id, or from a local folder, as `datasets.Dataset` or `IterableDataset`.
 
     Raises:
         TitheError: there is none of this name, it lacks the split, or a file of it is damaged.
@@ -148,7 +148,8 @@ def load_split(recipe: Recipe, split: str, name: str) -> Any:
                 recipe.data.config,
                 split=name,
                 cache_dir=cache,
-                keep_in_memory=cache is not None,
+                # Of a stream nothing is kept anywhere.
+                **({"streaming": True} if streaming else {"keep_in_memory": cache is not None}),
             )
         # Whatever its readers stumble over: pandas, pyarrow, zipfile and PIL have errors of their own.
         except Exception as error:

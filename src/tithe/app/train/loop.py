@@ -21,7 +21,7 @@ from tithe import distributed
 from tithe.app.terminal import Bar
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.app.train.data import Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
+from tithe.app.train.data import Batches, choosing_rows, chunks, even_chunks, make_samples, read_examples, to_device
 from tithe.app.train.fitting import check_fits
 from tithe.app.train.models import answer, build, checkpoint_gradients, find_model, score
 from tithe.app.train.optimizer import (
@@ -131,10 +131,7 @@ class Run:
         if recipe.run.gradient_checkpointing:
             checkpoint_gradients(recipe, self.network.model)
         self.model = self.network.model.to(accelerator.device)
-        self.samples = {
-            name: Samples(rows, self.examples.targets[name], self.network.encoder)
-            for name, rows in self.examples.splits.items()
-        }
+        self.samples = make_samples(recipe, self.examples, self.network.encoder, world=accelerator.num_processes)
         check_fits(recipe, self.network, self.samples, len(self.examples.labels), accelerator.device)
         told = [f"{name}: {note}" for name, samples in self.samples.items() for note in samples.notes]
         self.notes = [*self.examples.notes, *self.network.notes, *told]
@@ -268,10 +265,9 @@ class Run:
 
     def _epoch(self, reporter: Reporter) -> None:
         at, started, samples = self.position, time.monotonic(), self.samples[self.course.split]
-        parts = self.course.parts(at.epoch, samples.weight)[at.step_in_epoch :]
-        batches = samples.batches([rows for part in parts for rows, _ in part], self.recipe.run.workers)
-        for part in parts:
-            weighted = [(to_device(next(batches), self.accelerator.device), weight) for _, weight in part]
+        parts = self.course.parts(at.epoch, samples.weight, start=at.step_in_epoch)
+        for part in samples.steps(parts, self.recipe.run.workers):
+            weighted = [(to_device(batch, self.accelerator.device), weight) for batch, weight in part]
             values = self._measured_step(weighted)
             at.step, at.step_in_epoch = at.step + 1, at.step_in_epoch + 1
             self._changed(self.trainee.step())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tithe.app.train.data import Examples
 from tithe.app.train.encoders import BYTES, image_encoder, is_text, load_tokenizer, text_encoder
+from tithe.app.train.paths import expand
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch
 from tithe.app.train.sources import loading, quiet, resolve
@@ -91,6 +92,13 @@ def find_model(recipe: Recipe) -> None:
     section = recipe.model
     if section.pretrained is not None:
         resolve(recipe, section.pretrained, "pretrained")
+    if section.weights is not None and not (recipe.folder / expand(section.weights)).is_file():
+        raise TitheError(
+            recipe.place("model", "weights"),
+            found=f"no file {recipe.folder / expand(section.weights)}",
+            expected="a file relative to the recipe",
+            remedy="correct the path",
+        )
     if section.timm is not None and importlib.util.find_spec("timm") is None:
         raise TitheError(
             recipe.place("model", "timm"), found="no package timm", expected="it installed", remedy="pip install timm"
@@ -126,6 +134,9 @@ def load(recipe: Recipe, num_labels: int, examples: Examples | None = None) -> N
     else:
         tokenizer, notes = load_tokenizer(recipe) if is_text(recipe) else (None, ())
         model = _made(recipe, num_labels, tokenizer)
+        if recipe.model.weights is not None:
+            left = start_from(recipe, model, find_head(recipe, model, ()))
+            notes = (*notes, *left)
     encoder = text_encoder(recipe, tokenizer, model) if is_text(recipe) else image_encoder(recipe, model, examples)
     return Network(model, find_head(recipe, model, fresh), encoder, notes)
 
@@ -154,6 +165,62 @@ def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, 
     return cast(nn.Module, model), tuple(key for key, _ in model.named_parameters() if key in fresh)
 
 
+def start_from(recipe: Recipe, model: nn.Module, head: Sequence[str]) -> tuple[str, ...]:
+    """Write the weights of the file that `[model] weights` names into a model; its head may stay as it is.
+
+    Args:
+        recipe: names the file.
+        model: the network.
+        head: parameters that the file need not have, or may have in another shape.
+
+    Returns:
+        What the user should know of it.
+
+    Raises:
+        TitheError: the file cannot be read, or lacks a tensor that is not of the head.
+    """
+    place, told = recipe.place("model", "weights"), recipe.model.weights or ""
+    file = recipe.folder / expand(told)
+    try:
+        if file.suffix == ".safetensors":
+            found: Any = safetensors.torch.load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    # Damaged files make their readers raise anything: SafetensorError, UnpicklingError, EOFError …
+    except Exception as error:
+        raise TitheError(
+            place,
+            found=f"{file}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
+            expected="a safetensors file, or a state dict that torch.save wrote",
+            remedy="correct the path, or write the file again",
+        ) from error
+    for key in ("state_dict", "model"):  # as training scripts wrap it
+        if isinstance(found, dict) and isinstance(cast("dict[str, Any]", found).get(key), dict):
+            found = found[key]
+    own, kept = model.state_dict(), list[str]()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            given = found.get(name) if isinstance(found, dict) else None
+            if isinstance(given, Tensor) and given.shape == tensor.shape:
+                tensor.copy_(given)
+                continue
+            if name not in head:
+                shape = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else "not in the file"
+                raise TitheError(
+                    place,
+                    found=f"{name} {shape} ({file.name})",
+                    expected=f"it of shape {tuple(tensor.shape)}, as in the model",
+                    remedy="name the file of this model, or another model",
+                )
+            kept.append(name)
+    unread = sorted(set(found) - set(own))
+    notes = [f"weights: {', '.join(kept)} of the head begin afresh"] if kept else []
+    notes += (
+        [f"weights: {len(unread)} tensors of {file.name} are not in the model, such as {unread[0]}"] if unread else []
+    )
+    return tuple(notes)
+
+
 def _made(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
     """A model that is not loaded by transformers."""
     if recipe.model.timm is not None:
@@ -168,7 +235,7 @@ def _timm(recipe: Recipe, num_labels: int) -> nn.Module:
     with loading(recipe, "timm", "a name of timm.list_models()"):
         return timm.create_model(
             recipe.model.timm,
-            pretrained=recipe.model.scratch is False,
+            pretrained=recipe.model.scratch is False and recipe.model.weights is None,
             num_classes=num_labels,
             in_chans=recipe.data.channels,
         )

@@ -97,6 +97,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _streams_have_no_end(self) -> Recipe:
+        if not self.data.streaming:
+            return self
+        wrong: list[tuple[str, str, str]] = []
+        if self.run.steps is None:
+            wrong.append(("run.epochs", "epochs of a stream, whose end is not known", "count steps: steps = 1000"))
+        if self.run.workers:
+            wrong.append(("run.workers", "workers beside streaming", "remove workers"))
+        if self.average is not None:
+            wrong.append(("average", "[average] beside streaming", "remove [average]"))
+        if self.method.holds_out is not None:
+            wrong.append(("method.held_out", "a part of the rows held out of a stream", "remove streaming"))
+        if self.method.prices_inputs and not self.data.packing:
+            told = "a price of the largest row, which a stream does not show before"
+            wrong.append(("method", told, "remove streaming, or make rows of one length (packing = true)"))
+        for key, found, remedy in wrong:
+            raise refuse(key, found=found, expected="what a stream allows", remedy=remedy)
+        return self
+
+    @model_validator(mode="after")
     def _losses_of_one_scale(self) -> Recipe:
         if self.method.compares_losses and self.run.precision == "fp16":
             raise refuse(

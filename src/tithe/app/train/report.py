@@ -23,6 +23,7 @@ from tithe.app.train.position import bill, drawn
 from tithe.app.train.progress import read_log
 from tithe.app.train.recording import recorded_steps
 from tithe.app.train.setup import PACKAGES
+from tithe.app.train.sharing import write_card
 from tithe.files import replacing
 
 
@@ -50,6 +51,7 @@ def finish(run: Run) -> dict[str, Any]:
     if run.accelerator.is_main_process:
         with replacing(folder / "result.json") as file:
             file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, result)
         _draw(folder)
     return result
 

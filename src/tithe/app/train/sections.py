@@ -36,7 +36,8 @@ class ModelSection(Section):
     Exactly one of `pretrained` (a Hugging Face id, a local folder, or `package:NAME/FOLDER` inside an installed Python
     package), `timm` (a timm name), `callable` (`package.module:callable`, called with `num_labels=`) and a table
     `scratch` (a configuration of transformers, with its `model_type`). `scratch = true` beside `pretrained` or `timm`
-    takes the architecture alone, with fresh weights. `tokenizer` is a name as `pretrained` is, or "bytes".
+    takes the architecture alone, with fresh weights; `weights` is a file of weights to begin with instead (safetensors,
+    or a state dict of torch), for every source but `pretrained`. `tokenizer` is a name as `pretrained` is, or "bytes".
     """
 
     pretrained: PathText | None = None
@@ -46,6 +47,7 @@ class ModelSection(Section):
     num_labels: Annotated[int, Field(ge=1)] | None = None
     head: tuple[str, ...] | None = None
     scratch: bool | dict[str, Any] = False
+    weights: PathText | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -57,6 +59,13 @@ class ModelSection(Section):
                 found=f"a configuration beside {given[0]}",
                 expected="one of them",
                 remedy=f"remove {given[0]}, or write scratch = true to take its architecture",
+            )
+        if self.weights is not None and self.pretrained is not None:
+            raise refuse(
+                "weights",
+                found="weights beside pretrained",
+                expected="the folder that holds them: pretrained alone",
+                remedy="remove one of them",
             )
         if self.scratch is True and self.callable is not None:
             raise refuse(
@@ -94,6 +103,8 @@ class DataSection(Section):
     messages: Annotated[str, Field(min_length=1)] | None = None
     documents: Literal["file", "line", "paragraph"] = "file"
     packing: bool = False
+    streaming: bool = False
+    shuffle_buffer: Annotated[int, Field(ge=0)] | None = None
     separator: Annotated[str, Field(min_length=1)] = ","
     labels: Annotated[tuple[Label, ...], Field(min_length=2)] | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -150,6 +161,31 @@ class DataSection(Section):
             )
         if self.config is not None and self.dataset is None:
             raise refuse("config", found="config without dataset", expected="both", remedy="remove config")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_a_data_set(self) -> DataSection:
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise refuse(
+                "shuffle_buffer",
+                found="shuffle_buffer without streaming",
+                expected="it beside streaming = true; rows in memory are shuffled whole",
+                remedy="remove shuffle_buffer",
+            )
+        if self.streaming and self.dataset is None:
+            raise refuse(
+                "streaming",
+                found="streaming of files",
+                expected="it of a data set",
+                remedy='put the files into a folder, and name it: dataset = "FOLDER"',
+            )
+        if self.streaming and self.validation is None:
+            raise refuse(
+                "streaming",
+                found="a stream without a validation split",
+                expected="one, since no part of a stream can be held out",
+                remedy='add validation = "..."',
+            )
         return self
 
     @model_validator(mode="after")

@@ -75,11 +75,22 @@ def read_hub_table(recipe: Recipe, split: str, name: str) -> Table:
         TitheError: the data set or its split cannot be loaded, or a column is not there.
     """
     rows, source = load_split(recipe, split, name), f"{recipe.data.dataset} ({name})"
-    _check_columns(recipe, split, source, rows.column_names)
+    check_columns(recipe, split, source, rows.column_names)
     columns: dict[str, Sequence[object]] = {
         column: list(rows[column]) for column in set(_columns(recipe).values()) if column in rows.column_names
     }
     names = class_names(rows.features.get(_columns(recipe).get("label", "")))
+    return _table(recipe, split, source, columns, None, Unusable(recipe), names)
+
+
+def table_of(
+    recipe: Recipe, split: str, source: str, columns: Mapping[str, Sequence[object]], names: tuple[str, ...]
+) -> Table:
+    """Take the cells of some rows of a data set.
+
+    Raises:
+        TitheError: a cell holds no text or label; it names the row.
+    """
     return _table(recipe, split, source, columns, None, Unusable(recipe), names)
 
 
@@ -92,7 +103,12 @@ def _required(recipe: Recipe, split: str) -> dict[str, str]:
     return {key: column for key, column in _columns(recipe).items() if key != "label" or split != "test"}
 
 
-def _check_columns(recipe: Recipe, split: str, source: str, names: Sequence[str], hint: str = "") -> None:
+def check_columns(recipe: Recipe, split: str, source: str, names: Sequence[str], hint: str = "") -> None:
+    """Look for the columns that the task reads.
+
+    Raises:
+        TitheError: one is missing, or there twice.
+    """
     for key, column in _columns(recipe).items():
         if names.count(column) > 1:
             numbers = [str(number) for number, name in enumerate(names, start=1) if name == column]
@@ -208,7 +224,7 @@ def _delimited(
             f"the first line looks like a row: write a line with the columns' names above it, such as "
             f"{(chr(9) if usual == chr(9) else ',').join([*wanted, *spare])!r}"
         )
-    _check_columns(recipe, split, source, header, hint)
+    check_columns(recipe, split, source, header, hint)
     columns = {name: [row[index] for row in rows] for index, name in enumerate(header) if header.count(name) == 1}
     return columns, lines
 
@@ -253,7 +269,7 @@ def _read_json(
     if rows:
         names = list(dict.fromkeys(name for row in (rows[0], rows[-1]) for name in row))
         names += [name for name in wanted if name not in names and any(name in row for row in rows)]
-        _check_columns(recipe, split, source, names)
+        check_columns(recipe, split, source, names)
     columns = {name: [row.get(name, ABSENT) for row in rows] for name in wanted}
     return columns, None if lines is None else [lines[row] for row in kept]
 
@@ -284,7 +300,7 @@ def _read_parquet(recipe: Recipe, split: str, path: Path) -> Table:
     try:
         file = reader.ParquetFile(path)
         names = [str(name) for name in file.schema_arrow.names]
-        _check_columns(recipe, split, path.name, names)
+        check_columns(recipe, split, path.name, names)
         table: Any = file.read(columns=[name for name in wanted if name in names])
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise TitheError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_TABLE = frozenset({"text", "encoding", "max_length", "streaming"})
+_TABLE = frozenset({"text", "encoding", "max_length", "streaming", "shuffle_buffer"})
 _CLASSES = frozenset({"label", "labels"})
 _IMAGE = frozenset({"npz", "image_size", "channels", "mean", "std"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tithe
 from tithe.app.train.cells import read_text
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch, Table, Targets
@@ -125,10 +127,15 @@ class CausalLm(TextTask):
         return rows
 
 
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of transformers whose loss cannot be taken in blocks of rows."""
+
+
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The one place where a language model's training loss is computed: the mean over the tokens that are predicted.
 
-    A model of transformers computes it in its own forward; of any other the logits are taken.
+    Of a model of transformers it is the model's own, in blocks of rows, so that the logits never stand whole; of any
+    other the logits are taken.
 
     Args:
         model: the network, perhaps in a wrapper that averages gradients.
@@ -140,7 +147,13 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if isinstance(inner, transformers.PreTrainedModel):
         assert isinstance(inputs, dict)
-        return model(**inputs, labels=labels).loss
+        given = {**inputs, "labels": labels}
+        if inner not in _WHOLE:
+            try:
+                return tithe.causal_loss(model, given)
+            except TitheError:  # its logits are no function of one hidden state each: they have to stand whole
+                _WHOLE.add(inner)
+        return model(**given).loss
     logits_NTV = output_of(model, batch)
     return F.cross_entropy(logits_NTV[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
