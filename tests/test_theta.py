@@ -323,3 +323,33 @@ def test_release_leaves_no_hook_behind() -> None:
     assert "tithe" not in optimizer.state_dict()["state"]
     assert F.linear(torch.ones(1, 6), plan.model.one.weight).shape == (1, 16)
     assert loops.EPOCHS
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["chosen once", "chosen again"])
+def test_an_average_of_all_parameters_is_refused_or_taken_from_the_weights(again: bool) -> None:
+    def attached() -> tuple[nn.Module, tithe.Plan]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        reselect = tithe.every(2) if again else None
+        return model, tithe.attach(model, tithe.FISH(k=12, score="magnitude", reselect=reselect))
+
+    def write(model: nn.Module) -> dict[str, torch.Tensor]:
+        """As an average does that swaps places with the parameters, θ by slots that meant other weights."""
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data + 0.1 + 0.01 * torch.arange(parameter.numel()).view_as(parameter))
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    x = torch.randn(3, 4)
+    model, _ = attached()
+    write(model)
+    with pytest.raises(TitheError, match="both written"):
+        model(x)
+    model, plan = attached()
+    expected = write(model)
+    plan.take_weights()
+    model(x)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    optimizer = torch.optim.SGD(plan.parameters(), lr=0.0)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

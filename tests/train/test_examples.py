@@ -110,3 +110,26 @@ def test_a_trainers_script_resumes_and_ships_what_changed(script: str, capsys: p
     assert float(trained[1]) > float(before[1]) + 0.4
     assert resumed[1] == shipped[1] == trained[1]
     assert resumed[-1] == "True"
+
+
+def test_lora_keeps_less_with_lean_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(EXAMPLES / "lora_lean.py"))
+    script["main"].__globals__["STEPS"] = 8  # fewer than it takes, to be quick
+    script["main"]()
+    stock, lean, coded = (re.findall(r"\d+\.\d+", line) for line in capsys.readouterr().out.splitlines()[1:])
+    assert stock[0] == lean[0] == coded[0]
+    assert float(stock[1]) == pytest.approx(float(lean[1]), abs=0.02)
+    assert float(coded[2]) < float(lean[2]) < 0.7 * float(stock[2])
+
+
+def test_a_timm_model_is_trained_within_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm", reason="timm needs a torchvision that matches the installed torch")
+    script = runpy.run_path(str(EXAMPLES / "timm_trady.py"))
+    script["main"].__globals__.update(PRETRAINING=1, EPOCHS=1)  # fewer than it takes, to be quick
+    script["main"]()
+    before, trained, spent, shipped = capsys.readouterr().out.splitlines()
+    stock, kept = (float(re.findall(r"(\d+\.\d+) MB", line)[0]) for line in (before, trained))
+    assert kept < 0.1 * stock
+    used, limit = (int(number.replace(",", "")) for number in re.findall(r"(\d+(?:,\d+)+)", spent))
+    assert 0.8 * limit < used <= limit
+    assert shipped.split()[1] == trained.split()[1]

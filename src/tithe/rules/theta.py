@@ -342,7 +342,8 @@ class Binding:
                     self.name,
                     found="a weight and its θ that were both written since the last step, with other values",
                     expected="either of them to be written",
-                    remedy="write the weight and leave the plan's parameter, which follows it, alone; on several ranks,"
+                    remedy="write the weight and leave the plan's parameter, which follows it, alone, or call"
+                    " plan.take_weights() after an average wrote both; on several ranks,"
                     " call init_process_group() before tithe.attach() and give every rank the same seed and data",
                 )
             if theta_changed:
