@@ -13,6 +13,7 @@ import tithe
 from models import CASES, Case
 from tithe.app.price import USUAL, Quote, Subject, Terms, price
 from tithe.ledger import measure
+from tithe.ledger.remembered import Remembered
 
 pytest.importorskip("transformers")
 
@@ -141,3 +142,13 @@ def test_what_only_four_bits_fit_into() -> None:
     rows = price(subject(case), methods=["full", "qlora"], terms=TERMS, memory=memory).rows
     assert rows[0].fit is not None
     assert rows[0].fit.micro_batch == 0
+
+
+@pytest.mark.parametrize("method", ["full", "fish+lean", "trady", "lora", "twa"])
+def test_operators_that_are_looked_up_change_no_figure(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["bert"]
+    terms = Terms(rank=2, budget=tithe.Budget(fraction=0.2), checkpoints=5)
+    looked_up = price(subject(case), batch=4, methods=[method], terms=terms)
+    monkeypatch.setattr(Remembered, "__getitem__", lambda memory, key: None)
+    run = price(subject(case), batch=4, methods=[method], terms=terms)
+    assert looked_up == run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -108,7 +109,7 @@ def _layers(quotes: Quotes) -> Iterator[Table]:
         title = "Layers that keep most for backward, MB; those alike are added up" if start == 0 else None
         made = table(["module", *(column[0] for column in columns[start:stop])], title=title)
         for place, name in enumerate(names):
-            made.add_row(_clip(name, _PATH), *(column[1 + place] for column in columns[start:stop]))
+            made.add_row(_wrapped(name, _PATH), *(column[1 + place] for column in columns[start:stop]))
         yield made
         start = stop
 
@@ -117,8 +118,14 @@ def _short(name: str, width: int) -> str:
     return name.replace(" + ", "+").replace(" only", "")[:width]
 
 
-def _clip(path: str, room: int) -> str:
-    return path if len(path) <= room else "…" + path[1 - room :]
+def _wrapped(path: str, room: int) -> str:
+    """A path on as many lines as it takes, broken after dots."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", path):
+        if len(lines[-1]) + len(part) > room and lines[-1]:
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _fits(quotes: Quotes) -> Table:
