@@ -288,3 +288,11 @@ def test_a_test_split_without_targets_is_not_scored(write: Write, tmp_path: Path
     (tmp_path / "test.jsonl").write_text('{"source": "ab"}\n{"source": "cd"}\n')
     one = make(write("seq2seq", model=T5), "data.test=test.jsonl")
     assert one.notes == ["test: no labels, so no score"]
+
+
+@pytest.mark.parametrize("task", sorted(ROWS))
+def test_a_price_of_another_task_is_refused_with_a_remedy(task: str, write: Write) -> None:
+    from tithe.app.price import Shape, outline
+
+    with pytest.raises(TitheError, match="tithe price BASE"):
+        outline(str(write(task, model=T5 if task == "seq2seq" else 'pretrained = "tiny"')), Shape())

@@ -88,6 +88,7 @@ def outline(model: str, shape: Shape, settings: Sequence[str] = ()) -> Subject:
     """
     if model.endswith(".toml"):
         recipe = read_recipe(model, settings)
+        _check_priced(recipe)
         return _timm_or_callable(recipe, model, shape) or _pretrained(recipe, shape, ())
     timm = model.removeprefix("timm:") if model.startswith("timm:") else None
     is_callable = timm is None and re.fullmatch(r"[\w.]+:[\w.]+", model) is not None
@@ -111,6 +112,26 @@ def outline(model: str, shape: Shape, settings: Sequence[str] = ()) -> Subject:
             remedy="leave --set out",
         )
     return _timm_or_callable(recipe, model, shape) or _pretrained(recipe, shape, settings, free=True)
+
+
+def _check_priced(recipe: Recipe) -> None:
+    """Refuse a recipe whose batches, or whose model without weights, cannot be outlined here."""
+    known = ("text-classification", "text-regression", "image-classification")
+    if recipe.data.task not in known:
+        is_causal = recipe.data.task == "causal-lm"
+        raise TitheError(
+            recipe.place("data", "task"),
+            found=recipe.data.task,
+            expected=f"a recipe of {', '.join(known)}",
+            remedy="price its base: tithe price BASE " + ("--language-model --tokens N" if is_causal else "--tokens N"),
+        )
+    if isinstance(recipe.model.scratch, dict):
+        raise TitheError(
+            recipe.place("model", "scratch"),
+            found="a configuration in the recipe",
+            expected="a model that has a name",
+            remedy="price its type: tithe price MODEL_TYPE --set KEY=VALUE",
+        )
 
 
 def _timm_or_callable(recipe: Recipe, name: str, shape: Shape) -> Subject | None:
