@@ -207,16 +207,18 @@ class _WithTithe(_Trainer):
         Raises:
             TitheError: as `tithe.attach`; when something of the Trainer does not go with a plan.
         """
-        if self._live and self.plan.model is self.model and self._optimizer_of is self.plan and not self._checkpoint:
+        goes_on = self._live and self.plan.model is self.model and not self._checkpoint
+        if goes_on and self._optimizer_of is self.plan:
             return super().create_optimizer()  # train() again: both go on
         if self.optimizer is not None and self._optimizer_of is None:
             checks.check_arguments({"optimizers": (self.optimizer, None)}, self._choice.save)
-        self._let_go()
         checks.check_callback(self.callback_handler.callbacks, TitheCallback, self._before)
         states = RandomStates()
         try:
             checks.check_optimizer(self)
-            self._attach(None if self._checkpoint is None else files.plan_state(self._checkpoint))
+            if not goes_on:  # else it is the plan of the best checkpoint
+                self._let_go()
+                self._attach(None if self._checkpoint is None else files.plan_state(self._checkpoint))
             self.optimizer, self._optimizer_of = None, self.plan
             with shadowed(self, model=_Trained(self.model, self.plan)):
                 super().create_optimizer()
