@@ -91,7 +91,7 @@ class View:
 @final
 @dataclass(frozen=True, slots=True)
 class Same:
-    """An input, written in place or not."""
+    """An input itself, written in place or not."""
 
     place: int
 
@@ -113,7 +113,7 @@ class Plain:
 @final
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Several of these."""
+    """A tuple or list of several results."""
 
     kind: type
     parts: tuple[Any, ...]
