@@ -314,7 +314,7 @@ def test_a_constructor_that_reads_its_weights_is_named() -> None:
     ("changed", "message"),
     [
         ({"batch": 0}, "batch: found 0; expected at least 1"),
-        ({"methods": ["lori"]}, "method: found 'lori'; expected some of full, head"),
+        ({"methods": ["lori"]}, "method: found 'lori'; expected some of full, full.lean, full.ckpt, head"),
         ({"memory": 10}, "memory: found 10 bytes; expected more than the weights alone"),
         ({"terms": Terms(budget=tithe.Budget(elements=10**9))}, "where: found .* weights to choose from"),
         ({"terms": Terms(budget=tithe.Budget(1))}, "budget: found 1 bytes; expected more than the head's gradient"),

@@ -113,7 +113,7 @@ def test_a_language_model_has_no_head_and_its_dtype() -> None:
         (["vit", "--set", "hiden_size=3"], "did you mean hidden_size?"),
         (["bert", "--dtype", "int8"], "--dtype bfloat16"),
         (["bert", "--budget", "lots"], "64MB"),
-        (["bert", "--method", "dora"], "expected some of full, head, lora"),
+        (["bert", "--method", "dora"], "expected some of full, full+lean, full+ckpt, head, lora"),
         (["bert", *TINY, "--memory", "10kB"], "more than the weights alone"),
         (["bert", *TINY, "--budget", "0.0000001%", "--method", "fish"], "a budget that leaves at least one weight"),
         (["bert", *TINY, "--tokens", "1000", "--method", "full"], "a forward pass that fails"),

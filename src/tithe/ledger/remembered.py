@@ -91,7 +91,7 @@ class View:
 @final
 @dataclass(frozen=True, slots=True)
 class Same:
-    """An input, written in place or not."""
+    """An input itself, written in place or not."""
 
     place: int
 
