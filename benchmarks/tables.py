@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import (
     accuracy_tables,
     average_tables,
+    causal_tables,
     cost_tables,
     estimator_tables,
     language_tables,
@@ -32,6 +33,7 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "transfer": transfer_tables.transfer,
     "memory": memory_tables.memory,
     "saved": saved_tables.saved,
+    "causal": causal_tables.causal,
     "estimator": estimator_tables.estimator,
     "speed": speed_tables.speed,
     "sparse": sparse_tables.sparse,

@@ -1,5 +1,6 @@
 """What every test starts from: no network, a chosen number of threads, a fixed seed."""
 
+import gc
 import os
 import signal
 
@@ -29,3 +30,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def _seed() -> None:
     """Weights and inputs are the same in each run and whichever worker a test lands on."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _freeze() -> None:
+    """Take what exists, most of it the code of libraries, out of the collector's sight: looking it through takes time.
+
+    A plan looks among all living objects for optimizers and modules that hold its weights; those of a test are new.
+    """
+    gc.collect()
+    gc.freeze()

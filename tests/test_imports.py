@@ -22,17 +22,18 @@ MAX_LINES = 600
 VALUES = {"errors", "batch", "selection", "budget", "schedule"}
 PARTS = {"rules", "select", "coupling", "narrow", "distributed", "ledger", "scoring", "method"}
 PARTS |= {"delta", "averages", "forward"}
-CORE = VALUES | PARTS | {"files", "plan", "ranking"}
+CORE = VALUES | PARTS | {"files", "living", "plan", "ranking"}
 
 # room -> the rooms it may import beside itself. "tithe" is the package's own namespace: its public names.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "living": set(),
     "batch": {"errors"},
     "selection": {"errors"},
     "budget": {"errors"},
     "schedule": {"errors"},
-    "distributed": {"errors", "batch"},
+    "distributed": {"errors", "batch", "living"},
     "rules": {"errors", "batch", "selection", "budget"},
     "select": {"errors", "batch", "selection", "budget"},  # never rules: a selector is handed a price list
     "forward": {"errors", "batch"},
@@ -44,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "scoring": {"forward", "errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
     "ranking": {"errors", "files", "batch", "selection", "rules", "method", "plan", "scoring", "select"},
-    "plan": VALUES | PARTS,  # never a method, nor anything above it
+    "plan": VALUES | PARTS | {"living"},  # never a method, nor anything above it
     "methods": CORE,  # what an outsider could import: a method has no door of its own
     "testing": CORE | {"tithe"},
     "__init__": CORE | {"methods", "testing"},
@@ -69,7 +70,7 @@ ROOMS: dict[str, set[str]] = {
     | {"ledger", "delta", "method", "select", "plan"},  # what a plan holds, set up on shapes alone
     "app.average": {"tithe", "errors", "app.train", "app.terminal", "averages", "forward"},
     "app.cli": {"tithe", "errors", "files", "app.terminal", "app.train", "app.demo", "app.price", "app.average"},
-    "integrations": {"tithe", "errors", "select"},
+    "integrations": {"tithe", "errors", "select", "forward"},
     "__main__": {"app.cli"},
 }
 

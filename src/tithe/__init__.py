@@ -12,6 +12,7 @@ from tithe.plan import NarrowPlan, Plan, SparsePlan, SubspacePlan, attach
 from tithe.ranking import Ranking
 from tithe.rules.lean.model import Lean, lean
 from tithe.schedule import Schedule, each_step, every, once
+from tithe.scoring import causal_loss
 from tithe.selection import Channels, Coordinates, Grid, Selection, Span
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "apply",
     "attach",
     "average",
+    "causal_loss",
     "diff",
     "each_step",
     "every",

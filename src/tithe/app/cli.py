@@ -1,4 +1,4 @@
-"""The command line: `tithe demo · train · price · average · merge · inspect`."""
+"""The command line: `tithe demo · train · predict · price · average · merge · inspect`."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def train(
       tithe train examples/digits_trady.toml
       tithe train examples/digits_vrpge.toml
       tithe train examples/digits_twa.toml
+      tithe train examples/bytes_lm.toml
       tithe train examples/sst2_minilm.toml --set run.seed=1 --set run.epochs=1
 
     \b
@@ -110,7 +111,7 @@ def train(
       [model]
       pretrained = "bert-base-uncased"  # or a folder, or timm = "resnet18"
       [data]
-      task = "text-classification"      # or text-regression,
+      task = "text-classification"      # or text-regression, causal-lm,
       train = "train.tsv"               #    image-classification
       test = "test.tsv"
       text = "sentence"
@@ -142,6 +143,19 @@ def train(
       epochs = 10                       # method = "mean" trains nothing
       lr = 2.0                          # on = "held_out": rows that the
                                         #    run itself does not see
+    A language model, on plain text or on chats:
+      [data]
+      task = "causal-lm"
+      train = "book.txt"                # or a folder, or JSONL with
+      packing = true                    #    messages = "messages"
+      max_length = 512
+    From nothing: scratch = true beside pretrained or timm, or
+      [model]
+      tokenizer = "bytes"
+      scratch = {model_type = "llama", hidden_size = 64, ...}
+    Also in [run]: patience = 3 ends a run that gets no better,
+    gradient_checkpointing = true runs blocks again in the backward
+    pass. [log] trackers = ["tensorboard", "wandb", ...] logs to them.
     Any method: lean = true lets the layers that are not trained keep
     for backward only what it needs; lean_bits = 8 codes attention and
     norms in 8 bits, lean_exact = true keeps smooth activations exact.
@@ -176,6 +190,48 @@ def train(
 
 
 @app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN")],
+    file: Annotated[Path, typer.Argument(help="Rows to answer.", metavar="FILE")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv, .tsv, .jsonl or .json file.", metavar="OUT")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="A language model writes at most.", metavar="N", min=0)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Let a finished run answer the rows of a file.
+
+    FILE is a table as the run was trained on; labels are not needed, and
+    are scored where they are there. Of images it is a picture or a folder
+    of pictures. The answers are printed as CSV, unless --output names a
+    file. A language model goes on with each text, or answers each chat.
+
+    \b
+    Example:
+      tithe predict runs/first new.csv
+      tithe predict runs/first new.jsonl -o answers.jsonl
+      tithe predict runs/first new.csv --json
+    """  # noqa: D301
+    with _guarded():
+        from tithe.app.train.predicting import predict as answer
+
+        with terminal.Bar(terminal.console(stderr=True), patience=2.0) as bar:
+            found = answer(run, file, output=output, new_tokens=tokens, progress=bar.count)
+            for note in found.notes:
+                bar.say(note)
+        if as_json:
+            _print_json(found.as_dict())
+            return
+        told = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        if told:
+            _say(told)
+        if output is None:
+            typer.echo(found.table(), nl=False)
+        else:
+            typer.echo(f"written: {output}")
+
+
+@app.command()
 def price(
     model: Annotated[str, typer.Argument(help="A folder, model type, recipe or callable.")],
     image: Annotated[str | None, typer.Option(help="An image.", metavar="CxHxW")] = None,
@@ -201,7 +257,9 @@ def price(
     MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
-    All methods are priced, or those that --method names.
+    What --method names is priced, or all but VR-PGE and TWA. Its names:
+    full, full+lean, full+ckpt, head, lora, lora+lean, lora+ckpt, qlora,
+    fish, fish+lean, trady, spiel, vrpge, twa.
 
     \b
     Example:
@@ -230,7 +288,7 @@ def price(
             quotes = prices.price(
                 prices.outline(model, shape, settings or ()),
                 batch=batch,
-                methods=tuple(method or prices.OFFERS),
+                methods=tuple(method or prices.USUAL),
                 terms=terms,
                 memory=limit,
                 progress=bar.phase,

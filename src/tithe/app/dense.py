@@ -97,7 +97,11 @@ class Dense(tithe.Plan):
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
         """Write what differs from the start."""
-        tithe.diff({**self.model.state_dict(), **self._start}, self.model, path, metadata=metadata)
+        state = self.model.state_dict()
+        # A tied weight has several names, and one start.
+        starts = {_storage(state[name]): tensor for name, tensor in self._start.items()}
+        base = {name: starts[key] if (key := _storage(tensor)) in starts else tensor for name, tensor in state.items()}
+        tithe.diff(base, self.model, path, metadata=metadata)
 
     def _let_go(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -105,3 +109,7 @@ class Dense(tithe.Plan):
 
     def _moving_whole(self) -> Iterable[str]:
         return self._trained
+
+
+def _storage(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape

@@ -42,6 +42,7 @@ class PriceRow:
         lean: whether all layers are made lean first; a method may ask for that itself.
         budgeted: whether the budget says how much it trains.
         per_batch: whether a budget in bytes makes its choice depend on the size of the batch.
+        on_request: whether it is priced only where it is named.
         note: what to know about the row.
     """
 
@@ -51,6 +52,7 @@ class PriceRow:
     lean: bool = False
     budgeted: bool = True
     per_batch: bool = False
+    on_request: bool = False
     note: str = ""
 
 
@@ -252,6 +254,7 @@ VRPGE = Entry(
             key="vrpge",
             name="VR-PGE",
             make=lambda site: tithe.VRPGE(site.share(), cost="flops"),
+            on_request=True,
             note="VR-PGE keeps the budget's share of a forward pass's operations. Priced is its first step, of two "
             "drawn networks; its weights and optimizer state are whole then, and shrink as channels are dropped.",
         ),
@@ -281,6 +284,7 @@ TWA = Entry(
             name="TWA",
             make=lambda site: tithe.TWA("checkpoints", bits=site.terms.bits),
             budgeted=False,
+            on_request=True,
         ),
     ),
 )

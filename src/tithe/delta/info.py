@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tithe.delta.file import CODES, TensorFile
 from tithe.delta.format import Entry, Kind, decode
+from tithe.delta.ranges import fold, shorten
 
-_NAME = 36
+_WIDTH = 79
+_HEADS = ("shape", "dtype", "values", "share")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class TensorInfo:
 @dataclass(frozen=True)
 class DeltaInfo:
     """The description of a delta: `str()` is a table under 80 columns, `as_dict()` plain data.
+
+    The table has one row for layers that follow each other and are alike; their values are added up.
 
     Args:
         path: the file.
@@ -77,16 +81,30 @@ class DeltaInfo:
         told = [f"format {self.version}, tithe {self.library}, {self.num_bytes:,} bytes"]
         told += [f"{key} {value}" for key, value in self.metadata.items()]
         lines += textwrap.wrap(" · ".join(told), 79)
-        lines.append(f"{'tensor':{_NAME}} {'shape':>15} {'dtype':>5} {'values':>11} {'share':>8}")
-        for tensor in self.tensors:
-            shape = _middle("×".join(map(str, tensor.shape)) or "scalar", 15)
-            name = _middle(tensor.name, _NAME)
-            numbers = f"{tensor.selected:>11,} {tensor.fraction:>8.3%}"
-            lines.append(f"{name:{_NAME}} {shape:>15} {_middle(tensor.dtype, 5):>5} {numbers}")
+        folded = fold([(t.name, (t.shape, t.dtype, t.kind, t.selected)) for t in self.tensors])
+        known = {tensor.name: tensor for tensor in self.tensors}
+        rows = [_row([known[name] for name in names]) for names in folded.values()]
         kept = self.num_tensors - len(self.tensors)
         total = f"{len(self.tensors)} tensors, {kept} untouched"
-        lines.append(f"{total:{_NAME}} {self.num_weights:>15,} {'':>5} {self.num_values:>11,} {self.fraction:>8.3%}")
+        last = (f"{self.num_weights:,}", "", f"{self.num_values:,}", f"{self.fraction:.3%}")
+        columns = list(zip(_HEADS, *rows, last, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        room = _WIDTH - sum(widths) - len(widths)
+        names = shorten(list(folded), room)
+        for name, cells in zip(("tensor", *names, total), zip(*columns, strict=True), strict=True):
+            numbers = " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+            if len(name) > room:  # it is on a line of its own
+                lines += textwrap.wrap(name, _WIDTH, break_on_hyphens=False)
+                name = ""
+            lines.append(f"{name:{room}} {numbers}")
         return "\n".join(lines)
+
+
+def _row(alike: Sequence[TensorInfo]) -> tuple[str, str, str, str]:
+    """What is said of tensors that differ in name alone: the values of all together, the share of each."""
+    first = alike[0]
+    shape = _middle("×".join(map(str, first.shape)) or "scalar", 15)
+    return shape, _middle(first.dtype, 5), f"{sum(t.selected for t in alike):,}", f"{first.fraction:.3%}"
 
 
 def inspect(path: str | Path) -> DeltaInfo:

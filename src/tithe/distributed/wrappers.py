@@ -6,7 +6,6 @@ before a plan does not know θ: it reduces the gradients of the parameters that 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tithe.errors import TitheError
+from tithe.living import living
 
 _FSDP = ("torch.distributed.fsdp", "torch.distributed._composable")
 _WHOLE = (
@@ -110,5 +110,5 @@ def reduces(wrapper: nn.Module, parameters: Iterable[Tensor]) -> bool:
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:
     """Return every DistributedDataParallel around a model, by asking the garbage collector: for error messages."""
-    found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    found = living(DistributedDataParallel)
     return [each for each in found if any(module is model for module in each.modules())]

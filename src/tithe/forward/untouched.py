@@ -36,7 +36,8 @@ def untouched(
         also: parameters that a forward pass of this model writes (`written_weights`).
     """
     weights = [(weight, weight.data, _memory(weight), weight.detach().clone()) for weight in also]
-    modules = [module for module in model.modules() if module not in but]
+    left = {id(module) for module in but}  # torchmetrics has its own idea of what is equal
+    modules = [module for module in model.modules() if id(module) not in left]
     states = RandomStates()
     undo = [restore for module in modules for restore in _generators_and_containers(module)]
     own = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers)) for module in modules]

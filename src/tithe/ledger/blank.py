@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter, tree_map
 
 from tithe.errors import TitheError
+from tithe.ledger.remembered import remembered
 
 # pyright: reportPrivateUsage=false
 # torch keeps the pieces of fake tensors that a mode of one's own needs under names with an underscore.
@@ -37,6 +38,33 @@ def _is_few(tensor: Tensor) -> bool:
 
 
 class _Mode(FakeTensorMode):
+    """A mode that remembers what operators make of shapes."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._known = remembered(self)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, object] | None = None
+    ) -> Any:
+        def otherwise() -> Any:
+            return super(_Mode, self).__torch_dispatch__(func, types, args, kwargs or {})
+
+        inside = self.in_kernel_invocation or func is _device
+        return otherwise() if inside else self.run(func, args, kwargs or {}, otherwise)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: Callable[[], Any]) -> Any:
+        """Make what the operator made of such shapes before; otherwise run it."""
+        given: list[Any] = []
+        key = self._known.key(func, args, kwargs, given)
+        make = self._known[key]
+        if make is not None:
+            return make(self, given)
+        out = otherwise()
+        if key is not None and key not in self._known and all(isinstance(leaf, FakeTensor) for leaf in given):
+            self._known.learn(key, self._known.key(func, args, kwargs, []), given, given, out)
+        return out
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
         return self  # a copy of a tensor stays in the mode of the original: two modes cannot meet in one operator
 
@@ -60,7 +88,7 @@ class Blank(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake_mode = _Mode(allow_non_fake_inputs=True)
+        self.fake_mode = _Mode()
         self._parameters: dict[int, tuple[Tensor, nn.Parameter]] = {}
         self._entered: list[ExitStack] = []
 
@@ -77,6 +105,8 @@ class Blank(TorchDispatchMode):
         """Stop."""
         super().__exit__(*error)
         self._entered.pop().close()
+        if not self._entered:
+            self._parameters.clear()  # a plan looks for whatever else holds a weight
 
     def _registered(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         # A parameter has no data however small it is: a plan joins parts of many, which have to be of one kind.
@@ -97,6 +127,9 @@ class Blank(TorchDispatchMode):
         kwargs = kwargs or {}
         if (device := fake_device(func, args)) is not None:
             return device
+        return self.fake_mode.run(func, args, kwargs, lambda: self._run(func, args, kwargs))
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         inputs = list(_tensors((args, kwargs)))
         if any(is_traceable_wrapper_subclass(leaf) for leaf in inputs):
             return NotImplemented

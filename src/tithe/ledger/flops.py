@@ -7,15 +7,13 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from tithe.ledger.blank import fake_device
 from tithe.rules.blocks import repeats
 
 _aten = torch.ops.aten
@@ -57,8 +55,27 @@ def uncounted() -> Generator[None]:
         _UNCOUNTED.pop()
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts the products that run while it is active.
+_COUNTING: list[FlopCounter] = []
+
+
+def tell(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Sequence[Tensor], out: Any) -> None:
+    """Tell every counter of an operator that a prediction ran.
+
+    Args:
+        func: the operator.
+        args: that it was called with.
+        kwargs: that it was called with.
+        given: the tensors among them.
+        out: its result.
+    """
+    if not _UNCOUNTED:
+        for counter in _COUNTING:
+            counter.see(func, args, kwargs, given, out)
+
+
+@final
+class FlopCounter:
+    """Counts the products of the predictions that run while it is entered.
 
     A product in backward is one for inputs when a weight is among its factors, or when what it gives is a factor of a
     later product; the others end in the gradient of a weight.
@@ -68,34 +85,33 @@ class FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
         self.forward = self.inputs = self.weights = 0
         self._of_weights = _Marks()
         self._of_product: dict[int, int] = {}  # product → FLOPs, as long as it may be for a weight
         self._from = _Marks()
         for weight in weights:
-            self._of_weights.add(weight, {0})
+            self._of_weights.add(weight, frozenset({0}))
 
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the operator and count it."""
-        kwargs = kwargs or {}
-        if (device := fake_device(func, args)) is not None:
-            return device
-        out = func(*args, **kwargs)
-        if _UNCOUNTED:
-            return out
+    def __enter__(self) -> FlopCounter:
+        _COUNTING.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _COUNTING.remove(self)
+
+    def see(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Sequence[Tensor], out: Any
+    ) -> None:
+        """Count an operator; see `tell`."""
         packet = func.overloadpacket
-        given, made = list(_tensors((args, kwargs))), list(_tensors(out))
         in_backward = torch._C._current_graph_task_id() != -1
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if packet is _aten.convolution_backward:
             of_inputs, of_weights = _convolution_backward(*args, **kwargs)
             self.inputs += of_inputs * repeats()
             self.weights += of_weights * repeats()
             self._reach(given)
-        elif packet in _FORMULAS or packet in flop_registry:
-            formula = _FORMULAS.get(packet) or flop_registry[packet]
+        elif formula is not None:
             count = int(formula(*args, **kwargs, out_val=out)) * repeats()
             if not in_backward:
                 self.forward += count
@@ -107,22 +123,21 @@ class FlopCounter(TorchDispatchMode):
                 product = len(self._of_product)
                 self._of_product[product] = count
                 self.weights += count
-                for tensor in made:
-                    self._from.add(tensor, {product})
+                for tensor in _tensors(out):
+                    self._from.add(tensor, frozenset({product}))
         else:
             sources = given[:1] if packet is _aten.index_select else given  # positions say which part of a weight it is
             if sources and all(map(self._of_weights.of, sources)):
-                for tensor in made:
-                    self._of_weights.add(tensor, {0})
-            if in_backward:
-                products = set[int]().union(*map(self._from.of, given))
-                for tensor in made if products else ():
+                for tensor in _tensors(out):
+                    self._of_weights.add(tensor, frozenset({0}))
+            products = frozenset[int]().union(*map(self._from.of, given)) if in_backward else ()
+            if products:
+                for tensor in _tensors(out):
                     self._from.add(tensor, products)
-        return out
 
     def _reach(self, factors: Iterable[Tensor]) -> None:
         """What these factors came from was for inputs."""
-        for product in set[int]().union(*map(self._from.of, factors)):
+        for product in frozenset[int]().union(*map(self._from.of, factors)):
             count, self._of_product[product] = self._of_product[product], 0
             self.inputs, self.weights = self.inputs + count, self.weights - count
 
@@ -132,28 +147,37 @@ class FlopCounter(TorchDispatchMode):
         return Flops(forward=self.forward, input_gradient=self.inputs, weight_gradient=self.weights)
 
 
+_NONE: frozenset[int] = frozenset()
+
+
+@final
 class _Marks:
     """Marks on storages, which go when the storage does."""
 
     def __init__(self) -> None:
-        self._marks: dict[int, tuple[weakref.ref[torch.UntypedStorage], set[int]]] = {}
+        self._marks: dict[int, frozenset[int]] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def add(self, tensor: Tensor, marks: set[int]) -> None:
-        for storage in _storages(tensor):
-            address = storage._cdata
-            if address in self._marks:
-                self._marks[address][1].update(marks)
-            else:
-                self._marks[address] = weakref.ref(storage, lambda _, a=address: self._marks.pop(a, None)), set(marks)
+    def add(self, tensor: Tensor, marks: frozenset[int]) -> None:
+        if not _is_plain(tensor):
+            return
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._marks:
+            self._marks[address] |= marks
+        else:
+            self._marks[address] = marks
+            self._alive[address] = weakref.ref(storage, lambda _, a=address: self._forget(a))
 
-    def of(self, tensor: Tensor) -> set[int]:
-        found = (self._marks.get(storage._cdata) for storage in _storages(tensor))
-        return set[int]().union(*(entry[1] for entry in found if entry is not None))
+    def _forget(self, address: int) -> None:
+        del self._marks[address], self._alive[address]
+
+    def of(self, tensor: Tensor) -> frozenset[int]:
+        return self._marks.get(tensor.untyped_storage()._cdata, _NONE) if _is_plain(tensor) else _NONE
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    if tensor.layout is torch.strided and torch._C._has_storage(tensor):
-        yield tensor.untyped_storage()
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and torch._C._has_storage(tensor)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

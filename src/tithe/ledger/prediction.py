@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import (
 
 from tithe.batch import map_batch
 from tithe.errors import TitheError
-from tithe.ledger.blank import fake_mode
+from tithe.ledger.blank import fake_device, fake_mode
+from tithe.ledger.flops import tell
 from tithe.ledger.log import replay
 from tithe.ledger.recorder import Recorder, recording, storages, tensors
+from tithe.ledger.remembered import fresh, remembered
 from tithe.ledger.table import Ledger
 
 # pyright: reportPrivateUsage=false
@@ -52,6 +54,33 @@ class _FakeRecorder(Recorder):
         super().__init__(fake=True)
         self.grads: list[tuple[Tensor, Tensor | None]] = []
         self._mode = mode
+        self._known = remembered(mode)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and write down what it created; where it ran on such shapes before, make the same again."""
+        kwargs = kwargs or {}
+        if (device := fake_device(func, args)) is not None:
+            return device
+        given: list[Any] = []
+        key = self._known.key(func, args, kwargs, given)
+        make = self._known[key]
+        if make is None:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if key is not None and key not in self._known:
+                again = self._known.key(func, args, kwargs, [])
+                self._known.learn(key, again, given, [*map(self.fake, given)], out)
+            given = tensors((args, kwargs))
+        else:
+            for leaf in given:
+                if leaf.requires_grad:
+                    self.watch(leaf)
+            out = make(self._mode, given)
+            for leaf in fresh(make, out):
+                self.born(leaf)
+        tell(func, args, kwargs, given, out)
+        return out
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
         """Run the operator for real if all it sees and makes is small, else on fakes."""

@@ -119,9 +119,17 @@ class Recorder(TorchDispatchMode):
             if storage._cdata in self._blocks:
                 self.resize(storage)
             elif storage._cdata not in older:
-                block = Block(storage.nbytes(), tensor.device.index if tensor.is_cuda else None)
-                self._blocks[storage._cdata] = block, weakref.ref(storage, self._death(storage._cdata))
-                self.events.append(Event(block, block.num_bytes, None))
+                self._enter(tensor, storage)
+
+    def born(self, tensor: Tensor) -> None:
+        """Write down the one storage of a result that is known to be new."""
+        if tensor.device.type != "meta":
+            self._enter(tensor, tensor.untyped_storage())
+
+    def _enter(self, tensor: Tensor, storage: torch.UntypedStorage) -> None:
+        block = Block(storage.nbytes(), tensor.device.index if tensor.is_cuda else None)
+        self._blocks[storage._cdata] = block, weakref.ref(storage, self._death(storage._cdata))
+        self.events.append(Event(block, block.num_bytes, None))
 
     def _death(self, address: int) -> Callable[[object], None]:
         recorder = weakref.ref(self)

@@ -49,14 +49,13 @@ class InferenceNetwork:
 
     def enter(self, module: Any, args: Any) -> None:
         """Make the model narrow before the forward pass."""
+        self._inside.append(ExitStack())  # one for each call: a forward pass may call the model itself
         if self.stage.running or self._step is None:
             return
         if self._mask is None:
             self._mask = self.probabilities.likely(self._step)
         grids = self.stage.grids(self._mask)
-        stack = ExitStack()
-        stack.enter_context(self.stage.run(grids, self.stage.live(grids), spare=True))
-        self._inside.append(stack)
+        self._inside[-1].enter_context(self.stage.run(grids, self.stage.live(grids), spare=True))
 
     def leave(self, module: Any, args: Any, output: Any) -> None:
         """Make the model whole after the forward pass, even after a failed one."""

@@ -152,6 +152,11 @@ class Plan(ABC):
         self._check_live()
 
     @property
+    def released(self) -> bool:
+        """Return whether `release` was called."""
+        return self._released
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Return the names of the parameters that are trained whole."""
         return tuple(self._split.head)
@@ -272,6 +277,12 @@ class Plan(ABC):
                 self.finish_step()
         changed, self._changed = self._changed, False
         return changed
+
+    def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
+        """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.
+
+        Of a θ that was chosen again in the meantime an average means nothing; that of the weights does.
+        """
 
     def _commit(self) -> bool:
         """Write into the weights what an optimizer made of θ; returns whether θ had changed."""
@@ -412,6 +423,12 @@ class Plan(ABC):
     def _leave_ranks(self) -> None:
         if self.ranks is not None:
             self.ranks.close()
+
+    def _catch_up(self) -> None:
+        """Before the plan's state is read or counted: an optimizer that has not stepped yet may have loaded another."""
+        self._check_live()
+        if self._watching is not None and not self._forward_began:
+            self._optimizers.search(loaded=True)
 
     def _check_live(self) -> None:
         if self._released:

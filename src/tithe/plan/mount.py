@@ -171,6 +171,11 @@ class Mount:
         """
         self._followed.follow()
 
+    def take_weights(self) -> None:
+        """Let every θ follow its weight where both were written."""
+        for binding in self.bindings.values():
+            binding.take_weight()
+
     def check(self) -> None:
         """Compare modules, parameters and flags with those when attaching, but no values.
 

@@ -250,7 +250,7 @@ class NarrowPlan(Plan):
 
     def reselect(self) -> bool:
         """Do nothing, since every step draws; returns False."""
-        self._check_live()
+        self._catch_up()
         return False
 
     # ------------------------------------------------------------------------------------------------- what is dropped
@@ -260,7 +260,7 @@ class NarrowPlan(Plan):
 
         Weights, statistics and optimizer state get smaller for good. A group keeps its most probable unit.
         """
-        self._check_live()
+        self._catch_up()
         self._optimizers.finish()
         self._parts.close()
         self.num_epochs += 1
@@ -300,7 +300,7 @@ class NarrowPlan(Plan):
         Raises:
             TitheError: when there is no batch.
         """
-        self._check_live()
+        self._catch_up()
         self._parts.close()
         with distributed.together(f"settle(draws={draws}) after {self.num_steps} steps"):
             batches = list(self._data if batches is None else batches)
@@ -386,7 +386,7 @@ class NarrowPlan(Plan):
         Raises:
             TitheError: when the losses differ.
         """
-        self._check_live()
+        self._catch_up()
         self._inference.unhook()
         try:
             network = copy_module(self.model)
@@ -414,7 +414,7 @@ class NarrowPlan(Plan):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on from here: tensors, probabilities, and which units are left."""
-        self._check_live()
+        self._catch_up()
         return {
             "format": FORMAT,
             "keep": self.method.keep,

@@ -241,12 +241,17 @@ class SparsePlan(Plan):
                 stacklevel=2,
             )
 
+    def take_weights(self) -> None:
+        """Let θ follow weights that were written, where θ was written too."""
+        self._check_live()
+        self._mount.take_weights()
+
     def _commit(self) -> bool:
         return self._selected.commit()
 
     def end_epoch(self) -> bool:
         """Count a finished epoch, and choose where that is due; returns whether the choice changed."""
-        self._check_live()
+        self._catch_up()
         self._optimizers.finish()
         self.num_epochs += 1
         return self._chosen and self._due(epoch=self.num_epochs) and self.reselect()
@@ -257,7 +262,7 @@ class SparsePlan(Plan):
         θ keeps its identity; under a global cut its size follows the new choice. Weights that leave keep their trained
         value. Returns whether anything changed.
         """
-        self._check_live()
+        self._catch_up()
         self._mount.follow()
         with distributed.together(f"choosing after {self.num_steps} steps"), self._mount.unwatched():
             return self._choose_again()
@@ -348,7 +353,7 @@ class SparsePlan(Plan):
         Raises:
             TitheError: when the file cannot be written.
         """
-        self._check_live()
+        self._catch_up()
         self._mount.follow()
         self._selected.count()
         selections = {b.name: b.moved for b in self._candidates if b.moved.size}
@@ -358,7 +363,7 @@ class SparsePlan(Plan):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on from here on a freshly loaded base: compact, tensors and numbers only."""
-        self._check_live()
+        self._catch_up()
         self._mount.follow()
         self._selected.count()
         return PlanState(

@@ -187,14 +187,14 @@ class SubspacePlan(Plan):
 
     def end_epoch(self) -> bool:
         """Count a finished epoch; nothing is chosen again, so it returns False."""
-        self._check_live()
+        self._catch_up()
         self._optimizers.finish()
         self.num_epochs += 1
         return False
 
     def reselect(self) -> bool:
         """Do nothing, since the span is that of the history; returns False."""
-        self._check_live()
+        self._catch_up()
         return False
 
     def refresh_statistics(self, batches: Iterable[Any] | None = None) -> int:
@@ -253,7 +253,7 @@ class SubspacePlan(Plan):
         Raises:
             TitheError: when the file cannot be written.
         """
-        self._check_live()
+        self._catch_up()
         self._settle()
         state = delta.state_tensors(self.model)
         places = {n: Coordinates(s.shape, s.places) for n, s in self._spans_by_name.items() if s.places is not None}
@@ -266,7 +266,7 @@ class SubspacePlan(Plan):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on: θ, the head, buffers, counters; the history is attached again."""
-        self._check_live()
+        self._catch_up()
         return {
             "format": FORMAT,
             "span": self.theta.detach().clone(),

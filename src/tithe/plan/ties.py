@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from tithe.errors import TitheError
+from tithe.living import living
 
 
 def holders_outside(model: nn.Module) -> list[nn.Module]:
@@ -22,10 +23,15 @@ def holders_outside(model: nn.Module) -> list[nn.Module]:
     places = Counter(number for module in inside for number in map(id, module._parameters.values()))
     if not any(_shared(module._parameters, places) for module in inside):
         return []
+    if _holders(model, inside):
+        gc.collect()  # some may be waiting for it alone
+    return _holders(model, inside)
+
+
+def _holders(model: nn.Module, inside: set[nn.Module]) -> list[nn.Module]:
     held = {id(parameter) for parameter in model.parameters()}
-    gc.collect()
-    modules = [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and item not in inside]
-    return [module for module in modules if any(id(p) in held for p in vars(module).get("_parameters", {}).values())]
+    outside = (module for module in living(nn.Module) if module not in inside)
+    return [module for module in outside if any(id(p) in held for p in vars(module).get("_parameters", {}).values())]
 
 
 def _shared(parameters: Mapping[str, nn.Parameter | None], places: Mapping[int, int]) -> bool:

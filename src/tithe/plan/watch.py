@@ -10,7 +10,6 @@ is skipped.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tithe.errors import TitheError
+from tithe.living import living
 from tithe.plan.optimizers import is_trial
 
 STATE_KEY = "tithe"
@@ -269,7 +269,7 @@ _scalers: weakref.WeakKeyDictionary[Optimizer, list[weakref.ref[torch.amp.GradSc
 def loss_scale(optimizer: Optimizer) -> float:
     """Return what a `GradScaler` multiplied the loss by whose gradient this optimizer is about to step with; else 1."""
     if optimizer not in _scalers:
-        found = [item for item in gc.get_objects() if issubclass(type(item), torch.amp.GradScaler)]
+        found = living(torch.amp.GradScaler)
         _scalers[optimizer] = [weakref.ref(scaler) for scaler in found]
     for reference in _scalers[optimizer]:
         scaler = reference()
@@ -283,9 +283,8 @@ def _held(optimizers: Iterable[Optimizer]) -> set[int]:
 
 
 def _find(parameters: set[int]) -> list[Optimizer]:
-    """Every optimizer of the process that holds one of these; torch keeps no list of them, the collector does."""
-    found = [item for item in gc.get_objects() if issubclass(type(item), Optimizer)]
-    return [optimizer for optimizer in found if "param_groups" in vars(optimizer) and parameters & _held([optimizer])]
+    """Every optimizer of the process that holds one of these."""
+    return [each for each in living(Optimizer) if "param_groups" in vars(each) and parameters & _held([each])]
 
 
 _watching: weakref.WeakSet[Optimizers] = weakref.WeakSet()

@@ -8,7 +8,7 @@ double_backward  how backward is differentiated itself, or refused
 
 from tithe.rules.base import Cost, Rule
 from tithe.rules.dispatch import Call, Carrier, apply_rule, asking, autocast, fits, graft, needs_no_rule, raw, register
-from tithe.rules.lean import activation, attention, batch_norm, dropout, glu, pooling
+from tithe.rules.lean import activation, attention, batch_norm, cross_entropy, dropout, glu, pooling
 from tithe.rules.lean import conv as lean_conv
 from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
@@ -43,6 +43,7 @@ __all__ = [
     "check_holds",
     "conv",
     "conv_transpose",
+    "cross_entropy",
     "digest",
     "dropout",
     "embedding",

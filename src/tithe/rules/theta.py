@@ -200,7 +200,8 @@ class Binding:
             self.selection = self.selection.to(device)
             self.touch = self._touch()
         if self._rest.device != device:
-            self._rest, self._digest = self._rest.to(device), self._digest.to(device)
+            self._rest = self._rest.to(device)
+            self._digest, self._selected = self._digest.to(device), self._selected.to(device)
 
     def _follow_dtype(self) -> None:
         """Have θ in the dtype that it would have had for such a weight; the conversion itself has moved nothing.
@@ -335,7 +336,7 @@ class Binding:
         if not torch.equal(_bits(there), _bits(values.to(there.dtype))):
             if not theta_changed and not weight_changed:  # through `.data`
                 theta_changed = not torch.equal(digest(values), self._digest)
-                weight_changed = not theta_changed
+                weight_changed = not theta_changed or not torch.equal(digest(there), self._selected)
             if theta_changed and weight_changed:
                 raise TitheError(
                     self.name,
@@ -350,6 +351,18 @@ class Binding:
             self.refresh()
             self.moved = self.selection.union(self.moved)
         if theta_changed or weight_changed:
+            self._note_written()
+
+    def take_weight(self) -> None:
+        """Let θ follow the weight where that was written, whatever was written into θ as well."""
+        values = self.values
+        if values is None or self.weight.is_meta or isinstance(self.weight, FakeTensor):
+            return
+        there = self.selection.gather(self.weight.detach())
+        same = torch.equal(_bits(there), _bits(values.to(there.dtype)))
+        if not same and not torch.equal(digest(there), self._selected):
+            self.refresh()
+            self.moved = self.selection.union(self.moved)
             self._note_written()
 
     def replace(self, weight: nn.Parameter) -> None:
@@ -399,6 +412,8 @@ class Binding:
     def _agreed(self, values: Tensor | None) -> None:
         self._committed, self._written = self.version, self.weight._version
         self._digest = torch.zeros((), dtype=torch.int64) if values is None else digest(values)
+        rounds = values is not None and values.dtype != self.weight.dtype
+        self._selected = digest(values.to(self.weight.dtype)) if values is not None and rounds else self._digest
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,8 +1,9 @@
-"""Score weights by passes of the model over samples, while the rules' probes observe."""
+"""Score weights by passes of the model over samples, while the rules' probes observe; losses in blocks of rows."""
 
+from tithe.scoring.causal import causal_loss
 from tithe.scoring.channels import channel_norms, price_channels
 from tithe.scoring.likelihood import Likelihood
 from tithe.scoring.loss import Loss, check_loss
 from tithe.scoring.passes import Passes
 
-__all__ = ["Likelihood", "Loss", "Passes", "channel_norms", "check_loss", "price_channels"]
+__all__ = ["Likelihood", "Loss", "Passes", "causal_loss", "channel_norms", "check_loss", "price_channels"]

@@ -14,10 +14,11 @@ import tithe
 from tithe import History, TitheError
 from tithe.app.train.data import Batches, Samples, chunks, epoch_order, even_chunks, read_examples
 from tithe.app.train.fitting import check_fits
-from tithe.app.train.metrics import chosen_metrics, score
-from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
+from tithe.app.train.models import answer, build, find_model, score
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.setup import make_accelerator
+from tithe.app.train.tasks import task_of
+from tithe.app.train.terms import merit
 from tithe.forward import estimate_statistics, tracked, training
 
 TUNING: Final = 0.5
@@ -55,12 +56,14 @@ class Bench:
         set_seed(recipe.run.seed)
         network = build(recipe, self._examples)
         self.model = network.model.to(self.device)
-        self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
+        self.task = task_of(recipe)
+        self.loss = self.task.loss
         self.samples = {
             name: Samples(rows, self._examples.targets[name], network.encoder)
             for name, rows in self._examples.splits.items()
         }
-        self.notes = self._examples.notes
+        told = [f"{name}: {note}" for name, samples in self.samples.items() for note in samples.notes]
+        self.notes = [*self._examples.notes, *network.notes, *told]
         check_fits(recipe, network, self.samples, len(self._examples.labels), self.device)
         order = epoch_order(len(self.samples["validation"]), seed=recipe.data.split_seed, epoch=0)
         cut = round(TUNING * len(order))
@@ -158,17 +161,21 @@ class Bench:
         samples, run = self.samples[split], self.recipe.run
         rows = range(len(samples)) if rows is None else rows
         batches, mode = (
-            Batches(samples, chunks(rows, run.eval_batch_size), self.device, run.workers),
+            Batches(samples, chunks(rows, self.recipe.evaluated_at_once), self.device, run.workers),
             self.model.training,
         )
         with self.autocast():
-            answers = answer(self.model, batches, progress=lambda done: self.advance(_FORWARD * done))
+            answers = answer(self.task, self.model, batches, progress=lambda done: self.advance(_FORWARD * done))
         self.model.train(mode)
-        return score(chosen_metrics(self.recipe), answers, self._examples.targets[split][list(rows)])
+        return score(self.recipe, answers, self._examples.labels)
 
     def select(self) -> dict[str, float]:
         """The metrics on the rows that everything is chosen by."""
         return self.evaluate("validation", self.selection)
+
+    def merit(self) -> float:
+        """The first metric on those rows, as a number of which more is better."""
+        return merit(*next(iter(self.select().items())))
 
     def test(self) -> dict[str, float]:
         """The metrics on the test split; empty where there is none."""

@@ -50,7 +50,7 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     for row in _rows(bench, settings, bar):
         rows.append(row)
         asked = settings.method in ("auto", row.method)
-        if asked and (chosen is None or row.score > chosen[0].score):
+        if asked and (chosen is None or row.merit > chosen[0].merit):
             chosen = row, bench.snapshot()
     assert chosen is not None
     bar.phase("writing")
@@ -72,7 +72,7 @@ def _rows(bench: Bench, settings: Settings, bar: Bar) -> Iterator[Row]:
     for index in range(n):
         bar.phase(f"checkpoint {index + 1} of {n}")
         bench.put_checkpoint(index)
-        scores.append(next(iter(bench.select().values())))
+        scores.append(bench.merit())
     best = max(range(n), key=scores.__getitem__)
     bench.put_checkpoint(best)
     yield _row(bench, "best", bench.history.rows.paths[best].name, started, one_hot(best, n))

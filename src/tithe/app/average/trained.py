@@ -79,7 +79,7 @@ class Trainer:
         return best
 
     def _run(self, split: str, rows: Sequence[int], rate: float) -> Iterator[Trained]:
-        bench, settings, plan = self._bench, self._settings, self.plan
+        bench, settings, plan, samples = self._bench, self._settings, self.plan, self._bench.samples[split]
         self._go(self._mean)
         section = AverageSection.model_validate(
             {"granularity": settings.granularity, "epochs": settings.epochs, "lr": rate}
@@ -89,8 +89,8 @@ class Trainer:
         plan.bind(optimizer)
         for epoch in range(settings.epochs):
             bench.model.train()
-            for number, parts in enumerate(course.parts(epoch)):
-                batches = bench.samples[split].batches([[rows[place] for place in part] for part, _ in parts])
+            for number, parts in enumerate(course.parts(epoch, lambda part: samples.weight([rows[at] for at in part]))):
+                batches = samples.batches([[rows[place] for place in part] for part, _ in parts])
                 for group in optimizer.param_groups:
                     group["lr"] = course.rate(epoch * course.steps_per_epoch + number)
                 for batch, (part, weight) in zip(batches, parts, strict=True):
@@ -116,7 +116,7 @@ class Trainer:
     def _score(self) -> float:
         self.plan.refresh_statistics()
         self._bench.advance(self._bench.estimate_cost)
-        return next(iter(self._bench.select().values()))
+        return self._bench.merit()
 
     def _go(self, theta: Tensor) -> None:
         with torch.no_grad():

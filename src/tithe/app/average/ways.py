@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from torch import Tensor
 
+from tithe.app.train.terms import merit
 from tithe.errors import TitheError
 
 Granularity = Literal["model", "tensor"]
@@ -80,6 +81,11 @@ class Row:
     detail: str
     seconds: float
     coefficients: Mapping[str, Tensor]
+
+    @property
+    def merit(self) -> float:
+        """The first metric on the selection rows, as a number of which more is better."""
+        return merit(*next(iter(self.selection.items())))
 
     @property
     def score(self) -> float:

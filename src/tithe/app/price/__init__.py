@@ -5,7 +5,7 @@ show     tables                         plot    stacked bars
 """
 
 from tithe.app.price.engine import price
-from tithe.app.price.offers import OFFERS, Offer
+from tithe.app.price.offers import OFFERS, USUAL, Offer
 from tithe.app.price.outline import Shape, outline
 from tithe.app.price.plot import plot
 from tithe.app.price.quote import Fit, Quote, Quotes
@@ -15,6 +15,7 @@ from tithe.app.price.terms import Terms, parse_budget
 
 __all__ = [
     "OFFERS",
+    "USUAL",
     "Fit",
     "Offer",
     "Quote",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import tithe
-from tithe.app.price.offers import OFFERS, Offer, Setup
+from tithe.app.price.offers import OFFERS, USUAL, Offer, Setup
 from tithe.app.price.quote import Fit, Quote, Quotes
 from tithe.app.price.subject import Subject
-from tithe.app.price.terms import OPTIMIZERS, Site, Terms
+from tithe.app.price.terms import OPTIMIZERS, Site, Terms, model_bytes, unique_bytes
 from tithe.errors import TitheError
 from tithe.ledger import Blank, Ledger, predict
 from tithe.ledger.flops import FlopCounter, Flops
@@ -28,7 +28,7 @@ def price(
     subject: Subject,
     *,
     batch: int = 8,
-    methods: Sequence[str] = tuple(OFFERS),
+    methods: Sequence[str] = USUAL,
     terms: Terms | None = None,
     memory: int | None = None,
     progress: Progress = lambda label, done, total: None,
@@ -54,14 +54,8 @@ def price(
     _check(batch, methods)
     blank = Blank()
     model = subject.make(blank)
-    weights = _bytes(model)
-    if memory is not None and memory <= weights:
-        raise TitheError(
-            "memory",
-            found=f"{memory:,} bytes",
-            expected=f"more than the weights alone, {weights:,} bytes",
-            remedy="give more, use a smaller model, or --dtype bfloat16",
-        )
+    weights = model_bytes(model)
+    _check_memory(memory, 0 if "qlora" in methods else weights)
     rows: list[Quote] = []
     left_out: dict[str, TitheError] = {}
     looks = 3 if memory is not None else 1
@@ -83,6 +77,7 @@ def price(
         except TitheError as error:
             left_out[offer.name] = error
     _check_rows(rows, left_out, [OFFERS[method] for method in methods])
+    _check_memory(memory, min(row.weights for row in rows))
     return Quotes(
         subject=subject.name,
         dtype=str(subject.dtype).removeprefix("torch."),
@@ -129,6 +124,16 @@ def _check(batch: int, methods: Sequence[str]) -> None:
             found=repr(unknown[0]) if unknown else "none",
             expected="some of " + ", ".join(OFFERS),
             remedy="correct the name",
+        )
+
+
+def _check_memory(memory: int | None, weights: int) -> None:
+    if memory is not None and memory <= weights:
+        raise TitheError(
+            "memory",
+            found=f"{memory:,} bytes",
+            expected=f"more than the weights alone, {weights:,} bytes",
+            remedy="give more, use a smaller model, or --dtype bfloat16",
         )
 
 
@@ -239,14 +244,15 @@ class _Stall:
             gradients, copies = ledger.gradients, ledger.theta * (1 + self.optimizer.states)
             earlier = gradients if accumulate else 0
         states = self.optimizer.states * sum(map(_size, setup.trained))
-        theta = _bytes(setup.model) - self.weights
-        standing = self.weights + _leaf_bytes(batch) + theta + setup.index + states
+        weights = self.weights if setup.weights is None else setup.weights
+        theta = model_bytes(setup.model) - weights
+        standing = weights + _leaf_bytes(batch) + theta + setup.index + states
         temporaries = max(copies + self.optimizer.temporaries * max(map(_size, setup.trained)), setup.write)
         at_peak, moment = _moment(ledger, gradients, temporaries, earlier)
         return Quote(
             method=self.offer.name,
             trained=sum(parameter.numel() for parameter in setup.trained),
-            weights=self.weights,
+            weights=weights,
             batch=_leaf_bytes(batch),
             theta=theta,
             index=setup.index,
@@ -320,16 +326,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _bytes(model: nn.Module) -> int:
-    return _unique_bytes([*model.parameters(), *model.buffers()])
-
-
-def _unique_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
 def _leaf_bytes(batch: Any) -> int:
     from torch.utils._pytree import tree_leaves
 
-    return _unique_bytes(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return unique_bytes(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

@@ -6,6 +6,7 @@ How a row is set up follows from the kind of plan that its method asks for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +20,10 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 import tithe
 from tithe.app.dense import Dense
 from tithe.app.methods import METHODS, PriceRow
-from tithe.app.price.terms import OPTIMIZERS, Site, glob_names
+from tithe.app.price.checkpointing import checkpoint
+from tithe.app.price.four_bit import store_in_four_bits
+from tithe.app.price.quote import FULL
+from tithe.app.price.terms import OPTIMIZERS, Site, glob_names, model_bytes
 from tithe.delta.size import delta_bytes, file_bytes, network_bytes
 from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger
@@ -41,6 +45,7 @@ class Setup:
         sent: bytes that data-parallel ranks exchange in a step; None for the gradients.
         link: called when gradients were put in place by hand.
         predict: what a step on a batch takes, of a method that does more in it than the loss's forward and backward.
+        weights: bytes of the model's parameters and buffers; None for what they are as it was built.
         undo: gives the model back.
     """
 
@@ -54,6 +59,7 @@ class Setup:
     sent: int | None = None
     link: Callable[[], object] = lambda: None
     predict: Callable[[Any], Ledger] | None = None
+    weights: int | None = None
     undo: Callable[[], None] = lambda: None
 
 
@@ -67,6 +73,7 @@ class Offer:
         budgeted: whether `Terms.budget` says how much it trains.
         per_batch: whether a budget in bytes makes its choice depend on the size of the batch.
         foreign: the package that changes the model's layers, when it is not this one.
+        on_request: whether it is priced only where it is named.
         note: what to know about the row.
     """
 
@@ -74,6 +81,7 @@ class Offer:
     prepare: Callable[[Site], Setup]
     budgeted: bool = False
     per_batch: bool = False
+    on_request: bool = False
     foreign: str | None = None
     note: str = ""
 
@@ -89,9 +97,25 @@ def _moving(model: nn.Module, trained: Collection[str]) -> set[str]:
     }
 
 
-def _full(site: Site) -> Setup:
+def _full(site: Site, *, lean: bool = False) -> Setup:
     names = [name for name, p in site.model.named_parameters() if torch.is_floating_point(p)]
-    return _attached(site, lambda: Dense(site.model, names))
+    return _attached(site, lambda: Dense(site.model, names), lean=lean)
+
+
+def _full_checkpointed(site: Site) -> Setup:
+    undo = checkpoint(site.model)
+    try:
+        setup = _full(site)
+    except BaseException:
+        undo()
+        raise
+    before = setup.undo
+
+    def give_back() -> None:
+        before()
+        undo()
+
+    return dataclasses.replace(setup, undo=give_back)
 
 
 def _head(site: Site) -> Setup:
@@ -100,13 +124,27 @@ def _head(site: Site) -> Setup:
     return _attached(site, lambda: Dense(site.model, glob_names(site.model, site.subject.head)))
 
 
-def _lora(site: Site) -> Setup:
+def _lora(site: Site, change: Callable[[nn.Module], object] = lambda _: None, *, four_bits: bool = False) -> Setup:
+    """Set up PEFT's adapters on a network of their own.
+
+    Args:
+        site: where.
+        change: what is done to the network that runs.
+        four_bits: whether the linear layers are stored in four bits.
+    """
     if importlib.util.find_spec("peft") is None:
         raise TitheError("peft", found="no such package", expected="it installed", remedy="pip install peft")
     import peft
 
     model = site.subject.make(site.blank)  # adapters change the modules: a network of its own
     head = {name.rpartition(".")[0] for name in glob_names(model, site.subject.head)}
+    weights = None
+    if four_bits:
+        if not store_in_four_bits(model, site.blank, but=head | _outputs(model)):
+            raise TitheError(
+                "4-bit", found="no linear layer but the head", expected="one to store", remedy="leave this row out"
+            )
+        weights = model_bytes(model)
     targets = [
         path
         for path, module in model.named_modules()
@@ -122,10 +160,18 @@ def _lora(site: Site) -> Setup:
         warnings.simplefilter("ignore")
         adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     inner: nn.Module = adapted.get_base_model().train()
+    change(inner)
     trained = [p for p in inner.parameters() if p.requires_grad]
     added = [(n, p.dtype, p.shape) for n, p in inner.named_parameters() if p.requires_grad and p not in before]
     file = file_bytes([(f"base_model.model.{name}", dtype, shape) for name, dtype, shape in added], {"format": "pt"})
-    return Setup(model=inner, trained=trained, file=file)
+    return Setup(model=inner, trained=trained, file=file, weights=weights)
+
+
+def _outputs(model: nn.Module) -> set[str]:
+    """The layers that give a language model's logits, which stay whole as in transformers' own loading in four bits."""
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    return {p for p, m in model.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in tied} | set(last)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -233,13 +279,36 @@ def _offer(row: PriceRow) -> Offer:
         prepare=lambda site: row.make(site).make_plan(_Maker(site, row.lean)),
         budgeted=row.budgeted,
         per_batch=row.per_batch,
+        on_request=row.on_request,
         note=row.note,
     )
 
 
+_CHECKPOINT_NOTE = (
+    "ckpt is the model's own gradient checkpointing: each layer's input is in memory, which counts as work, not as "
+    "kept; a layer is run again in backward."
+)
+_FOUR_BITS_NOTE = (
+    "QLoRA assumes linear layers stored in NF4, one float32 scale for 64 weights (4.5 bits a weight), made whole one "
+    "at a time in forward and backward; head, output layer, embeddings and norms keep their dtype."
+)
+
+
 OFFERS: Mapping[str, Offer] = {
-    "full": Offer(name="full", prepare=_full),
+    "full": Offer(name=FULL, prepare=_full),
+    "full+lean": Offer(name="full + lean", prepare=lambda site: _full(site, lean=True)),
+    "full+ckpt": Offer(name="full + ckpt", prepare=_full_checkpointed, note=_CHECKPOINT_NOTE),
     "head": Offer(name="head only", prepare=_head),
     "lora": Offer(name="LoRA", prepare=_lora, foreign="peft"),
+    "lora+lean": Offer(name="LoRA + lean", prepare=lambda site: _lora(site, tithe.lean), foreign="peft"),
+    "lora+ckpt": Offer(
+        name="LoRA + ckpt", prepare=lambda site: _lora(site, checkpoint), foreign="peft", note=_CHECKPOINT_NOTE
+    ),
+    "qlora": Offer(
+        name="QLoRA", prepare=lambda site: _lora(site, four_bits=True), foreign="peft", note=_FOUR_BITS_NOTE
+    ),
     **{row.key: _offer(row) for entry in METHODS for row in entry.prices},
 }
+
+USUAL = tuple(key for key, offer in OFFERS.items() if not offer.on_request)
+"""What is priced where no method is named."""

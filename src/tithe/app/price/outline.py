@@ -18,13 +18,11 @@ from tithe.app.price.subject import Subject
 from tithe.app.train import Recipe, parse_recipe, read_recipe
 from tithe.app.train.models import (
     call,
-    classification_loss,
     find_head,
     find_model,
-    quiet,
-    regression_loss,
-    resolve,
 )
+from tithe.app.train.sources import quiet, resolve
+from tithe.app.train.tasks import task_of
 from tithe.errors import TitheError
 from tithe.ledger import Blank
 
@@ -145,7 +143,7 @@ def _timm_or_callable(recipe: Recipe, name: str, shape: Shape) -> Subject | None
             expected="their shape",
             remedy="give --image 3x224x224 or --tokens 128",
         )
-    loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
+    loss = task_of(recipe).loss
     return _subject(recipe, name, build, image, tokens, loss, shape)
 
 
@@ -224,7 +222,7 @@ def _pretrained(recipe: Recipe, shape: Shape, settings: Sequence[str], *, free: 
     image, tokens = _inputs(recipe, shape)
     if is_image and image is None:
         image = _image_of(config)
-    loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
+    loss = task_of(recipe).loss
     return _subject(recipe, name, build, image, tokens, _next_token_loss if shape.language_model else loss, shape)
 
 

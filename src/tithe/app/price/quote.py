@@ -10,6 +10,9 @@ from typing import Any
 import tithe
 from tithe.ledger.flops import Flops
 
+FULL = "full"
+"""The row that others are compared with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
@@ -109,6 +112,15 @@ class Quotes:
     rows: tuple[Quote, ...]
     left_out: Mapping[str, str]
 
+    def times_less(self, row: Quote) -> float | None:
+        """How many times less a row's peak is than that of full training; None where that is not priced."""
+        full = next((quote.peak for quote in self.rows if quote.method == FULL), None)
+        return None if full is None else full / row.peak
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        rows = [
+            {**made, "times_less": self.times_less(row)} for made, row in zip(plain["rows"], self.rows, strict=True)
+        ]
+        return {**plain, "rows": rows}

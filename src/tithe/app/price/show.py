@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
 from tithe.app.price.offers import OFFERS
 from tithe.app.price.quote import Quote, Quotes
 from tithe.app.terminal import human, megabytes, table
+from tithe.delta.ranges import fold, shorten
 
-_LAYERS = 8
-_PATH = 28
+_LAYERS = 6
+_PATH = 40
 
 
 def show(quotes: Quotes, console: Console) -> None:
     """Print the quotes as tables, and notes."""
     console.print(_title(quotes), markup=False)
-    for made in (_memory(quotes), _work(quotes), _layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
+    for made in (_memory(quotes), _work(quotes), *_layers(quotes), *([_fits(quotes)] if quotes.memory else [])):
         console.print()
         console.print(made)
     console.print()
@@ -40,10 +43,20 @@ def _budget(quotes: Quotes) -> str:
 
 def _memory(quotes: Quotes) -> Table:
     heads = ["weights", "batch", "θ+index", "optim", "grads", "kept", "work", "PEAK"]
-    made = table(["method", *heads], title="Memory at the highest moment of a step, MB: columns add up to the peak")
+    compared = any(quotes.times_less(row) is not None for row in quotes.rows)
+    title = "Memory at the highest moment of a step, MB: columns add up to the peak"
+    made = table(["method", *heads, *(["×less"] if compared else [])], title=title)
     for row in quotes.rows:
-        made.add_row(row.method, *map(megabytes, row.parts.values()), megabytes(row.peak))
+        times = quotes.times_less(row)
+        less = [] if times is None else [f"{times:.1f}" if times < 100 else f"{times:.0f}"]
+        made.add_row(row.method, *map(_tight, row.parts.values()), _tight(row.peak), *less)
     return made
+
+
+def _tight(size: int) -> str:
+    """Megabytes in at most six characters, as far as a machine's memory goes."""
+    value = size / 1e6
+    return megabytes(size) if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value / 1e6:.1f}e6"
 
 
 def _count(values: int) -> str:
@@ -69,26 +82,35 @@ def _work(quotes: Quotes) -> Table:
     return made
 
 
-def _layers(quotes: Quotes) -> Table:
-    """The modules that keep most, over all methods."""
+def _layers(quotes: Quotes) -> Iterator[Table]:
+    """The modules that keep most, over all methods, as many methods side by side as there is room for."""
     rows = quotes.rows
-    width = max(6, min(13, (78 - _PATH) // len(rows) - 2))
-    heads = [_short(row.method, width) for row in rows]
-    made = table(["module", *heads], title="Layers that keep most for backward, MB")
     most: dict[str, int] = {}
     for row in rows:
         for path, size in row.layers.items():
             most[path] = max(most.get(path, 0), size)
-    ranked = sorted(most, key=lambda path: (-most[path], path))
-    lines = {path or "(outermost)": [megabytes(row.layers.get(path, 0)) for row in rows] for path in ranked[:_LAYERS]}
+    alike = [(path, tuple(row.layers.get(path, 0) for row in rows)) for path in most]
+    groups = {said or "(outermost)": paths for said, paths in fold(alike).items()}
+    ranked = sorted(groups, key=lambda said: (-sum(most[path] for path in groups[said]), said))
     if len(ranked) > _LAYERS:
-        rest = [sum(row.layers.get(path, 0) for path in ranked[_LAYERS:]) for row in rows]
-        lines[f"({len(ranked) - _LAYERS} more)"] = list(map(megabytes, rest))
-    wide = sum(2 + max(map(len, column)) for column in zip(heads, *lines.values(), strict=True))
-    room = min(_PATH, 78 - wide)
-    for path, cells in lines.items():
-        made.add_row(_clip(path, room), *cells)
-    return made
+        groups[f"({len(ranked) - _LAYERS} more)"] = [path for said in ranked[_LAYERS:] for path in groups[said]]
+        ranked = [*ranked[:_LAYERS], f"({len(ranked) - _LAYERS} more)"]
+    names = shorten(ranked, _PATH)
+    cells = [[megabytes(sum(row.layers.get(path, 0) for path in groups[said])) for said in ranked] for row in rows]
+    columns = [(_short(row.method, 11), *column) for row, column in zip(rows, cells, strict=True)]
+    wide = [2 + max(map(len, column)) for column in columns]
+    room = 78 - min(_PATH, max(6, *map(len, names), 0))
+    start = 0
+    while start < len(columns):
+        stop = start + 1
+        while stop < len(columns) and sum(wide[start : stop + 1]) <= room:
+            stop += 1
+        title = "Layers that keep most for backward, MB; those alike are added up" if start == 0 else None
+        made = table(["module", *(column[0] for column in columns[start:stop])], title=title)
+        for place, name in enumerate(names):
+            made.add_row(_clip(name, _PATH), *(column[1 + place] for column in columns[start:stop]))
+        yield made
+        start = stop
 
 
 def _short(name: str, width: int) -> str:
@@ -128,6 +150,7 @@ def _notes(quotes: Quotes) -> list[str]:
         "work: the transient working set, a layer's input and output and what they are made from. It is the floor "
         "of any peak; a smaller micro-batch lowers it.",
         'grads and kept are values at the peak, not totals; for all gradients see "send".',
+        "×less: how many times less the peak is than that of full training.",
         "Python and torch themselves come on top (some hundred MB), and kernels' scratch memory.",
     ]
     names = {row.method for row in quotes.rows}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tithe
 from tithe.app.price.draw import Drawn
@@ -159,3 +159,14 @@ class Site:
 def glob_names(model: nn.Module, head: Collection[str]) -> set[str]:
     """Return the names of the parameters that any of the globs matches."""
     return {name for name, _ in model.named_parameters() if any(fnmatchcase(name, glob) for glob in head)}
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Count the bytes of a model's parameters and buffers, tied ones once."""
+    return unique_bytes([*model.parameters(), *model.buffers()])
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of tensors, each storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

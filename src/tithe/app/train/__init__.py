@@ -1,12 +1,15 @@
 """Training runs from a recipe: what `tithe train` does, callable from Python.
 
-    recipe   the TOML file, checked        data     rows, labels, batches       models   the network and its head
-    setup    the method on the model       loop     steps, saves, resumes       report   the result
+    recipe, sections, terms   the TOML file, checked; what each task lets it say
+    tasks    one file a task: how cells become rows, rows batches, a batch a loss, outputs metrics
+    data     rows, labels, samples         models   the network and its head      encoders   its inputs
+    setup    the method on the model       loop     steps, saves, resumes         report     the result
     checkpoints  what a run is resumed from       lock   one run a folder
-    course   which rows a step sees        lr_schedule  its learning rate       signals  Ctrl-C
-    tables, delimited, cells  texts and labels    images, pictures, arrays  images    hub  both by name
-    paths, decoding, slips    what a recipe may say wrongly    fitting  whether model and data go together
-    average_section  [history], [average]  recording, averaging                 how a run ends with an average
+    course   which rows a step sees        lr_schedule  its learning rate         signals    Ctrl-C
+    tables, delimited, cells, documents  texts and labels     images, pictures, arrays  images
+    hub, sources  models and data by name         fitting  whether model and data go together
+    paths, decoding, slips    what a recipe may say wrongly
+    average_section  [history], [average]  recording, averaging                   how a run ends with an average
 
 Importing this package loads pydantic alone; `train` loads the rest.
 """

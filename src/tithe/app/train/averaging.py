@@ -8,7 +8,7 @@ from typing import Any
 
 import tithe
 from tithe.app.train.course import AverageCourse, Course, OwnCourse
-from tithe.app.train.data import Batches, Examples
+from tithe.app.train.data import Batches
 from tithe.app.train.models import Loss, Network
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import FOLDER
@@ -19,13 +19,18 @@ from tithe.errors import TitheError
 NARROW = "narrow.safetensors"
 
 
-def courses(recipe: Recipe, examples: Examples, share: tuple[int, int]) -> list[Course]:
+def courses(recipe: Recipe, sizes: Mapping[str, int], share: tuple[int, int]) -> list[Course]:
     """The run's own steps, and those of its average where it ends with one.
+
+    Args:
+        recipe: the run.
+        sizes: samples in each split.
+        share: this process's number, and how many there are.
 
     Raises:
         TitheError: less is recorded than the average needs.
     """
-    own = OwnCourse(recipe, len(examples.targets["train"]), share)
+    own = OwnCourse(recipe, sizes["train"], share)
     if recipe.history is None:
         return [own]
     count = sum(own.records(step) for step in range(own.total_steps + 1))
@@ -40,7 +45,7 @@ def courses(recipe: Recipe, examples: Examples, share: tuple[int, int]) -> list[
         )
     if recipe.average is None:
         return [own]
-    rows = len(examples.targets["train" if recipe.average.on == "train" else "average"])
+    rows = sizes["train" if recipe.average.on == "train" else "average"]
     return [own, AverageCourse(recipe, rows, share, recipe.average, own.total_steps)]
 
 

@@ -29,10 +29,14 @@ class Fault:
     Args:
         found: what is there, in the words of a message.
         missing: whether that is nothing at all.
+        expected: instead, where it is not simply a text or a label.
+        remedy: where it is not simply to correct it.
     """
 
     found: str
     missing: bool = False
+    expected: str | None = None
+    remedy: str | None = None
 
 
 def read_text(value: object) -> str | Fault:
@@ -40,7 +44,7 @@ def read_text(value: object) -> str | Fault:
 
     Example:
         >>> read_text("fine"), read_text(2.0), read_text(None)
-        ('fine', '2', Fault(found='null', missing=True))
+        ('fine', '2', Fault(found='null', missing=True, expected=None, remedy=None))
     """
     value = _plain(value)
     if isinstance(value, Fault):
@@ -83,8 +87,8 @@ def read_number(value: object) -> str | Fault:
     """Take a cell as the value of a regression, which float32 holds.
 
     Example:
-        >>> read_number("2.5"), read_number("much")
-        ('2.5', Fault(found="label 'much'", missing=False))
+        >>> read_number("2.5"), read_number("much").found
+        ('2.5', "label 'much'")
     """
     plain = _plain(value)
     if isinstance(plain, Fault) or not plain.strip():
@@ -93,7 +97,12 @@ def read_number(value: object) -> str | Fault:
     # Not float(): it takes nan and 1_000, too.
     if _NUMBER.fullmatch(number) and abs(float(number)) <= _LARGEST:
         return number
-    return Fault(f"label {number!r}")
+    comma = re.fullmatch(r"-?\d+,\d+", number)
+    return Fault(
+        f"label {number!r}",
+        expected="a finite number (regression)",
+        remedy="write a decimal point" if comma else "correct the line",
+    )
 
 
 def canonical(label: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from tithe.app.train.average_section import AverageSection
 from tithe.app.train.data import chunks, epoch_order
 from tithe.app.train.lr_schedule import rate, warmup_steps
-from tithe.app.train.recipe import OptimizerSection, Recipe
+from tithe.app.train.recipe import Recipe
+from tithe.app.train.sections import OptimizerSection
 
 _WARM = 0.2
 """The part of an average's steps in which the learning rate of a cosine rises, as in the paper."""
@@ -78,15 +79,23 @@ class Course(ABC):
         run = self.recipe.run
         return run.batch_size * run.accumulate * self.share[1]
 
-    def parts(self, epoch: int) -> list[list[tuple[Sequence[int], float]]]:
+    def parts(self, epoch: int, weigh: Callable[[Sequence[int]], int] = len) -> list[list[tuple[Sequence[int], float]]]:
         """For each step of an epoch, this process's micro-batches: their rows and what each one's mean counts for.
 
-        The weights make the step's loss the mean over all its samples, on all processes, however uneven the parts are.
+        The weights make the step's loss the mean over all that is predicted in it, on all processes, however uneven the
+        parts are.
+
+        Args:
+            epoch: which.
+            weigh: counts what the mean loss of a batch with these rows is a mean of.
         """
         order, (rank, world) = epoch_order(self.num_rows, seed=self.recipe.run.seed, epoch=epoch), self.share
         steps = chunks(order, self._step_size)[: self.steps_per_epoch]
         return [
-            [(part, len(part) * world / len(rows)) for part in chunks(rows[rank::world], self.recipe.run.batch_size)]
+            [
+                (part, weigh(part) * world / weigh(rows))
+                for part in chunks(rows[rank::world], self.recipe.run.batch_size)
+            ]
             for rows in steps
         ]
 

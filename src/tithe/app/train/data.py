@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict, cast, final
+from dataclasses import dataclass, replace
+from typing import Any, cast, final
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tithe.app.train.arrays import read_npz
-from tithe.app.train.cells import likeness
-from tithe.app.train.images import Images, Progress, read_folder, read_hub_images
+from tithe.app.train.documents import cut_tail
+from tithe.app.train.images import Progress, read_folder, read_hub_images
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.rows import Batch, Table, Targets
 from tithe.app.train.skipping import listed
-from tithe.app.train.tables import Table, read_hub_table, read_table
+from tithe.app.train.tables import read_hub_table, read_table
+from tithe.app.train.tasks import task_of
+from tithe.app.train.tasks.base import Encoder, Rows
 from tithe.errors import TitheError
 
 _SPLITS = ("train", "validation", "test")
-
-
-class Batch(TypedDict):
-    """`inputs`: the tokenizer's tensors by name, or images (N, C, H, W); `labels`: (N,), classes or float targets."""
-
-    inputs: dict[str, Tensor] | Tensor
-    labels: Tensor
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    def __call__(self, *texts: Any, **settings: Any) -> Any:
-        """Encode texts."""
-        ...
-
-    def pad(self, encoded: Any, **settings: Any) -> Any:
-        """Pad encoded texts to one length."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,24 +33,25 @@ class Examples:
 
     Args:
         splits: the rows of train, validation and, where there is one with labels, test.
-        targets: a tensor (N,) for each split: int64 classes, or float32 values of a regression.
-        labels: the class names in the order of the model's outputs; empty for a regression.
+        targets: for each split, what the task made of each row's label.
+        labels: the class names in the order of the model's outputs; empty where the task knows no classes.
         notes: what the user should know of them: rows that were left out, a split without labels.
     """
 
-    splits: Mapping[str, Table | Images]
-    targets: Mapping[str, Tensor]
+    splits: Mapping[str, Rows]
+    targets: Mapping[str, Targets]
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """A digest of every row in order: a run may only be resumed on the same data."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.labels).encode())
         for name, rows in self.splits.items():
             digest.update(f"{name}{len(rows.label)}".encode())
-            digest.update(self.targets[name].numpy().tobytes())
+            digest.update(json.dumps(rows.label).encode())
             if isinstance(rows, Table):
-                digest.update("\0".join(rows.text + (rows.text_pair or ())).encode())
+                # A message of a chat may hold whatever JSON or parquet does.
+                digest.update(json.dumps([rows.text, rows.text_pair], default=str).encode())
             elif rows.pixels is not None:
                 digest.update(np.ascontiguousarray(rows.pixels).data)
             else:
@@ -98,34 +83,21 @@ def read_examples(recipe: Recipe, progress: Progress = _silent) -> Examples:
     notes += [f"{name}: no labels, so no score" for name in unlabelled]
     if "validation" not in splits:
         splits = _carve(recipe, splits, "validation", ("data", "validation_fraction"), recipe.data.validation_fraction)
-    labels: tuple[str, ...] = ()
-    if recipe.data.task != "text-regression":
-        labels = _classes(recipe, splits["train"])
+    task = task_of(recipe)
+    labels = task.classes(recipe, splits["train"])
     if recipe.method.holds_out is not None:
         splits = _carve(recipe, splits, "held_out", ("method", "held_out"), recipe.method.holds_out)
     if recipe.average is not None and recipe.average.on == "held_out":
         splits = _carve(recipe, splits, "average", ("average", "held_out"), recipe.average.held_out)
-    if not labels:
-        targets = {
-            name: torch.tensor([float(label) for label in rows.label], dtype=torch.float32)
-            for name, rows in splits.items()
-        }
-    else:
-        targets = {name: _numbers(recipe, rows, labels) for name, rows in splits.items()}
+    targets = {name: task.targets(recipe, rows, labels) for name, rows in splits.items()}
     return Examples(splits, targets, labels, tuple(notes))
 
 
-def _read_splits(recipe: Recipe, progress: Progress) -> dict[str, Table | Images]:
-    data, images = recipe.data, recipe.data.task == "image-classification"
+def _read_splits(recipe: Recipe, progress: Progress) -> dict[str, Rows]:
+    data, images = recipe.data, "image_size" in recipe.data.terms.keys
     if data.npz is not None:
         path = recipe.data_path("npz")
-        if not images or path is None:
-            raise TitheError(
-                recipe.place("data", "npz"),
-                found=f"task {data.task!r}",
-                expected="image-classification",
-                remedy="set the task",
-            )
+        assert path is not None
         found = read_npz(recipe, path)
         sizes = {name: rows.pixels.shape[1:3] for name, rows in found.items() if rows.pixels is not None}
         if len(set(sizes.values())) > 1 and data.image_size is None:
@@ -152,7 +124,7 @@ def _read_splits(recipe: Recipe, progress: Progress) -> dict[str, Table | Images
     return {split: read_table(recipe, split, path) for split, path in paths.items()}
 
 
-def _labelled(recipe: Recipe, splits: dict[str, Table | Images]) -> tuple[dict[str, Table | Images], list[str]]:
+def _labelled(recipe: Recipe, splits: dict[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
     """Part the splits without labels from the others; only the test split may be one."""
     seen = set(splits["train"].label) | set(recipe.data.labels or ()) | set(splits["train"].names)
     unlabelled: list[str] = []
@@ -173,25 +145,27 @@ def _labelled(recipe: Recipe, splits: dict[str, Table | Images]) -> tuple[dict[s
 
 
 def _carve(
-    recipe: Recipe, splits: dict[str, Table | Images], name: str, key: tuple[str, str], fraction: float
-) -> dict[str, Table | Images]:
+    recipe: Recipe, splits: dict[str, Rows], name: str, key: tuple[str, str], fraction: float
+) -> dict[str, Rows]:
     """Take a part of the training rows away, as a split of its own; `key` of the recipe says how large it is.
 
     No class loses its last row to it.
     """
     train = splits["train"]
-    num, wanted = len(train.label), round(fraction * len(train.label))
+    if isinstance(train, Table) and train.running:
+        return _carve_texts(train, splits, name, fraction)
+    task, num, wanted = task_of(recipe), len(train.label), round(fraction * len(train.label))
     order = torch.randperm(num, generator=torch.Generator().manual_seed(recipe.data.split_seed)).tolist()
-    left, held = Counter(train.label), list[int]()
-    is_class = recipe.data.task != "text-regression"
+    classes = [tuple(task.classes_in(label)) for label in train.label]
+    left, held = Counter(name for own in classes for name in set(own)), list[int]()
     for row in order:
         if len(held) == wanted:
             break
-        if not is_class or left[train.label[row]] > 1:
+        if all(left[name] > 1 for name in classes[row]):
             held.append(row)
-            left[train.label[row]] -= 1
+            left.subtract(set(classes[row]))
     if not held or len(held) == num:
-        single = is_class and wanted > 0 and not held
+        single = bool(left) and wanted > 0 and not held
         raise TitheError(
             recipe.place(*key),
             found=f"{len(held)} of {num} training examples for {name}"
@@ -206,186 +180,63 @@ def _carve(
     return {**carved, **{name: split for name, split in splits.items() if name != "train"}}
 
 
-def _classes(recipe: Recipe, train: Table | Images) -> tuple[str, ...]:
-    """The classes in the order of the model's outputs: the recipe's, else the data set's own, else that of the names.
-
-    Raises:
-        TitheError: there is one class only, two that are written alike, or more than the model has outputs.
-    """
-    labels = recipe.data.labels or train.names
-    if not labels:
-        labels = _order(train.label)
-        _check_spelling(train, labels)
-    seen = set(train.label)
-    if len(seen) < 2 and len(labels) < 2:
-        raise TitheError(
-            train.place(0),
-            found=f"only the label {train.label[0]!r}",
-            expected="at least two classes",
-            remedy="check [data] label, or add rows of other classes",
-        )
-    num_labels = recipe.model.num_labels
-    if num_labels is not None and len(labels) > num_labels:
-        row = next((row for row, label in enumerate(train.label) if label == labels[num_labels]), 0)
-        raise TitheError(
-            train.place(row),
-            found=f"label {labels[num_labels]!r}, class number {num_labels + 1} of {len(labels)}",
-            expected=f"{num_labels} classes ({recipe.place('model', 'num_labels')})",
-            remedy="raise num_labels, or correct the label",
-        )
-    return labels
-
-
-def _order(labels: Sequence[str]) -> tuple[str, ...]:
-    names = set(labels)
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
-
-
-def _check_spelling(train: Table | Images, labels: Sequence[str]) -> None:
-    """Refuse two labels that a reader would take for one: they would be two outputs."""
-    alike: dict[object, str] = {}
-    for label in labels:
-        other = alike.setdefault(likeness(label), label)
-        if other != label:
-            first, second = train.label.index(other), train.label.index(label)
+def _carve_texts(train: Table, splits: dict[str, Rows], name: str, fraction: float) -> dict[str, Rows]:
+    """Hold out the end of every text, cut where a line ends: what is held out then follows from what is trained on."""
+    pairs = [cut_tail(text, fraction) for text in train.text]
+    for row, (head, tail) in enumerate(pairs):
+        if not head.strip() or not tail.strip():
             raise TitheError(
-                train.place(max(first, second)),
-                found=f"the label {train.label[max(first, second)]!r} beside {train.label[min(first, second)]!r} "
-                f"({train.place(min(first, second))})",
-                expected="one way to write a class",
-                remedy="write them alike, or list every class in [data] labels if they are two",
+                train.place(row),
+                found=f"a text of {len(train.text[row])} characters, too short to hold out a part of it for {name}",
+                expected="longer texts" + (", or a validation file" if name == "validation" else ""),
+                remedy=f"give {name} a file of its own" if name == "validation" else "add text",
             )
+    one, two = (replace(train, text=tuple(pair[side] for pair in pairs)) for side in (0, 1))
+    return {"train": one, name: two, **{other: rows for other, rows in splits.items() if other != "train"}}
 
 
-def _numbers(recipe: Recipe, rows: Table | Images, labels: tuple[str, ...]) -> Tensor:
-    number = {label: index for index, label in enumerate(labels)}
-    for row, label in enumerate(rows.label):
-        if label not in number:
-            known = ", ".join(labels[:12]) + (", …" if len(labels) > 12 else "")
-            origin = recipe.place("data", "labels") if recipe.data.labels else "the training split"
-            raise TitheError(
-                rows.place(row),
-                found=f"label {label!r}",
-                expected=f"one of {known} ({origin})",
-                remedy="correct the line, or list every label in [data] labels",
-            )
-    return torch.tensor([number[label] for label in rows.label], dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Makes batches of a `Table`: encoded once, padded to the longest of each batch.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        max_length: tokens that a text (or pair) is cut to.
-    """
-
-    tokenizer: Tokenizer
-    max_length: int
-
-    def encode(self, rows: Table | Images) -> Sequence[Any]:
-        """One mapping of token lists for each row."""
-        assert isinstance(rows, Table)
-        texts = [list(rows.text)] if rows.text_pair is None else [list(rows.text), list(rows.text_pair)]
-        encoded = cast(Mapping[str, list[Any]], self.tokenizer(*texts, truncation=True, max_length=self.max_length))
-        return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
-
-    def largest(self, items: Sequence[Any]) -> int:
-        """The row of the most tokens, the first of several."""
-        return max(range(len(items)), key=lambda row: len(items[row]["input_ids"]))
-
-    def join(self, items: Sequence[Any]) -> dict[str, Tensor] | Tensor:
-        """Pad encoded rows to tensors (N, longest)."""
-        return dict(cast(Mapping[str, Tensor], self.tokenizer.pad(list(items), return_tensors="pt")))
-
-
-@dataclass(frozen=True)
-class ImageEncoder:
-    """Makes batches of `Images`: scaled to 0–1, then normalised by channel.
-
-    Args:
-        mean: one number a channel.
-        std: one number a channel.
-        size: side in pixels that images are resized to, or None to leave arrays as they are.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: int | None
-
-    def encode(self, rows: Table | Images) -> Sequence[Any]:
-        """The images, decoded when they are asked for."""
-        assert isinstance(rows, Images)
-        return _Decoded(rows, self.size)
-
-    def largest(self, items: Sequence[Any]) -> int:
-        """The first: images of a batch have one size."""
-        return 0
-
-    def join(self, items: Sequence[Any]) -> dict[str, Tensor] | Tensor:
-        """Stack uint8 images to float32 (N, C, H, W)."""
-        images_NCHW = torch.stack(list(items)).float() / 255
-        mean_C11, std_C11 = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        return (images_NCHW - mean_C11) / std_C11
-
-
-Encoder = TextEncoder | ImageEncoder
-
-
-@dataclass(frozen=True)
-class _Decoded(Sequence[Tensor]):
-    images: Images
-    size: int | None
-
-    def __len__(self) -> int:
-        return len(self.images.label)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self.images.decode(row, self.size)
-
-
-class Samples(Dataset[tuple[Any, Tensor]]):
+class Samples(Dataset[Any]):
     """One split, encoded: what a loader draws from.
 
     Args:
         rows: the split.
-        targets: (N,), the classes or values.
-        encoder: how rows become inputs.
+        targets: what each row is to give, as the task made it.
+        encoder: how rows become items, and items batches.
+
+    Raises:
+        TitheError: a row cannot be encoded; it names the line.
     """
 
-    def __init__(self, rows: Table | Images, targets: Tensor, encoder: Encoder) -> None:
-        self._items, self._targets, self._encoder = encoder.encode(rows), targets, encoder
+    def __init__(self, rows: Rows, targets: Targets, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._items, self.notes = encoder.encode(rows, targets)
+        self._weights = encoder.weights(self._items)
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return len(self._items)
 
-    def __getitem__(self, row: int) -> tuple[Any, Tensor]:
-        return self._items[row], self._targets[row]
+    def __getitem__(self, row: int) -> Any:
+        return self._items[row]
 
     @property
     def largest(self) -> int:
         """A row of the largest input: a batch with it is as large as batches of its length can be."""
         return self._encoder.largest(self._items)
 
+    def weight(self, rows: Sequence[int]) -> int:
+        """Count what the mean loss of a batch with these rows is a mean of."""
+        return len(rows) if self._weights is None else sum(self._weights[row] for row in rows)
+
     def batches(self, rows: Sequence[Sequence[int]], workers: int = 0) -> Iterator[Batch]:
         """Iterate over the batches with these rows, leaving the global random state alone."""
         loader = DataLoader(
             self,
             batch_sampler=cast(Any, rows),
-            collate_fn=self._join,
+            collate_fn=self._encoder.join,
             num_workers=workers,
             generator=torch.Generator().manual_seed(0),
         )
         return iter(loader)
-
-    def _join(self, items: Sequence[tuple[Any, Tensor]]) -> Batch:
-        return {
-            "inputs": self._encoder.join([item for item, _ in items]),
-            "labels": torch.stack([target for _, target in items]),
-        }
 
 
 def epoch_order(num: int, *, seed: int, epoch: int) -> list[int]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tithe.app.train.data import Batch, Samples, to_device
-from tithe.app.train.models import Network, logits
+from tithe.app.train.data import Samples, to_device
+from tithe.app.train.models import Network
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.rows import Batch
+from tithe.app.train.tasks import task_of
 from tithe.errors import TitheError
 
 
@@ -54,32 +56,12 @@ def _check_batch(recipe: Recipe, model: nn.Module, split: str, batch: Batch, num
     inputs = batch["inputs"]
     _check_tokens(recipe, model, inputs)
     try:
-        output = logits(model, batch)
+        task_of(recipe).check(recipe, model, batch, num_classes)
     except TitheError:
         raise
     # A model of the user's own may raise anything.
     except Exception as error:
         raise _unfit(recipe, model, split, inputs, error) from error
-    num, wanted = len(batch["labels"]), recipe.model.num_labels or max(1, num_classes)
-    if tuple(output.shape) == (num, wanted):
-        return
-    key = "num_labels" if recipe.model.num_labels is not None else "callable"
-    place = recipe.place("model", key) if getattr(recipe.model, key) is not None else recipe.place("model")
-    if output.ndim != 2 or len(output) != num:
-        raise TitheError(
-            place,
-            found=f"an output of shape {tuple(output.shape)} for {num} examples",
-            expected=f"({num}, {wanted}): one row an example",
-            remedy="return the logits of the classes" if num_classes else "return one value an example",
-        )
-    found = output.shape[1]
-    told = f"{num_classes} classes in the data" if num_classes else "one value an example"
-    if num_classes and found > num_classes:
-        remedy = f"set num_labels = {found} in [model], and leave the last {found - num_classes} unused"
-        remedy += ", or let the callable return num_labels outputs"
-    else:
-        remedy = "let the callable return as many outputs as its argument num_labels says"
-    raise TitheError(place, found=f"a model with {found} outputs", expected=f"{wanted}: {told}", remedy=remedy)
 
 
 def _check_tokens(recipe: Recipe, model: nn.Module, inputs: Mapping[str, Tensor] | Tensor) -> None:

@@ -168,7 +168,8 @@ def load_split(recipe: Recipe, split: str, name: str) -> Any:
 
 
 def class_names(feature: object) -> tuple[str, ...]:
-    """The names of a `ClassLabel` in their order; empty for columns of another kind."""
+    """The names of a `ClassLabel`, or of a list of them, in their order; empty for columns of another kind."""
+    feature = getattr(feature, "feature", feature)
     return tuple(canonical(name) for name in cast("Sequence[str] | None", getattr(feature, "names", None)) or ())
 
 

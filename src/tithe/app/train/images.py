@@ -151,6 +151,33 @@ def read_folder(recipe: Recipe, split: str, path: Path, progress: Progress) -> I
     return Images(path.name, None, tuple(files), label, recipe.data.channels, skipped=skipped)
 
 
+def read_pictures(recipe: Recipe, path: Path, progress: Progress) -> Images:
+    """List pictures without classes: one file, or all that lie in a folder and in the folders inside it.
+
+    Raises:
+        TitheError: there is none, or one cannot be read.
+    """
+    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in inside if is_picture(file) and not any(map(is_hidden, file.relative_to(path).parts))]
+    if not files:
+        raise TitheError(
+            str(path),
+            found="no picture",
+            expected=f"a picture, or a folder of pictures ({', '.join(sorted(SUFFIXES))})",
+            remedy="correct the path",
+        )
+    unusable, faults = Unusable(recipe), dict[str, str]()
+    for done, file in enumerate(files, start=1):
+        progress("opening the pictures", done, len(files))
+        if (fault := _fault(file)) is not None:
+            faults[str(file)] = fault
+            unusable.add(_bad_picture(str(file), fault))
+    skipped = unusable.settle()
+    kept = tuple(file for file in files if str(file) not in faults)
+    labels = ("",) * len(kept)
+    return Images(path.name, None, kept, labels, recipe.data.channels, labelled=False, skipped=skipped)
+
+
 def read_hub_images(recipe: Recipe, split: str, name: str, progress: Progress) -> Images:
     """Read one split of a Hugging Face image data set into memory, with its first image column.
 

@@ -21,10 +21,9 @@ from tithe import distributed
 from tithe.app.terminal import Bar
 from tithe.app.train.averaging import attach_average, courses, leave
 from tithe.app.train.checkpoints import Checkpoints, random_state, set_random_state
-from tithe.app.train.data import Batch, Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
+from tithe.app.train.data import Batches, Samples, choosing_rows, chunks, even_chunks, read_examples, to_device
 from tithe.app.train.fitting import check_fits
-from tithe.app.train.metrics import chosen_metrics, score
-from tithe.app.train.models import answer, build, classification_loss, find_model, regression_loss
+from tithe.app.train.models import answer, build, checkpoint_gradients, find_model, score
 from tithe.app.train.optimizer import (
     load_optimizer_state,
     make_optimizer,
@@ -36,6 +35,7 @@ from tithe.app.train.position import Position, bill, drawn
 from tithe.app.train.progress import Reporter
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import Recording, recorded_steps
+from tithe.app.train.rows import Batch
 from tithe.app.train.setup import (
     attach,
     check_output,
@@ -46,6 +46,9 @@ from tithe.app.train.setup import (
     make_accelerator,
 )
 from tithe.app.train.signals import Interrupted, StopSignals
+from tithe.app.train.tasks import task_of
+from tithe.app.train.terms import merit
+from tithe.app.train.trackers import find_trackers
 from tithe.errors import TitheError
 
 
@@ -86,6 +89,7 @@ class Run:
             check_output(recipe, self.checkpoints.steps())
         find_model(recipe)
         find_method(recipe)
+        find_trackers(recipe)
         with Bar(console if self.accelerator.is_main_process else None, patience=2.0) as bar:
             self.examples = read_examples(recipe, bar.count)
             for note in self.examples.notes if self.accelerator.is_main_process else ():
@@ -98,13 +102,18 @@ class Run:
         compare_ranks(recipe, self.examples, steps)
         state = load_state(recipe, self.examples, self.checkpoints, steps[-1], world) if steps else None
         self.console = console if self.accelerator.is_main_process else None
-        self.loss = regression_loss if recipe.data.task == "text-regression" else classification_loss
+        self.task = task_of(recipe)
+        self.loss = self.task.loss
         self.position = Position() if state is None else Position(**state["position"])
         self.failed: dict[str, str] = {}
         """The splits that could not be evaluated at the end, with the reason."""
         self._signals = StopSignals()
         self._share = (self.accelerator.process_index, world)
-        self._courses = courses(recipe, self.examples, self._share)
+        self._load()
+        for note in self.notes[len(self.examples.notes) :] if self.console is not None else ():
+            console.print(note, markup=False, highlight=False)
+        sizes = {name: len(samples) for name, samples in self.samples.items()}
+        self._courses = courses(recipe, sizes, self._share)
         self.total_steps = self._courses[-1].total_steps
         self._recording: Recording | None = None
         if recipe.history is not None and self.accelerator.is_main_process:
@@ -114,17 +123,25 @@ class Run:
         if state is not None:
             self._restore(state)
 
-    def _attach(self, state: dict[str, Any] | None) -> None:
-        """Load the base and put the method on it, with the choice and the values of a state where there is one."""
+    def _load(self) -> None:
+        """Load the base, and make samples for it."""
         recipe, accelerator = self.recipe, self.accelerator
         set_seed(recipe.run.seed)
         self.network = build(recipe, self.examples)
+        if recipe.run.gradient_checkpointing:
+            checkpoint_gradients(recipe, self.network.model)
         self.model = self.network.model.to(accelerator.device)
         self.samples = {
             name: Samples(rows, self.examples.targets[name], self.network.encoder)
             for name, rows in self.examples.splits.items()
         }
         check_fits(recipe, self.network, self.samples, len(self.examples.labels), accelerator.device)
+        told = [f"{name}: {note}" for name, samples in self.samples.items() for note in samples.notes]
+        self.notes = [*self.examples.notes, *self.network.notes, *told]
+
+    def _attach(self, state: dict[str, Any] | None) -> None:
+        """Put the method on the base, with the choice and the values of a state where there is one."""
+        recipe, accelerator = self.recipe, self.accelerator
         self.course = self._courses[self.position.average is not None]
         self.num_weights = sum(parameter.numel() for parameter in self.model.parameters())
         train, run, (rank, world) = self.samples["train"], recipe.run, self._share
@@ -174,6 +191,7 @@ class Run:
             return
         self.wrapped = self.model  # lets the wrapper go
         self.trainee.release()
+        self._load()
         self._attach(state)
 
     def _changed(self, changed: bool) -> None:
@@ -195,13 +213,12 @@ class Run:
             Interrupted: SIGINT or SIGTERM came; the state is saved.
             NotFiniteError: the loss or the gradient was not finite; nothing was saved after it.
         """
-        at, run = self.position, self.recipe.run
+        at = self.position
         reporter = Reporter(
-            self.recipe.output,
+            self.recipe,
             total=self.total_steps,
             done=at.step,
             lines=at.logged,
-            every=run.log_every,
             device=self.accelerator.device,
             console=self.console,
         )
@@ -228,25 +245,30 @@ class Run:
         at.average = {"step": at.step, "seconds": seconds, "narrow": narrow, "own": own, "last": last}
         at.epoch, at.step_in_epoch = at.epoch + (at.step_in_epoch > 0), 0
         at.best_step, at.best_value = None, -math.inf
+        self._load()
         self._attach(None)
         self._begin()
         at.seconds += time.monotonic() - started
         self._refresh()
         mean, count = self.scores(), len(recorded_steps(self.recipe))
         at.average |= {"mean": mean, "checkpoints": count}
-        at.judge(next(iter(mean["validation"].values())))
+        at.judge(merit(*next(iter(mean["validation"].items()))))
         reporter.log("mean", at.step, mean["validation"])
         told = "  ".join(f"{name} {value:.4f}" for name, value in mean["validation"].items())
         reporter.say(f"step {at.step}/{self.total_steps}  mean of {count} checkpoints: {told}")
         self.save()
 
     def _steps(self, reporter: Reporter) -> None:
-        while self.position.step < self.course.total_steps:
+        while not self._done:
             self._epoch(reporter)
+
+    @property
+    def _done(self) -> bool:
+        return self.position.step == self.course.total_steps or self.position.stopped is not None
 
     def _epoch(self, reporter: Reporter) -> None:
         at, started, samples = self.position, time.monotonic(), self.samples[self.course.split]
-        parts = self.course.parts(at.epoch)[at.step_in_epoch :]
+        parts = self.course.parts(at.epoch, samples.weight)[at.step_in_epoch :]
         batches = samples.batches([rows for part in parts for rows, _ in part], self.recipe.run.workers)
         for part in parts:
             weighted = [(to_device(next(batches), self.accelerator.device), weight) for _, weight in part]
@@ -266,7 +288,7 @@ class Run:
             reporter.step(at.step, values)
             self._pause(reporter, ended)
             started = time.monotonic()
-            if at.step == self.course.total_steps:
+            if self._done:
                 return
 
     def _measured_step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
@@ -399,12 +421,17 @@ class Run:
             values = self.evaluate("validation")
             reporter.evaluation(at.step, "validation", values)
             at.evaluations.append({"step": at.step, **values})
-            improved = at.step >= self.course.fixed_from and at.judge(next(iter(values.values())))
+            improved = at.step >= self.course.fixed_from and at.judge(merit(*next(iter(values.items()))))
+            if run.patience is not None and at.stale >= run.patience and not last:
+                at.stopped, last = at.step, True
+                reporter.say(
+                    f"step {at.step}/{self.total_steps}  ends here: {at.stale} evaluations without a better one"
+                )
         stop = self._asked_to_stop()
         due = ended if run.checkpoint_every is None else at.step % run.checkpoint_every == 0
         if last or improved or due or stop is not None:
             self.save()
-        if stop is not None and at.step < self.total_steps:
+        if stop is not None and not self._done:
             raise Interrupted(f"{stop.name} at step {at.step} of {self.total_steps}: saved")
 
     def _asked_to_stop(self) -> signal.Signals | None:
@@ -419,11 +446,11 @@ class Run:
     def evaluate(self, split: str) -> dict[str, float]:
         """The recipe's metrics on one split, in evaluation mode; every process takes its share."""
         samples, world, rank = self.samples[split], self.accelerator.num_processes, self.accelerator.process_index
-        rows, run = chunks(range(rank, len(samples), world), self.recipe.run.eval_batch_size), self.recipe.run
+        rows, run = chunks(range(rank, len(samples), world), self.recipe.evaluated_at_once), self.recipe.run
         answers, failure = torch.empty(0), None
         try:
             with self.accelerator.autocast():
-                answers = answer(self.model, Batches(samples, rows, self.accelerator.device, run.workers))
+                answers = answer(self.task, self.model, Batches(samples, rows, self.accelerator.device, run.workers))
         except Exception as error:
             if world == 1:
                 raise
@@ -440,10 +467,10 @@ class Run:
                         expected="answers to all examples",
                         remedy="look at what was found",
                     )
-            answers = torch.empty(len(samples), shares[0][0].shape[-1])
+            answers = torch.empty(len(samples), shares[0][0].shape[-1], dtype=torch.float64)
             for other, (share, _) in enumerate(shares):
                 answers[other::world] = share
-        return score(chosen_metrics(self.recipe), answers, self.examples.targets[split])
+        return score(self.recipe, answers, self.examples.labels)
 
     def scores(self, *, required: tuple[str, ...] = ("validation",)) -> dict[str, dict[str, float]]:
         """The metrics on validation and, where there is one, test.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tithe.app.train.recipe import OptimizerSection
+from tithe.app.train.sections import OptimizerSection
 
 
 def warmup_steps(section: OptimizerSection, steps_per_epoch: int) -> int:

@@ -1,4 +1,4 @@
-"""How good the answers are: a number for each metric a recipe may ask for."""
+"""How good answers are: the formulas behind the metrics of tasks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-
-from tithe.app.train.recipe import Metric, Recipe
-
-
-def chosen_metrics(recipe: Recipe) -> tuple[Metric, ...]:
-    """The metrics of a run; the first decides which checkpoint is the best."""
-    if recipe.run.metrics is not None:
-        return recipe.run.metrics
-    return ("pearson", "spearman") if recipe.data.task == "text-regression" else ("accuracy",)
 
 
 def accuracy(answers: Tensor, targets: Tensor) -> float:
@@ -88,22 +79,18 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[group]
 
 
-METRICS: Mapping[Metric, Callable[[Tensor, Tensor], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+CLASSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+"""Of (N,) tensors of classes: the answers, and what is right."""
+
+VALUES: Mapping[str, Callable[[Tensor, Tensor], float]] = {"pearson": pearson, "spearman": spearman}
+"""Of (N,) tensors of values."""
 
 
-def score(names: tuple[Metric, ...], logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """All metrics of a run on one split.
+def micro_f1(hits: float, answered: float, right: float) -> float:
+    """F1 of counts: those answered that are right, all that are answered, and all that are right.
 
-    Args:
-        names: the metrics.
-        logits: (N, labels) of a classification, (N, 1) of a regression.
-        targets: (N,).
+    Example:
+        >>> micro_f1(1, 2, 2)
+        0.5
     """
-    answers = logits.squeeze(-1) if targets.is_floating_point() else logits.argmax(-1)
-    return {name: METRICS[name](answers, targets) for name in names}
+    return 2 * hits / (answered + right) if answered + right else 0.0

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import difflib
 import fnmatch
 import importlib
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tithe.app.train.data import Batch, Encoder, Examples, ImageEncoder, TextEncoder
-from tithe.app.train.hub import NO_NETWORK, find_folder, is_reachable, no_retries
-from tithe.app.train.images import Images
-from tithe.app.train.paths import expand
+from tithe.app.train.data import Examples
+from tithe.app.train.encoders import BYTES, image_encoder, is_text, load_tokenizer, text_encoder
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.rows import Batch
+from tithe.app.train.sources import loading, quiet, resolve
+from tithe.app.train.tasks import task_of
+from tithe.app.train.tasks.base import Encoder, Task
 from tithe.errors import TitheError
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -37,11 +39,13 @@ class Network:
         model: the module.
         head: names of the parameters of its task head.
         encoder: makes its inputs.
+        notes: what the user should know of how it was made.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     encoder: Encoder
+    notes: tuple[str, ...] = ()
 
     def set_labels(self, labels: Sequence[str]) -> None:
         """Write the class names into the configuration of a transformers model; others have no place for them."""
@@ -58,15 +62,24 @@ class Network:
 
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.model, transformers.PreTrainedModel):
-            self.model.config.save_pretrained(folder)
-        if isinstance(self.encoder, TextEncoder):
-            cast(Any, self.encoder.tokenizer).save_pretrained(folder)
+            config: Any = copy.deepcopy(self.model.config)
+            if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+                config.use_cache = True  # off only while blocks run again
+            config.save_pretrained(folder)
+        if self.encoder.tokenizer is not None:
+            self.encoder.tokenizer.save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` reads (a transformers model)."""
+        """Write all of it: a folder that `from_pretrained` reads, or the weights of another model in one file."""
+        import transformers
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, transformers.PreTrainedModel):
+            with quiet():
+                cast(Any, self.model).save_pretrained(folder)
+        else:
+            safetensors.torch.save_model(self.model, str(folder / "model.safetensors"))
         self.save_extras(folder)
-        with quiet():
-            cast(Any, self.model).save_pretrained(folder)
 
 
 def find_model(recipe: Recipe) -> None:
@@ -84,42 +97,13 @@ def find_model(recipe: Recipe) -> None:
         )
     if section.callable is not None:
         _callable(recipe)
-    is_text = recipe.data.task != "image-classification"
-    if is_text and section.pretrained is None and section.tokenizer is None:
+    if is_text(recipe) and section.pretrained is None and section.tokenizer is None:
         raise TitheError(
-            recipe.place("model"), found="no tokenizer", expected="one for a text task", remedy='add tokenizer = "..."'
+            recipe.place("model"),
+            found="no tokenizer",
+            expected="one for a text task",
+            remedy=f'add tokenizer = "...", or "{BYTES}", which needs no file',
         )
-
-
-def resolve(recipe: Recipe, name: str, key: str) -> str:
-    """Turn a recipe's model name into a folder, or leave it as an id of the Hugging Face hub.
-
-    `package:NAME/FOLDER` is a folder inside an installed Python package, found without importing it; a path is relative
-    to the recipe.
-
-    Raises:
-        TitheError: the package or folder is missing.
-    """
-    place = recipe.place("model", key)
-    if name.startswith("package:"):
-        package, _, inner = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        roots = list(spec.submodule_search_locations or ()) if spec is not None else []
-        if not roots:
-            raise TitheError(
-                place, found=f"no package {package!r}", expected="an installed package", remedy=f"pip install {package}"
-            )
-        folder = Path(roots[0]) / inner
-        if not folder.is_dir():
-            raise TitheError(
-                place,
-                found=f"no folder {folder}",
-                expected=f"a folder inside the package {package}",
-                remedy="correct the path",
-            )
-        return str(folder)
-    folder = find_folder(recipe, name, recipe.folder, "model", key)
-    return name if folder is None else str(folder)
 
 
 def build(recipe: Recipe, examples: Examples) -> Network:
@@ -128,93 +112,157 @@ def build(recipe: Recipe, examples: Examples) -> Network:
     Raises:
         TitheError: the model cannot be loaded, has no head that is known, or `head` matches nothing.
     """
-    network = load(recipe, recipe.model.num_labels or max(1, len(examples.labels)), examples)
+    network = load(recipe, task_of(recipe).num_outputs(recipe, examples.labels), examples)
     network.set_labels(examples.labels)
     return network
 
 
 def load(recipe: Recipe, num_labels: int, examples: Examples | None = None) -> Network:
     """Load or make the network with this many outputs; without examples, images are not normalised."""
-    section, fresh = recipe.model, ()
-    if section.pretrained is not None:
+    fresh: tuple[str, ...] = ()
+    if recipe.model.pretrained is not None and recipe.model.scratch is False:
         model, fresh = _pretrained(recipe, num_labels)
-    elif section.timm is not None:
-        model = _timm(recipe, num_labels)
+        tokenizer, notes = load_tokenizer(recipe) if is_text(recipe) else (None, ())
     else:
-        model = call(recipe, num_labels)
-    encoder = (
-        _text_encoder(recipe, model)
-        if recipe.data.task != "image-classification"
-        else _image_encoder(recipe, model, examples)
-    )
-    return Network(model, find_head(recipe, model, fresh), encoder)
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keep transformers' loading report away: what is fresh here is fresh on purpose."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _loading(recipe: Recipe, key: str, expected: str) -> Generator[None]:
-    """Inside, a model or tokenizer is loaded by name: at once where there is no network, and without a report."""
-    try:
-        with quiet(), no_retries():
-            yield
-    # Their readers raise what damaged files make them stumble over: SafetensorError, UnpicklingError, ImportError …
-    except Exception as error:
-        online = is_reachable()
-        told = str(getattr(recipe.model, key))
-        is_id = not told.startswith("package:") and not (recipe.folder / expand(told)).is_dir()
-        found = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not online and is_id:
-            found = f"{NO_NETWORK} {told!r} is no folder beside the recipe and was not downloaded before"
-        raise TitheError(
-            recipe.place("model", key),
-            found=found,
-            expected=expected,
-            remedy="correct the name" + (", or connect to the network" if not online and is_id else ""),
-        ) from error
+        tokenizer, notes = load_tokenizer(recipe) if is_text(recipe) else (None, ())
+        model = _made(recipe, num_labels, tokenizer)
+    encoder = text_encoder(recipe, tokenizer, model) if is_text(recipe) else image_encoder(recipe, model, examples)
+    return Network(model, find_head(recipe, model, fresh), encoder, notes)
 
 
 def _pretrained(recipe: Recipe, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
     import transformers
 
-    name = resolve(recipe, recipe.model.pretrained or "", "pretrained")
-    is_image = recipe.data.task == "image-classification"
-    kind: Any = (
-        transformers.AutoModelForImageClassification if is_image else transformers.AutoModelForSequenceClassification
-    )
-    with _loading(
+    name, task = resolve(recipe, recipe.model.pretrained or "", "pretrained"), task_of(recipe)
+    kind: Any = getattr(transformers, task.architecture)
+    told = {"num_labels": num_labels} if task.terms.num_labels else {}
+    with loading(
         recipe,
         "pretrained",
         f"a model for {recipe.data.task}: a hub id (with network), a folder, or package:NAME/FOLDER",
     ):
         model, info = kind.from_pretrained(
-            name, num_labels=num_labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            name,
+            **told,
+            **task.settings,
+            ignore_mismatched_sizes=task.needs_head,
+            output_loading_info=True,
+            dtype=torch.float32,
         )
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     fresh = {*info["missing_keys"], *mismatched}
     return cast(nn.Module, model), tuple(key for key, _ in model.named_parameters() if key in fresh)
 
 
+def _made(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
+    """A model that is not loaded by transformers."""
+    if recipe.model.timm is not None:
+        return _timm(recipe, num_labels)
+    if recipe.model.callable is not None:
+        return call(recipe, num_labels if task_of(recipe).terms.num_labels else len(tokenizer))
+    return from_scratch(recipe, num_labels, tokenizer)
+
+
 def _timm(recipe: Recipe, num_labels: int) -> nn.Module:
     timm: Any = importlib.import_module("timm")
-    with _loading(recipe, "timm", "a name of timm.list_models()"):
+    with loading(recipe, "timm", "a name of timm.list_models()"):
         return timm.create_model(
-            recipe.model.timm, pretrained=True, num_classes=num_labels, in_chans=recipe.data.channels
+            recipe.model.timm,
+            pretrained=recipe.model.scratch is False,
+            num_classes=num_labels,
+            in_chans=recipe.data.channels,
         )
+
+
+def from_scratch(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
+    """A model of transformers with fresh weights, which the run's seed decides.
+
+    Args:
+        recipe: whose `[model] scratch` is a configuration, or true beside a `pretrained` of which nothing else is read.
+        num_labels: outputs of its head, where the task has one.
+        tokenizer: of the run; its vocabulary is the model's where the configuration does not say another.
+
+    Raises:
+        TitheError: there is no such model, or a key of the configuration is none of its own.
+    """
+    import transformers
+
+    task, told = task_of(recipe), recipe.model.scratch
+    kind: Any = getattr(transformers, task.architecture)
+    own: dict[str, Any] = dict(task.settings) | ({"num_labels": num_labels} if task.terms.num_labels else {})
+    if isinstance(told, bool):
+        name = resolve(recipe, recipe.model.pretrained or "", "pretrained")
+        with loading(
+            recipe, "pretrained", "a configuration: a hub id (with network), a folder, or package:NAME/FOLDER"
+        ):
+            config: Any = transformers.AutoConfig.from_pretrained(name, **own)
+    else:
+        config = _configuration(recipe, told, own)
+        if tokenizer is not None:
+            _complete(config, told, tokenizer)
+    place = recipe.place("model", "scratch")
+    try:
+        with quiet():
+            return kind.from_config(config, dtype=torch.float32)
+    # Configurations raise what their own checks do: ValueError, TypeError, ZeroDivisionError …
+    except Exception as error:
+        raise TitheError(
+            place,
+            found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            expected=f"a configuration of which {task.architecture} makes a model",
+            remedy="correct the numbers, or take another model_type",
+        ) from error
+
+
+def _complete(config: Any, told: Mapping[str, Any], tokenizer: Any) -> None:
+    """Let a configuration have the vocabulary and the special tokens of a tokenizer, but for what it was told."""
+    values = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }
+    for key, value in values.items():
+        if key not in told and value is not None and key in config.to_dict():
+            setattr(config, key, value)
+    if config.is_encoder_decoder and "decoder_start_token_id" not in told:
+        config.decoder_start_token_id = tokenizer.pad_token_id  # as in T5, whose configuration knows no default
+
+
+def _configuration(recipe: Recipe, told: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
+    import transformers
+
+    place, kinds = recipe.place("model", "scratch"), list(transformers.CONFIG_MAPPING.keys())
+    kind = told.get("model_type")
+    if kind not in kinds:
+        close = difflib.get_close_matches(str(kind), kinds, n=1)
+        raise TitheError(
+            place,
+            found=f"model_type {kind!r}",
+            expected='a type that the installed transformers knows, such as "llama"',
+            remedy=f'did you mean "{close[0]}"?' if close else "correct it",
+        )
+    known: Any = transformers.CONFIG_MAPPING[kind]()
+    keys = {*known.to_dict(), *known.attribute_map}
+    for key in told:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1)
+            raise TitheError(
+                recipe.place("model", "scratch", key),
+                found=f"{key!r}, which a {kind} configuration does not have",
+                expected="keys of that configuration",
+                remedy=f"did you mean {close[0]}?" if close else "correct its name, or remove it",
+            )
+    try:
+        return transformers.AutoConfig.for_model(**{key: value for key, value in told.items() if key not in own}, **own)
+    except Exception as error:
+        raise TitheError(
+            place,
+            found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            expected=f"values that a {kind} configuration takes",
+            remedy="correct them",
+        ) from error
 
 
 def _callable(recipe: Recipe) -> Callable[..., object]:
@@ -264,104 +312,6 @@ def call(recipe: Recipe, num_labels: int) -> nn.Module:
     return model
 
 
-def _text_encoder(recipe: Recipe, model: nn.Module) -> TextEncoder:
-    import transformers
-
-    key = "tokenizer" if recipe.model.tokenizer is not None else "pretrained"
-    name = resolve(recipe, recipe.model.tokenizer or recipe.model.pretrained or "", key)
-    with _loading(recipe, key, "a tokenizer"):
-        tokenizer: Any = cast(Any, transformers.AutoTokenizer).from_pretrained(name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise TitheError(
-            recipe.place("model", key),
-            found="a tokenizer without a token that pads or ends a text",
-            expected="one, to make texts of a batch equally long",
-            remedy='add "pad_token" to its tokenizer_config.json, or choose another with tokenizer = "..."',
-        )
-    if isinstance(model, transformers.PreTrainedModel):
-        cast(Any, model.config).pad_token_id = tokenizer.pad_token_id
-    return TextEncoder(tokenizer, _length(recipe, model))
-
-
-def _length(recipe: Recipe, model: nn.Module) -> int:
-    """How many tokens a text is cut to: as the recipe says, or else no more than the model has learned positions for.
-
-    Raises:
-        TitheError: the recipe says more than there are positions.
-    """
-    told, positions = recipe.data.max_length, _positions(model)
-    if positions is None or told <= positions:
-        return told
-    if "max_length" in recipe.data.model_fields_set:
-        raise TitheError(
-            recipe.place("data", "max_length"),
-            found=f"{told} tokens, and a model with {positions} learned positions",
-            expected=f"at most {positions}",
-            remedy=f"set max_length = {positions} in [data]",
-        )
-    return positions
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many positions of a text a model has learned; None where they are computed."""
-    counts: list[int] = []
-    for name, module in model.named_modules():
-        own = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and (own == "wpe" or ("posit" in own and "rel" not in own)):
-            # Where a row of the table is padding, as in RoBERTa, positions begin after it.
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            counts.append(module.num_embeddings - int(getattr(module, "offset", offset)))
-    return min(counts, default=None)
-
-
-def _image_encoder(recipe: Recipe, model: nn.Module, examples: Examples | None) -> ImageEncoder:
-    data = recipe.data
-    mean, std, size = _expected_images(recipe, model)
-    if not mean:
-        mean, std = _statistics(recipe, examples)
-    mean, std = data.mean or mean, data.std or std
-    for key, values in (("mean", mean), ("std", std)):
-        if len(values) != data.channels:
-            raise TitheError(
-                recipe.place("data", key),
-                found=f"{len(values)} numbers",
-                expected=f"{data.channels}",
-                remedy="one a channel",
-            )
-    return ImageEncoder(mean, std, data.image_size or size)
-
-
-def _expected_images(recipe: Recipe, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int | None]:
-    """Mean, deviation (empty: not known) and size of the images that the model was trained on."""
-    import transformers
-
-    if recipe.model.timm is not None:
-        settings: Any = importlib.import_module("timm.data").resolve_model_data_config(model)
-        return tuple(settings["mean"]), tuple(settings["std"]), settings["input_size"][-1]
-    if not isinstance(model, transformers.PreTrainedModel):
-        return (), (), None
-    size: object = getattr(model.config, "image_size", None)
-    file = Path(resolve(recipe, recipe.model.pretrained or "", "pretrained")) / "preprocessor_config.json"
-    values: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    mean, std = tuple(values.get("image_mean", ())), tuple(values.get("image_std", ()))
-    return mean, std, size if isinstance(size, int) else None
-
-
-def _statistics(recipe: Recipe, examples: Examples | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    channels = recipe.data.channels
-    if examples is None:
-        return (0.0,) * channels, (1.0,) * channels
-    images = examples.splits["train"]
-    assert isinstance(images, Images)
-    # 512 images tell mean and deviation to about 1 %.
-    rows = range(0, len(images.label), max(1, len(images.label) // 512))
-    pixels_CP = torch.cat([images.decode(row, None).reshape(channels, -1) for row in rows], dim=1).double() / 255
-    mean_C, std_C = pixels_CP.mean(dim=1), pixels_CP.std(dim=1).clamp_min(1e-3)
-    return tuple(round(value, 6) for value in mean_C.tolist()), tuple(round(value, 6) for value in std_C.tolist())
-
-
 def find_head(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
     """Names of the parameters of the task head: the recipe's, or what is `fresh` or has a head's usual name.
 
@@ -379,6 +329,8 @@ def find_head(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> tuple[s
                     remedy="correct the glob",
                 )
         return tuple(name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in recipe.model.head))
+    if not task_of(recipe).needs_head:
+        return tuple(name for name in names if name in fresh)
     known = next((found for glob in _HEADS if (found := fnmatch.filter(names, glob))), [])
     head = {*fresh, *known}
     if not head:
@@ -391,40 +343,62 @@ def find_head(recipe: Recipe, model: nn.Module, fresh: Sequence[str]) -> tuple[s
     return tuple(name for name in names if name in head)
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model on a batch: (N, labels)."""
-    inputs = batch["inputs"]
-    output: Any = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return output if isinstance(output, Tensor) else output["logits"]
+def checkpoint_gradients(recipe: Recipe, model: Any) -> None:
+    """Let a model run its blocks again in the backward pass, so that it keeps no more than their inputs.
+
+    Raises:
+        TitheError: it has no such switch.
+    """
+    import transformers
+
+    place = recipe.place("run", "gradient_checkpointing")
+    refusal = TitheError(
+        place,
+        found=f"{type(model).__name__}, which cannot run its blocks again",
+        expected="a model of transformers or timm that supports gradient checkpointing",
+        remedy="remove gradient_checkpointing, or call torch.utils.checkpoint in the model itself",
+    )
+    if isinstance(model, transformers.PreTrainedModel):
+        if not model.supports_gradient_checkpointing:
+            raise refusal
+        # transformers renamed it; the old name warns where there is a new one.
+        switch: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        switch({"use_reentrant": False})
+        cast(Any, model.config).use_cache = False  # what is kept of keys and values is of no use in training
+    elif recipe.model.timm is not None:
+        importlib.import_module("timm.layers").set_reentrant_ckpt(False)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise refusal from error
+    else:
+        raise refusal
 
 
 def answer(
-    model: nn.Module, batches: Iterable[Batch], *, progress: Callable[[int], None] = lambda done: None
+    task: Task, model: nn.Module, batches: Iterable[Batch], *, progress: Callable[[int], None] = lambda done: None
 ) -> Tensor:
     """Run the model on batches in evaluation mode, in which it is left.
 
     Args:
+        task: of the run.
         model: the network.
         batches: on its device.
         progress: called with the number of samples of each batch when it is done.
 
     Returns:
-        (N, labels) on the CPU, float32; empty without a batch.
+        The task's tally (N, width) on the CPU; empty without a batch.
     """
-    outputs: list[Tensor] = []
+    tallies: list[Tensor] = []
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            outputs.append(logits(model, batch).float().cpu())
+            tallies.append(task.tally(model, batch).cpu())
             progress(len(batch["labels"]))
-    return torch.cat(outputs) if outputs else torch.empty(0)
+    return torch.cat(tallies) if tallies else torch.empty(0)
 
 
-def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(logits(model, batch), batch["labels"])
-
-
-def regression_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean squared error of a batch."""
-    return F.mse_loss(logits(model, batch).squeeze(-1), batch["labels"])
+def score(recipe: Recipe, tally: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """The recipe's metrics of a split, from the tally of all its samples."""
+    task = task_of(recipe)
+    return {name: task.score(name, tally, classes) for name in recipe.metrics}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tithe
-from tithe.app.train.recipe import OptimizerSection
+from tithe.app.train.sections import OptimizerSection
 
 
 def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

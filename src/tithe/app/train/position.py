@@ -19,7 +19,9 @@ class Position:
         epoch: finished.
         step_in_epoch: finished, of the present epoch.
         best_step: of the best checkpoint so far, among those that may be the result.
-        best_value: the first metric there.
+        best_value: the first metric there, as a number of which more is better.
+        stale: evaluations since then.
+        stopped: the step after which the run ended for want of better ones; None where it did not.
         seconds: of training.
         ledger: what the first whole step was measured to hold.
         evaluations: on the validation split.
@@ -37,6 +39,8 @@ class Position:
     step_in_epoch: int = 0
     best_step: int | None = None
     best_value: float = -math.inf
+    stale: int = 0
+    stopped: int | None = None
     seconds: float = 0.0
     ledger: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -52,8 +56,9 @@ class Position:
         Of equal ones it is the first, but of averages the last: training one only lowers the learning rate.
         """
         if value < self.best_value or (value == self.best_value and self.average is None):
+            self.stale += 1
             return False
-        self.best_step, self.best_value = self.step, value
+        self.best_step, self.best_value, self.stale = self.step, value, 0
         return True
 
 

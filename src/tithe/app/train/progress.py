@@ -1,11 +1,10 @@
-"""What a run says while it trains: a progress bar or plain lines, a log file, TensorBoard."""
+"""What a run says while it trains: a progress bar or plain lines, a log file, trackers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,55 +13,43 @@ import torch
 from rich.console import Console
 
 from tithe.app.terminal import Bar
-from tithe.files import NotWrittenError, writing
-
-_PATIENCE = 30.0
-"""Seconds until TensorBoard sees what was logged."""
-
-_NEVER = 10**9
-"""Seconds until the board's own thread would write: what goes wrong there could not be told."""
+from tithe.app.train.recipe import Recipe
+from tithe.app.train.trackers import Trackers
+from tithe.files import writing
 
 
 class Reporter:
     """Shows and logs one run; on all but the main process it does nothing.
 
     Args:
-        folder: the run's folder: `log.jsonl` and `tensorboard/` go there.
+        recipe: the run: `log.jsonl` goes into its folder, and its trackers are told.
         total: number of steps of the run.
         done: number of steps finished before (of a resumed run).
         lines: of the log that were written before the checkpoint that a run goes on from.
-        every: steps between two lines of the log.
         device: whose memory is shown.
         console: where to; None on other processes.
     """
 
     def __init__(
         self,
-        folder: Path,
+        recipe: Recipe,
         *,
         total: int,
         done: int,
         lines: int,
-        every: int,
         device: torch.device,
         console: Console | None,
     ) -> None:
-        self._console, self._total, self._every = console, total, every
-        self._folder, self._log, self._lines = folder, folder / "log.jsonl", 0
+        self._console, self._total, self._every = console, total, recipe.run.log_every
+        self._log, self._lines = recipe.output / "log.jsonl", 0
         self._loss, self._metric = 0.0, ""
         self._bar = Bar(console, total, done=done, device=device)
         if console is None:
             return
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         with writing(self._log):
-            folder.mkdir(parents=True, exist_ok=True)
+            recipe.output.mkdir(parents=True, exist_ok=True)
             self._lines = _cut(self._log, lines)
-        with writing(folder / "tensorboard"):
-            _check_room(folder / "tensorboard")
-            purge = done + 1 if done else None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=_NEVER)
-        self._shown = time.monotonic()
+        self._trackers = Trackers(recipe, done)
 
     def __enter__(self) -> Reporter:
         self._bar.__enter__()
@@ -74,10 +61,9 @@ class Reporter:
         self._bar.__exit__(kind, error, trace)
         if self._console is None:
             return
-        # The board of a run that ends in an error ends too; what it says then is not what went wrong.
-        kept = contextlib.nullcontext() if error is None else contextlib.suppress(NotWrittenError)
-        with kept, writing(self._folder / "tensorboard"):
-            self._board.close()
+        # The trackers of a run that ends in an error end too; what they say then is not what went wrong.
+        with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+            self._trackers.close()
 
     def say(self, text: str) -> None:
         """Print one line that stays."""
@@ -117,13 +103,7 @@ class Reporter:
         with writing(self._log), self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._lines += 1
-        with writing(self._folder / "tensorboard"):
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{split}/{name}", value, step)
-            if time.monotonic() - self._shown > _PATIENCE:
-                self._board.flush()
-                self._shown = time.monotonic()
+        self._trackers.log(split, step, values)
 
     def flushed(self) -> int:
         """Let the log outlive a power cut; return how many lines it has, for a checkpoint to remember."""
@@ -139,16 +119,6 @@ def read_log(folder: Path, split: str) -> list[dict[str, Any]]:
     file = folder / "log.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [entry for entry in map(json.loads, lines) if entry["split"] == split]
-
-
-def _check_room(folder: Path) -> None:
-    """Write a little and remove it: the board's own thread writes its first lines, and cannot say what went wrong."""
-    folder.mkdir(exist_ok=True)
-    room = folder / ".room"
-    try:
-        room.write_bytes(bytes(4096))
-    finally:
-        room.unlink(missing_ok=True)
 
 
 def _cut(log: Path, lines: int) -> int:

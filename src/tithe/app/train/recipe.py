@@ -10,16 +10,16 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from tithe.app.methods import SECTIONS
-from tithe.app.section import REFUSED, TABLES, MethodSection, Section, exactly_one, known_keys, refuse
+from tithe.app.section import REFUSED, TABLES, MethodSection, Section, known_keys, refuse
 from tithe.app.train.average_section import AverageSection, HistorySection, check_ending
-from tithe.app.train.cells import canonical
-from tithe.app.train.decoding import check_encoding, decode, kind_of, read_bytes
+from tithe.app.train.decoding import decode, kind_of, read_bytes
 from tithe.app.train.locate import Lines, locate
-from tithe.app.train.paths import check_path, exists, expand
+from tithe.app.train.paths import exists, expand
+from tithe.app.train.sections import DataSection, LogSection, ModelSection, OptimizerSection, RunSection
 from tithe.app.train.slips import explain_toml
 from tithe.errors import TitheError
 
@@ -28,204 +28,16 @@ if TYPE_CHECKING:
 else:
     AnyMethod = Union[tuple(dict.fromkeys(SECTIONS.values()))]  # noqa: UP007
 
-Task = Literal["text-classification", "text-regression", "image-classification"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
-PathText = Annotated[str, AfterValidator(check_path)]
-
-
-def _label_text(value: object) -> object:
-    """Write a label as the rows have it: `labels = [0, 1]` means what `["0", "1"]` does."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    return canonical(value) if isinstance(value, str) else value
-
-
-Label = Annotated[str, BeforeValidator(_label_text)]
-
-
-class ModelSection(Section):
-    """`[model]`: what is fine-tuned.
-
-    Exactly one of `pretrained` (a Hugging Face id, a local folder, or `package:NAME/FOLDER` inside an installed Python
-    package), `timm` (a timm name) and `callable` (`package.module:callable`, called with `num_labels=`).
-    """
-
-    pretrained: PathText | None = None
-    timm: str | None = None
-    callable: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
-    tokenizer: PathText | None = None
-    num_labels: Annotated[int, Field(ge=1)] | None = None
-    head: tuple[str, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
-        exactly_one(self, "pretrained", "timm", "callable")
-        return self
-
-
-class DataSection(Section):
-    """`[data]`: what it is fine-tuned on.
-
-    Files (`train`, `validation`, `test`: TSV, CSV, JSONL, parquet, or a folder of class folders), a Hugging Face
-    `dataset` (then the same three keys name its splits), or one `npz` of uint8 images (x_train,
-    y_train, x_test, y_test). `encoding` is that of tables which are not UTF-8; `skip_bad` leaves out rows without a
-    text or a label, and pictures that cannot be read.
-    """
-
-    task: Task
-    folder: PathText | None = None
-    train: PathText | None = None
-    validation: PathText | None = None
-    test: PathText | None = None
-    dataset: PathText | None = None
-    config: str | None = None
-    npz: PathText | None = None
-    encoding: str | None = None
-    skip_bad: bool = False
-    text: Annotated[str, Field(min_length=1)] = "text"
-    text_pair: Annotated[str, Field(min_length=1)] | None = None
-    label: Annotated[str, Field(min_length=1)] = "label"
-    labels: Annotated[tuple[Label, ...], Field(min_length=2)] | None = None
-    max_length: Annotated[int, Field(ge=2)] = 128
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    split_seed: Annotated[int, Field(ge=0)] = 0
-    image_size: Annotated[int, Field(ge=1)] | None = None
-    channels: Literal[1, 3] = 3
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSection:
-        if self.npz is not None or self.dataset is not None:
-            exactly_one(self, "npz", "dataset")
-        elif self.train is None:
-            exactly_one(self, "train", "npz", "dataset")
-        if self.npz is not None and (beside := self.given("train", "validation", "test")):
-            raise refuse(
-                beside[0],
-                found=f"{beside[0]} beside npz",
-                expected="all splits in the npz, as x_train, x_validation and x_test",
-                remedy=f"remove {beside[0]}, and put its images into the npz",
-            )
-        if self.config is not None and self.dataset is None:
-            raise refuse("config", found="config without dataset", expected="both", remedy="remove config")
-        return self
-
-    @model_validator(mode="after")
-    def _columns_differ(self) -> DataSection:
-        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
-        for key, other in (("label", "text"), ("text_pair", "text"), ("label", "text_pair")):
-            if columns[key] == columns[other] and self.task != "image-classification":
-                raise refuse(
-                    key,
-                    found=f"{columns[key]!r} as {key} and as {other}",
-                    expected="a column for each",
-                    remedy=f"name another column as {key}",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> DataSection:
-        twice = [label for label in self.labels or () if (self.labels or ()).count(label) > 1]
-        if twice:
-            raise refuse("labels", found=f"{twice[0]!r} twice", expected="each class once", remedy="remove one")
-        return self
-
-    @model_validator(mode="after")
-    def _pixels_from_0_to_1(self) -> DataSection:
-        """Refuse what would scale pixels twice, or divide them by nothing."""
-        for key, values in (("mean", self.mean or ()), ("std", self.std or ())):
-            wrong = next((value for value in values if not 0 <= value <= 1 or (key == "std" and value == 0)), None)
-            if wrong is not None:
-                divided = ", ".join(f"{value / 255:.4g}" for value in values)
-                raise refuse(
-                    key,
-                    found=f"{wrong:g}",
-                    expected="numbers from 0 to 1, as pixels are" + (", and none of them 0" if key == "std" else ""),
-                    remedy=f"write {key} = [{divided}]" if wrong > 1 else f"remove {key}, and it is measured",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _encoding_known(self) -> DataSection:
-        if self.encoding is not None and (wrong := check_encoding(self.encoding)) is not None:
-            raise refuse(
-                "encoding",
-                found=wrong,
-                expected='a name such as "cp1252", "latin-1" or "utf-16"',
-                remedy="correct it, or remove it where the tables are UTF-8",
-            )
-        return self
-
-
-class OptimizerSection(Section):
-    """`[optimizer]`: which, and how its learning rate moves."""
-
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = None
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
-
-    @property
-    def states(self) -> int:
-        """How many tensors of a parameter's size it keeps."""
-        return 2 if self.name != "sgd" else int(self.momentum > 0)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> OptimizerSection:
-        if self.momentum and self.name != "sgd":
-            raise refuse(
-                "momentum",
-                found=f"momentum with {self.name}",
-                expected='it with name = "sgd"',
-                remedy="remove momentum, or change name",
-            )
-        if len(self.given("warmup_steps", "warmup_epochs")) > 1:
-            raise refuse(
-                "warmup_epochs",
-                found="warmup_steps and warmup_epochs",
-                expected="at most one of them",
-                remedy="keep one",
-            )
-        return self
-
-
-class RunSection(Section):
-    """`[run]`: how long, how large, where to, and how often it is saved and looked at."""
-
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
-    seed: Annotated[int, Field(ge=0)] = 0
-    output: PathText
-    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
-    evaluate_every: Annotated[int, Field(ge=1)] | None = None
-    log_every: Annotated[int, Field(ge=1)] = 10
-    workers: Annotated[int, Field(ge=0)] = 0
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    @model_validator(mode="after")
-    def _one_length(self) -> RunSection:
-        exactly_one(self, "epochs", "steps")
-        return self
-
 
 class Recipe(Section):
-    """One run: five sections or up to seven, all keys known, and the lines they stand on for later messages."""
+    """One run: five sections or up to eight, all keys known, and the lines they stand on for later messages."""
 
     model: ModelSection
     data: DataSection
     method: Annotated[AnyMethod, Field(discriminator="name")]
     optimizer: OptimizerSection
     run: RunSection
+    log: LogSection = LogSection()
     history: HistorySection | None = None
     average: AverageSection | None = None
     _lines: Lines = PrivateAttr(default_factory=lambda: Lines("recipe"))
@@ -261,13 +73,26 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_output_for_a_value(self) -> Recipe:
-        if self.data.task == "text-regression" and (self.model.num_labels or 1) != 1:
+    def _outputs_of_the_task(self) -> Recipe:
+        told, terms = self.model.num_labels, self.data.terms
+        if told is not None and (not terms.num_labels or (told != 1 and not terms.keys & {"labels"})):
             raise refuse(
                 "model.num_labels",
-                found=f"{self.model.num_labels} outputs for text-regression",
-                expected="1",
+                found=f"{told} outputs for {self.data.task}",
+                expected="1" if terms.num_labels else "none: the outputs are the vocabulary",
                 remedy="remove num_labels",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_of_the_task(self) -> Recipe:
+        known = self.data.terms.metrics
+        if wrong := [metric for metric in self.run.metrics or () if metric not in known]:
+            raise refuse(
+                "run.metrics",
+                found=f"{wrong[0]} of {self.data.task}",
+                expected=f"one of {', '.join(known)}",
+                remedy="name one of them, or remove metrics",
             )
         return self
 
@@ -284,8 +109,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _ending_fits(self) -> Recipe:
+        if self.average is not None and self.run.patience is not None:
+            raise refuse(
+                "run.patience",
+                found="patience beside [average]",
+                expected="one of them: an average is of checkpoints to the end of a run",
+                remedy="remove patience",
+            )
         check_ending(self.method, self.history, self.average, epochs=self.run.epochs, steps=self.run.steps)
         return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of a run; the first decides which checkpoint is the best."""
+        return self.run.metrics or self.data.terms.usual
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Rows of a batch in evaluation."""
+        return self.run.eval_batch_size or self.data.terms.at_once or self.run.batch_size
 
     @property
     def folder(self) -> Path:
@@ -334,6 +176,10 @@ class Recipe(Section):
                 remedy="correct the path, or give the folder with --data FOLDER",
             )
         return path
+
+    def told(self) -> dict[str, Any]:
+        """The keys that were told, with their values, as JSON data: what `parse_recipe` makes the same recipe of."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     def settings(self) -> dict[str, Any]:
         """All keys of the sections that there are, with their values, as JSON data."""
@@ -419,6 +265,7 @@ _SECTIONS: Mapping[str, type[Section]] = {
     "data": DataSection,
     "optimizer": OptimizerSection,
     "run": RunSection,
+    "log": LogSection,
     "history": HistorySection,
     "average": AverageSection,
 }

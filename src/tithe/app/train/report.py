@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tithe.app import terminal
 from tithe.app.terminal import human
@@ -35,11 +36,14 @@ def finish(run: Run) -> dict[str, Any]:
     delta = folder / ("network.safetensors" if at.widths else "delta.safetensors")
     if run.accelerator.is_main_process:
         task, labels = run.recipe.data.task, run.examples.labels
-        num_labels = run.recipe.model.num_labels or max(1, len(labels))
+        num_labels = run.task.num_outputs(run.recipe, labels)
         widths = None if at.average is None else at.average["narrow"]
         save(run.trainee, delta, widths, metadata=describe(task, num_labels, labels))
         with replacing(folder / "model", folder=True, overwrite=True) as extras:
-            run.network.save_extras(extras)
+            if run.recipe.model.scratch is False or at.widths:
+                run.network.save_extras(extras)
+            else:
+                run.network.save(extras)  # nobody else has the weights that it began with
     run.accelerator.wait_for_everyone()
     scores = run.scores(required=())  # whatever becomes of it, the weights are written
     result = _result(run, scores, delta)
@@ -56,9 +60,10 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
     return {
         "metrics": scores,
         "failed": run.failed,
-        "notes": list(run.examples.notes),
+        "notes": list(run.notes),
         "best_step": at.best_step,
         "steps": at.step,
+        "stopped": at.stopped,
         "epochs": at.epoch,
         "evaluations": at.evaluations,
         "labels": list(run.examples.labels),
@@ -84,6 +89,8 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": run.examples.fingerprint(),
         "recipe": run.recipe.settings(),
+        "told": {"recipe": run.recipe.told(), "folder": str(run.recipe.folder)},
+        "inputs": run.network.encoder.statistics(),
         "files": {"delta": str(delta), "result": str(run.recipe.output / "result.json")},
     }
 
@@ -106,14 +113,15 @@ def show(result: dict[str, Any], console: Console) -> None:
     for split, values in result["metrics"].items():
         table.add_row(split, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     for split, reason in result["failed"].items():
-        table.add_row(split, f"not scored: {reason}")
+        table.add_row(split, escape(f"not scored: {reason}"))
     for note in result["notes"]:
-        table.add_row("data", note)
+        table.add_row("data", escape(note))
     trainable, sizes, seconds = result["trainable"], result["bytes"], result["seconds"]
     rows = {
-        "best of": f"step {result['best_step']} of {result['steps']}, chosen on validation",
+        "best of": f"step {result['best_step']} of {result['steps']}, chosen on validation"
+        + ("; ended early" if result["stopped"] is not None else ""),
         "trained": f"{trainable['total']:,} of {trainable['model']:,} weights ({trainable['fraction']:.2%})",
-        "of it head": f"{trainable['head']:,}",
+        **({"of it head": f"{trainable['head']:,}"} if trainable["head"] else {}),
         "peak of a step": "not measured" if sizes["peak"] is None else f"{human(sizes['peak'])} beyond the model",
         "optimizer": human(sizes["optimizer"]),
         "network" if result["widths"] else "delta": human(sizes["delta"]),

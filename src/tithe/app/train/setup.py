@@ -15,18 +15,20 @@ from accelerate.utils import InitProcessGroupKwargs
 import tithe
 from tithe import distributed
 from tithe.app.train.checkpoints import Checkpoints
-from tithe.app.train.data import Batch, Examples
+from tithe.app.train.data import Examples
 from tithe.app.train.models import Loss, Network
 from tithe.app.train.paths import expand, unwritable
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.recording import recorded_steps
+from tithe.app.train.rows import Batch
 from tithe.errors import TitheError
 
 # What may differ when a run is resumed: where things are and how they are shown, not what is computed.
-_FREE = {("run", "output"), ("run", "log_every"), ("run", "workers"), ("data", "folder")}
+_SHOWN = {("run", "log_every"), ("run", "workers"), ("data", "folder"), ("log", "trackers"), ("log", "project")}
+_FREE = {("run", "output"), *_SHOWN}
 
 # What processes may have of their own: where the same data is, and how a run is shown.
-_OWN = {("run", "log_every"), ("run", "workers"), ("data", "folder")}
+_OWN = _SHOWN
 PACKAGES = ("tithe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 """Whose versions are compared over processes, and told in the result."""
 

@@ -1,4 +1,4 @@
-"""Rows of text and a label, from TSV, CSV, JSONL, parquet or a Hugging Face dataset.
+"""Rows of texts and labels, from TSV, CSV, JSONL, parquet, plain text or a Hugging Face dataset.
 
 Lines of text are read here, not by `datasets`: its readers fill a short row up and forget on which line a row stood,
 which every message about a row names. Whatever the format, a cell is taken by the rules of `cells`.
@@ -10,61 +10,23 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from tithe.app.train.cells import ABSENT, Fault, canonical, read_label, read_number, read_text
+from tithe.app.train.cells import ABSENT, Fault, canonical, read_label
 from tithe.app.train.decoding import decode, kind_of, read_bytes
 from tithe.app.train.delimited import read_delimited
+from tithe.app.train.documents import read_documents
 from tithe.app.train.hub import class_names, load_split
 from tithe.app.train.recipe import Recipe
+from tithe.app.train.rows import Table, place_of
 from tithe.app.train.skipping import Unusable
+from tithe.app.train.tasks import task_of
 from tithe.errors import TitheError
 
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 _JSON: dict[type[Any], str] = {int: "number", float: "number", str: "text", bool: "truth value", type(None): "null"}
 _LINES = "(pandas: df.to_json(path, orient='records', lines=True))"
-
-
-@dataclass(frozen=True)
-class Table:
-    """The columns of one split that a recipe asks for.
-
-    Args:
-        source: the file (or data set and split) to name in messages.
-        text: one text a row.
-        text_pair: the second text of each row, or None.
-        label: the label of each row as a string; empty strings where the split has none.
-        lines: the line each row starts on, from 1, or None where the format has no lines.
-        labelled: whether the rows have labels.
-        names: of all classes, in the data set's own order; empty where it has none.
-        skipped: the rows that were left out, each with the reason.
-    """
-
-    source: str
-    text: tuple[str, ...]
-    text_pair: tuple[str, ...] | None
-    label: tuple[str, ...]
-    lines: tuple[int, ...] | None
-    labelled: bool = True
-    names: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def place(self, row: int) -> str:
-        """Say where a row stands, for a message."""
-        return _place(self.source, self.lines, row)
-
-    def take(self, rows: Sequence[int]) -> Table:
-        """The same table with these rows only, in this order."""
-        pair = self.text_pair
-        return replace(
-            self,
-            text=tuple(self.text[row] for row in rows),
-            text_pair=None if pair is None else tuple(pair[row] for row in rows),
-            label=tuple(self.label[row] for row in rows),
-            lines=None if self.lines is None else tuple(self.lines[row] for row in rows),
-        )
 
 
 def read_table(recipe: Recipe, split: str, path: Path) -> Table:
@@ -75,6 +37,9 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
                 text or label; it names the line.
     """
     suffix = path.suffix.lower()
+    plain = "documents" in recipe.data.terms.keys and recipe.data.messages is None
+    if plain and suffix not in _SUFFIXES:  # notes, programs, a file without an ending: whatever is text
+        return read_documents(recipe, split, path)
     if path.is_dir() or suffix not in _SUFFIXES:
         raise TitheError(
             recipe.place("data", split),
@@ -114,14 +79,12 @@ def read_hub_table(recipe: Recipe, split: str, name: str) -> Table:
     columns: dict[str, Sequence[object]] = {
         column: list(rows[column]) for column in set(_columns(recipe).values()) if column in rows.column_names
     }
-    names = class_names(rows.features.get(recipe.data.label))
+    names = class_names(rows.features.get(_columns(recipe).get("label", "")))
     return _table(recipe, split, source, columns, None, Unusable(recipe), names)
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
-    data = recipe.data
-    wanted = {"text": data.text, "label": data.label}
-    return wanted if data.text_pair is None else {**wanted, "text_pair": data.text_pair}
+    return task_of(recipe).columns(recipe.data)
 
 
 def _required(recipe: Recipe, split: str) -> dict[str, str]:
@@ -163,31 +126,29 @@ def _table(
     names: tuple[str, ...] = (),
 ) -> Table:
     """Take every cell as text or label, and refuse or leave out the rows where one is neither."""
-    data = recipe.data
-    num = len(columns[data.text])
+    task, data, wanted = task_of(recipe), recipe.data, _columns(recipe)
+    num = max(map(len, columns.values()), default=0)
     if num == 0:
         unusable.settle()
         raise TitheError(
             recipe.place("data", split), found=f"no rows in {source}", expected="at least one", remedy="check the file"
         )
-    known = set(data.labels or ())
-    labels = [
-        read_number(value) if data.task == "text-regression" else read_label(value, names, known)
-        for value in columns.get(data.label, [ABSENT] * num)
-    ]
+    cells = {
+        key: [task.cell(data, key, value, names) for value in columns.get(column, [ABSENT] * num)]
+        for key, column in sorted(wanted.items())  # of several faults in a row, the label's is told
+    }
+    labels = cells.get("label", [""] * num)
     labelled = not all(isinstance(label, Fault) and label.missing for label in labels)
-    cells = {"label": labels, "text": [read_text(value) for value in columns[data.text]]}
-    if data.text_pair is not None:
-        cells["text_pair"] = [read_text(value) for value in columns[data.text_pair]]
     kept: list[int] = []
     for row in range(num):
+        own = {key: values[row] for key, values in cells.items()}
         faults = [
-            (key, fault)
-            for key, values in cells.items()
-            if isinstance(fault := values[row], Fault) and (labelled or key != "label")
+            (key, fault) for key, fault in own.items() if isinstance(fault, Fault) and (labelled or key != "label")
         ]
+        if not faults and labelled and (fault := task.row_fault(own)) is not None:
+            faults = [fault]
         if faults:
-            unusable.add(_faulty(recipe, _place(source, lines, row), *faults[0]))
+            unusable.add(_faulty(recipe, place_of(source, lines, row), *faults[0]))
         else:
             kept.append(row)
     skipped = unusable.settle()
@@ -198,12 +159,12 @@ def _table(
             expected="at least one",
             remedy="check the file",
         )
-    texts, pairs = (cast("list[str]", cells.get(key, [])) for key in ("text", "text_pair"))
+    texts = cells["messages" if "messages" in cells else "text"]
     return Table(
         source,
         tuple(texts[row] for row in kept),
-        None if data.text_pair is None else tuple(pairs[row] for row in kept),
-        tuple(cast(str, labels[row]) if labelled else "" for row in kept),
+        tuple(cells["text_pair"][row] for row in kept) if "text_pair" in cells else None,
+        tuple(labels[row] if labelled else "" for row in kept),
         None if lines is None else tuple(lines[row] for row in kept),
         labelled=labelled,
         names=names,
@@ -211,19 +172,14 @@ def _table(
     )
 
 
-def _place(source: str, lines: Sequence[int] | None, row: int) -> str:
-    return f"{source} line {lines[row]}" if lines is not None else f"{source} row {row + 1}"
-
-
 def _faulty(recipe: Recipe, place: str, key: str, fault: Fault) -> TitheError:
     column = _columns(recipe)[key]
-    if key == "label" and recipe.data.task == "text-regression" and not fault.missing:
-        comma = re.fullmatch(r"label '-?\d+,\d+'", fault.found)
+    if fault.expected is not None:
         return TitheError(
             place,
             found=fault.found,
-            expected=f"a finite number (regression) in column {column!r}",
-            remedy="write a decimal point" if comma else "correct the line",
+            expected=f"{fault.expected} in column {column!r}",
+            remedy=fault.remedy or "correct the line",
         )
     found = f"no {column!r}" if fault.found == "nothing" else fault.found
     remedy = "correct the line" if key != "label" or not fault.missing else "write the label"
@@ -233,7 +189,7 @@ def _faulty(recipe: Recipe, place: str, key: str, fault: Fault) -> TitheError:
         f"{place} column {column!r}",
         found=found,
         expected="a label" if key == "label" else "a text",
-        remedy=remedy,
+        remedy=fault.remedy or remedy,
     )
 
 
@@ -337,7 +293,7 @@ def _read_parquet(recipe: Recipe, split: str, path: Path) -> Table:
             expected="a parquet file",
             remedy="write the file again" if path.stat().st_size else "the file is empty: write it again",
         ) from error
-    label = recipe.data.label
+    label = _columns(recipe).get("label", "")
     columns: dict[str, Sequence[object]] = {name: table.column(name).to_pylist() for name in table.column_names}
     classes = _class_names(table, label) if label in columns else ()
     if label in columns and pyarrow.types.is_dictionary(table.column(label).type):  # values, not their numbers
@@ -351,6 +307,8 @@ def _class_names(table: Any, label: str) -> tuple[str, ...]:
 
     said = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = said.get("info", {}).get("features", {}).get(label, {})
+    if isinstance(feature, dict) and isinstance(inner := cast("dict[str, Any]", feature).get("feature"), dict):
+        feature = cast("dict[str, Any]", inner)  # of a list
     if isinstance(feature, dict) and cast("dict[str, Any]", feature).get("names"):
         return tuple(canonical(str(name)) for name in cast("dict[str, Any]", feature)["names"])
     column: Any = table.column(label)
