@@ -52,15 +52,16 @@ def _entries(leaf: Tensor) -> Tensor:
     Whole numbers below zero are labels that are ignored. A run of one number at either end of a row is padding,
     whichever id pads. A number a sample may be its weight.
     """
-    rows = leaf.detach().reshape(leaf.shape[0], -1).cpu()
+    rows = leaf.detach().reshape(leaf.shape[0], -1)
     if rows.is_floating_point() or rows.is_complex():
         if rows.shape[1] != 1 or rows.is_complex():
-            return (rows != 0).sum(1).double()
-        return (rows[:, 0].double() / rows.abs().max().double().clamp(min=1e-300)).nan_to_num()
+            return (rows != 0).sum(1).cpu().double()
+        values = rows[:, 0].cpu().double()
+        return (values / values.abs().max().clamp(min=1e-300)).nan_to_num()
     counted = rows > 0
     if rows.numel() and int(rows.max()) > 1:  # of a mask, ones and zeros, the ones count
         counted &= ~(_run(rows) | _run(rows.flip(1)).flip(1))
-    return counted.sum(1).double()
+    return counted.sum(1).cpu().double()
 
 
 def _run(rows: Tensor) -> Tensor:
