@@ -121,7 +121,8 @@ class Passes:
         self._largest = max(self.batches, key=_num_elements)
         self._mixed, self._pair = unlike(self.batches, self._largest)
         micro = min(_MICRO, num_samples(self._largest))
-        self._micro = micro if self.num_samples > _FEW and micro >= _LEAST else 1
+        opaque = any(next(leaves(batch), None) is None for batch in self.batches)  # how unlike they are nobody can tell
+        self._micro = micro if self.num_samples > _FEW and micro >= _LEAST and not opaque else 1
 
     def scores(self, statistic: Statistic, or_else: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.

@@ -37,6 +37,8 @@ def unlike(batches: Sequence[Any], preferred: Any) -> tuple[Any, list[int]]:
 def _lengths(batch: Any) -> Tensor:
     """How much of each sample counts, (N,) float64."""
     size, found = num_samples(batch), list(leaves(batch))
+    if not found:
+        return torch.zeros(size)
     if all(type(leaf) is Tensor and leaf.layout == torch.strided and leaf.shape[:1] == (size,) for leaf in found):
         return torch.stack([_entries(leaf) for leaf in found]).sum(0)
     return torch.tensor([sum(map(_of_one, leaves(slice_batch(batch, n, n + 1)))) for n in range(size)]).double()
