@@ -491,6 +491,7 @@ def test_checkpointed_blocks(name: str, device: torch.device, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", ["FISH, again", "TraDy", "VR-PGE"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore:.*rounds small updates away:tithe.TitheWarning")  # VR-PGE has no master copies
 def test_half_precision(name: str, method: str, device: torch.device, tmp_path: Path) -> None:
     def run(place: Place) -> Observed:
         model = place.case.model(dtype=torch.bfloat16).to(place.device)
