@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -265,13 +266,30 @@ class _WithTithe(_Trainer):
         self.model_wrapped = self.model  # what was wrapped for an earlier plan does not know this one's values
         follower = self._follower
         follower.follow(self.plan, self._check_decay)
+        follower.chosen_by = re.sub(r" at 0x\w+", "", repr(method))
         if state is None:
             follower.draws, follower.peak = int(self.plan.num_steps >= self.plan.warmup), 0
         else:
             told = self.state.stateful_callbacks.get(TitheCallback.__name__, {"args": {}})["args"]
             follower.draws, follower.peak = told.get("draws", 0), told.get("peak", 0)
+            self._say_another(told.get("chosen_by", follower.chosen_by), follower.chosen_by)
         self._warned = False
         self._check_decay()
+
+    def _say_another(self, saved: str, now: str) -> None:
+        """Say that a checkpoint's choice goes on, where this method might have made another.
+
+        Warns:
+            TitheWarning: when it was saved with a method of other settings.
+        """
+        if saved != now:
+            warnings.warn(
+                f"the checkpoint's choice was made by {saved}, and goes on; {now} decides what is chosen from here on"
+                " alone. To have it choose now, load the checkpoint's weights and train without"
+                " resume_from_checkpoint",
+                TitheWarning,
+                stacklevel=2,
+            )
 
     def _let_go(self) -> None:
         if self._live:

@@ -264,7 +264,7 @@ def _check_kind(optimizer: Optimizer) -> None:
             found=f"the state of another optimizer, without {', '.join(lacking)}",
             expected="the state of one of the same class",
             remedy="make the optimizer that the state was saved from (of a Trainer: the same optim=), or attach with"
-            f" state=saved[\"state\"][\"{STATE_KEY}\"] and let the new optimizer start afresh",
+            f' state=saved["state"]["{STATE_KEY}"] and let the new optimizer start afresh',
         )
 
 
