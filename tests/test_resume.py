@@ -209,3 +209,34 @@ def test_a_state_of_another_model_is_refused() -> None:
     other = CASES["regression"]
     with pytest.raises(TitheError):
         tithe.attach(other.model(), FISH(k=50), state=state)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_state_of_a_plan_that_chooses_at_other_times_is_refused(again: bool) -> None:
+    once, often = FISH(k=60), FISH(k=60, reselect=tithe.every(2))
+    saved = _attach(MLP, MLP.model(), often if again else once).state_dict()
+    with pytest.raises(TitheError, match="plan that chooses") as error:
+        _attach(MLP, MLP.model(), once if again else often, state=saved)
+    assert "reselect=" in error.value.remedy
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_the_state_of_another_optimizer_is_refused(bound: bool) -> None:
+    """Torch takes it over, and fails within the first step."""
+    plan = _attach(MLP, MLP.model(), FISH(k=60))
+    opt = adamw(plan.parameters())
+    plan.bind(opt)
+    _step(plan, opt, MLP, MLP.batches(1)[0])
+    saved = opt.state_dict()
+    plan.release()
+    again = _attach(MLP, MLP.model(), FISH(k=60))
+    other = torch.optim.RMSprop(again.parameters())
+    if bound:
+        again.bind(other)
+
+    def load() -> None:
+        other.load_state_dict(saved)
+        again.bind(other)
+
+    with pytest.raises(TitheError, match="another optimizer, without alpha"):
+        load()

@@ -285,6 +285,32 @@ def test_a_loss_that_compares_samples_says_which_score_takes_batches() -> None:
     tithe.attach(_mlp(), FISH(k=8, score="gradient"), loss=contrast, data=[_data()])
 
 
+@pytest.mark.parametrize("size", [4, 24])
+def test_a_sample_whose_labels_are_all_ignored_adds_no_gradient(size: int) -> None:
+    """As a row of which random masking masks nothing, or whose answer was cut off."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, 5, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (size, 5), generator=generator)
+    y[::3] = -100
+    model = _mlp()
+    found = _scores(model, loss, [(x, y)])
+    counted = _loop(model, loss, [(x[n : n + 1], y[n : n + 1]) for n in range(size) if n % 3])
+    share = (size - len(range(0, size, 3))) / size
+    for name, score in counted.items():
+        torch.testing.assert_close(found[name], score * share)
+    with pytest.raises(TitheError, match="loss of nan") as error:
+        _scores(model, loss, [(x, torch.full_like(y, -100))])
+    assert "labels are all ignored" in error.value.remedy
+    spoiled = x.clone()
+    spoiled[1] = torch.nan
+    with pytest.raises(TitheError, match="loss of nan"):
+        _scores(model, loss, [(spoiled, y)])
+
+
 def test_norms_that_are_not_finite_are_refused_by_name() -> None:
     model = _mlp().float()
     with torch.no_grad():

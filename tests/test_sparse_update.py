@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,12 @@ def test_names_that_are_no_layer_are_said(ratios: dict[str, float], biases: list
         _attach(DEPTHWISE, model, SparseUpdate(ratios, biases))
     assert all(p.requires_grad for p in model.parameters())
     assert tithe.Lean.of(model) is None
+
+
+def test_a_budget_in_the_place_of_ratios_is_refused() -> None:
+    budget: Any = tithe.Budget(fraction=0.1)
+    with pytest.raises(TitheError, match="TraDy"):
+        SparseUpdate(budget)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan")])

@@ -13,8 +13,24 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 import tithe
+from tithe.integrations.transformers import with_tithe
 from tithe.integrations.transformers.data import TrainerLoss
-from trainers import BATCH, FISH, HEAD, ROWS, bert, collate, loss_fn, ours, quietly, rows, same, stock, weights
+from trainers import (
+    BATCH,
+    FISH,
+    HEAD,
+    ROWS,
+    arguments,
+    bert,
+    collate,
+    loss_fn,
+    ours,
+    quietly,
+    rows,
+    same,
+    stock,
+    weights,
+)
 
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
 FEATURES: dict[str, dict[str, Any]] = {
@@ -278,8 +294,6 @@ def test_generation_in_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_class_of_ones_own(tmp_path: Path) -> None:
-    from tithe.integrations.transformers import with_tithe
-
     class Mine(with_tithe(Trainer)):
         def __init__(self, factor: float, **kwargs: Any) -> None:
             super().__init__(**kwargs)
@@ -292,6 +306,45 @@ def test_a_class_of_ones_own(tmp_path: Path) -> None:
     made = ours(tmp_path, trainer=Mine, factor=2.0)
     quietly(made.train)
     assert made.plan.num_steps == 2 * ROWS // BATCH
+
+
+def test_a_class_that_makes_its_arguments_itself(tmp_path: Path) -> None:
+    """Its constructor takes nothing that a Trainer's does, callbacks neither."""
+
+    class Mine(Trainer):
+        def __init__(self, folder: Path) -> None:
+            settings = arguments(folder)
+            super().__init__(model=bert(), args=settings, train_dataset=rows(), data_collator=collate)
+
+    made = with_tithe(Mine)(tmp_path, tithe=FISH, tithe_head=HEAD)
+    quietly(made.train)
+    usual = ours(tmp_path)
+    quietly(usual.train)
+    assert same(weights(made), weights(usual))
+
+
+def test_batches_without_names(tmp_path: Path) -> None:
+    def collated(items: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+        return tuple(collate(items).values())
+
+    class Positional(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: tuple[Tensor, ...], *_: Any, **__: Any) -> Any:
+            ids, mask, labels = inputs
+            return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    given: dict[str, Any] = {"settings": {"remove_unused_columns": False}}
+    made = ours(tmp_path, trainer=Positional, data_collator=collated, **given)
+    quietly(made.train)
+    usual = ours(tmp_path, **given)
+    quietly(usual.train)
+    assert same(weights(made), weights(usual))
+
+    class Lost(Trainer):
+        def compute_loss(self, *_: Any, **__: Any) -> Any:
+            return None
+
+    with pytest.raises(tithe.TitheError, match="a NoneType from a batch with a tuple"):
+        quietly(ours(tmp_path, trainer=Lost, data_collator=collated, **given).train)
 
 
 def test_head_and_where_reach_the_plan(tmp_path: Path) -> None:

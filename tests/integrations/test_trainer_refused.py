@@ -241,6 +241,20 @@ def test_another_method_does_not_take_a_checkpoint_over(tmp_path: Path) -> None:
         quietly(lambda: other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
 
 
+def test_a_checkpoint_of_other_settings_goes_on_and_says_so(tmp_path: Path) -> None:
+    quietly(ours(tmp_path, settings={"save_strategy": "steps", "save_steps": 2}).train)
+    folder = str(tmp_path / "checkpoint-2")
+    other = ours(tmp_path, method=tithe.FISH(density=0.1, samples=ROWS))
+    with pytest.warns(tithe.TitheWarning, match=r"made by FISH\(density=0.05.*goes on; FISH\(density=0.1"):
+        quietly(lambda: other.train(resume_from_checkpoint=folder))
+    again = ours(tmp_path, method=tithe.FISH(density=0.05, samples=ROWS, reselect=tithe.every(2)))
+    with pytest.raises(TitheError, match="chooses once"):
+        quietly(lambda: again.train(resume_from_checkpoint=folder))
+    sgd = ours(tmp_path, settings={"optim": "sgd"})
+    with pytest.raises(TitheError, match="another optimizer"):
+        quietly(lambda: sgd.train(resume_from_checkpoint=folder))
+
+
 def test_a_trainer_is_copied_before_training_and_after_release(tmp_path: Path) -> None:
     trainer = ours(tmp_path)
     copied = deepcopy(trainer)

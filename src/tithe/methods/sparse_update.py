@@ -28,7 +28,7 @@ class SparseUpdate(SparseMethod):
         lean: let the other layers keep only what backward needs (`tithe.lean`).
 
     Raises:
-        TitheError: when a ratio is out of range.
+        TitheError: when ratios are no mapping, or one is out of range.
 
     Example:
         >>> SparseUpdate({"blocks.12.pointwise1.weight": 0.25}).needs_data
@@ -40,6 +40,13 @@ class SparseUpdate(SparseMethod):
     lean: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ratios, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TitheError(
+                "SparseUpdate",
+                found=f"ratios={self.ratios!r}",
+                expected="names of parameters, each with the part of its input channels",
+                remedy='write SparseUpdate({"layer.weight": 0.25}), or TraDy(budget) to have layers chosen',
+            )
         for name, ratio in self.ratios.items():
             if not 0 < ratio <= 1:
                 raise TitheError(

@@ -390,6 +390,14 @@ class SparsePlan(Plan):
         """
         self._check_live()
         found = PlanState.of(state)
+        if self._selected.changes != (found.capacity > 0):
+            once, again = "a plan that chooses once, before the first step", "a plan that chooses while it trains"
+            raise TitheError(
+                type(self.method).__name__,
+                found=f"the state of {once if self._selected.changes else again}",
+                expected=f"that of {again if self._selected.changes else once}",
+                remedy="attach with the method that it was saved with: reselect= and warmup= as they were",
+            )
         head = self._head_weights()
         selected, moved = found.read({b.name: b.moved for b in self._candidates}, head)
         for binding in self._owned():

@@ -109,6 +109,7 @@ class Optimizers:
             return
         state = optimizer.state.pop(STATE_KEY, None)  # pyright: ignore
         if state is not None:
+            _check_kind(optimizer)
             plan.load_state_dict(state)  # θ of another size is made first
         others = self.check_holds([optimizer, *self.bound])
         plan.check_optimizer(optimizer, elementwise)
@@ -246,7 +247,25 @@ class Optimizers:
         plan = self._plan()
         state = optimizer.state.pop(STATE_KEY, None)  # pyright: ignore
         if plan is not None and state is not None:
+            _check_kind(optimizer)
             plan.load_state_dict(state)
+
+
+def _check_kind(optimizer: Optimizer) -> None:
+    """Check that the state that an optimizer has loaded is one of its kind: torch takes over any settings.
+
+    Raises:
+        TitheError: when it lacks settings of this one.
+    """
+    lacking = sorted({key for group in optimizer.param_groups for key in optimizer.defaults.keys() - group.keys()})
+    if lacking:
+        raise TitheError(
+            type(optimizer).__name__,
+            found=f"the state of another optimizer, without {', '.join(lacking)}",
+            expected="the state of one of the same class",
+            remedy="make the optimizer that the state was saved from (of a Trainer: the same optim=), or attach with"
+            f' state=saved["state"]["{STATE_KEY}"] and let the new optimizer start afresh',
+        )
 
 
 def inner_optimizer(optimizer: Any) -> Optimizer:

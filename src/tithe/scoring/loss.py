@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,10 @@ def check_loss(value: Any, *, finite: bool = True) -> Tensor:
         remedy = "compute it from the model's output, and return it without .detach() and outside of torch.no_grad()"
     elif finite and not bool(torch.isfinite(value.detach()).all()):
         found = f"a loss of {float(value.detach())}"
-        remedy = "look for the batch and the operation that make it: torch.autograd.set_detect_anomaly(True)"
+        remedy = (
+            "look for samples whose labels are all ignored, of which a mean is NaN, and leave them out; or for the "
+            "operation that makes it: torch.autograd.set_detect_anomaly(True)"
+        )
     else:
         return value
     raise TitheError(
@@ -108,6 +112,9 @@ def quiet_loss(loss: Loss, model: nn.Module, batch: Any) -> Any:
 def compute_loss(loss: Loss, model: nn.Module, batch: Any, whole: Any = None) -> Tensor:
     """Return the checked loss of a batch, without a gradient where none of the weights that are scored is reached.
 
+    A part of a batch may have no loss, NaN, though the whole has one: where every label in it is ignored, as of a row
+    in which nothing was masked. That comes without a gradient too.
+
     Args:
         loss: the loss function.
         model: its model.
@@ -130,6 +137,9 @@ def compute_loss(loss: Loss, model: nn.Module, batch: Any, whole: Any = None) ->
         ) from error
     if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
         return value  # of samples that take another branch; that none of the data has a gradient is said in the end
+    value = check_loss(value, finite=False)
+    if whole is not None and bool(value.detach().isnan().all()) and _is_finite(loss, model, whole):
+        return value.detach()  # a mean over nothing, as of a sample whose labels are all ignored: it adds no gradient
     return check_loss(value)
 
 
@@ -147,6 +157,11 @@ def check_depends(model: nn.Module, loss: Loss, batch: Any) -> None:
     finally:
         for parameter in floats:
             parameter.requires_grad_(False)
+
+
+def _is_finite(loss: Loss, model: nn.Module, batch: Any) -> bool:
+    with torch.no_grad():
+        return math.isfinite(_number(quiet_loss(loss, model, batch)))
 
 
 def _runs(loss: Loss, model: nn.Module, batch: Any) -> bool:

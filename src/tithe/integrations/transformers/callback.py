@@ -20,20 +20,22 @@ class TitheCallback(TrainerCallback, ExportableState):
     Args:
         draws: choices made so far.
         peak: bytes that a measured step needed; 0 before one was measured.
+        chosen_by: what the choice was made by, in words.
     """
 
-    def __init__(self, draws: int = 0, peak: int = 0) -> None:
-        self.draws, self.peak = draws, peak
+    def __init__(self, draws: int = 0, peak: int = 0, chosen_by: str = "") -> None:
+        self.draws, self.peak, self.chosen_by = draws, peak, chosen_by
         self.plan: Any = None
         self.chosen: Callable[[], None] | None = None
         self._ended, self._epochs = False, 0
 
     def __reduce__(self) -> Any:
-        return TitheCallback, (self.draws, self.peak)
+        return TitheCallback, (self.draws, self.peak, self.chosen_by)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
-        return {"args": {"draws": self.draws, "peak": self.peak}, "attributes": {}}
+        kept = {"draws": self.draws, "peak": self.peak, "chosen_by": self.chosen_by}
+        return {"args": kept, "attributes": {}}
 
     def follow(self, plan: Any, chosen: Callable[[], None]) -> None:
         """Follow a plan from now on.

@@ -129,13 +129,12 @@ def check_optimizer(trainer: Any) -> None:
         torch.set_rng_state(states)
 
 
-def check_callback(callbacks: Sequence[object], kind: type, before: set[type]) -> None:
-    """Check that the callback that ends the plan's epochs is there, once, and before the user's.
+def check_callback(callbacks: Sequence[object], kind: type) -> None:
+    """Check that the callback that ends the plan's epochs is there, once, and before all others.
 
     Args:
         callbacks: of the Trainer, in order.
         kind: of the callback.
-        before: kinds that a Trainer itself puts before it.
 
     Raises:
         TitheError: when it is not.
@@ -148,7 +147,7 @@ def check_callback(callbacks: Sequence[object], kind: type, before: set[type]) -
             expected="one, which ends the plan's epochs",
             remedy="leave it in its place: pass yours as callbacks=[…], and take off single ones with remove_callback",
         )
-    early = [each.__name__ for each in there[: there.index(kind)] if each not in before]
+    early = [each.__name__ for each in there[: there.index(kind)]]
     if early:
         raise TitheError(
             "callbacks",

@@ -83,8 +83,8 @@ class TrainerBatches:
                 run.restore()
             if batch is None:
                 break
-            examples = batch.get(_EXAMPLES)
-            prepared = dict(self._trainer._prepare_inputs(batch)) if examples is None else examples
+            examples = batch.get(_EXAMPLES) if isinstance(batch, Mapping) else None
+            prepared = _as_given(self._trainer._prepare_inputs(batch)) if examples is None else examples
             count += num_rows(prepared) if examples is None else len(examples)
             yield prepared
         share = -(-self._samples // self._trainer.args.world_size)
@@ -135,10 +135,18 @@ def _read(loader: Any) -> Iterator[Any]:
             loader.end()
 
 
-def num_rows(batch: Mapping[str, Any]) -> int:
+def num_rows(batch: Any) -> int:
     """Return how many rows a collated batch has: the first dimension of most of its tensors."""
-    sizes = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    values: Iterable[Any] = [batch]
+    if isinstance(batch, (Mapping, list, tuple)):
+        values = cast("Mapping[str, Any]", batch).values() if isinstance(batch, Mapping) else batch
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
     return max(set(sizes), key=sizes.count) if sizes else 0
+
+
+def _as_given(batch: Any) -> Any:
+    """A batch as a loss may be given it: a copy of what is given by name, since a label smoother takes labels out."""
+    return dict(cast("Mapping[str, Any]", batch)) if isinstance(batch, Mapping) else batch
 
 
 @final
@@ -152,24 +160,25 @@ class TrainerLoss:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, Any] | list[Example]) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of the batch alone, as one number of this rank."""
         trainer = self._trainer
         inputs = self.collated(batch)
         given: dict[str, Any] = {}
-        labels = inputs.get("labels")
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if trainer.compute_loss_func is not None and isinstance(labels, Tensor):  # which may divide by it
             given["num_items_in_batch"] = (labels != -100).sum()
         with undisturbed(trainer), alone(trainer.accelerator), trainer.accelerator.autocast():
             return trainer.compute_loss(model, inputs, **given)
 
-    def collated(self, batch: Mapping[str, Any] | list[Example]) -> dict[str, Any]:
-        """Return a batch as the model is given it; a copy, since a label smoother takes the labels out of it."""
-        if isinstance(batch, Mapping):
-            return dict(batch)
+    def collated(self, batch: Any) -> Any:
+        """Return a batch, or examples as one, as `compute_loss` is given it."""
+        if not (isinstance(batch, list) and all(isinstance(each, Example) for each in batch)):  # pyright: ignore[reportUnknownVariableType]
+            return _as_given(batch)
+        features = [each.features for each in cast("list[Example]", batch)]
         states = RandomStates()
         try:
-            return dict(self._trainer._prepare_inputs(self._trainer.data_collator([each.features for each in batch])))
+            return _as_given(self._trainer._prepare_inputs(self._trainer.data_collator(features)))
         finally:
             states.restore()
 
@@ -263,7 +272,7 @@ def check_loss(trainer: Trainer, batches: TrainerBatches, model: nn.Module) -> N
     loss = TrainerLoss(trainer)
     batch = loss.collated(found)
     names = list(trainer.label_names)
-    unlabelled = bool(names) and not any(batch.get(name) is not None for name in names)
+    unlabelled = isinstance(batch, Mapping) and bool(names) and all(batch.get(name) is None for name in names)
     try:
         with torch.no_grad(), evaluating(model):
             value: Any = loss(model, batch)
@@ -280,20 +289,27 @@ def check_loss(trainer: Trainer, batches: TrainerBatches, model: nn.Module) -> N
         raise _no_labels(trainer, batch, names) if unlabelled else _no_loss(model, what, batch)
 
 
-def _no_labels(trainer: Trainer, batch: Mapping[str, Any], names: list[str]) -> TitheError:
+def _content(batch: Any) -> str:
+    """What a batch holds, in words."""
+    if isinstance(batch, Mapping):
+        return ", ".join(map(str, cast("Mapping[Any, Any]", batch))) or "nothing"
+    return f"a {type(batch).__name__}"
+
+
+def _no_labels(trainer: Trainer, batch: Any, names: list[str]) -> TitheError:
     return TitheError(
         "data_collator",
-        found=f"batches with {', '.join(batch) or 'nothing'}, and without {' or '.join(names)}",
+        found=f"batches with {_content(batch)}, and without {' or '.join(names)}",
         expected="labels to compute a loss from",
         remedy="give the dataset or the collator labels (DataCollatorForLanguageModeling(tokenizer, mlm=False) makes "
         "them from the text), or name yours in TrainingArguments(label_names=[…])",
     )
 
 
-def _no_loss(model: nn.Module, what: str, batch: Mapping[str, Any]) -> TitheError:
+def _no_loss(model: nn.Module, what: str, batch: Any) -> TitheError:
     return TitheError(
         type(model).__name__,
-        found=f"{what} from a batch with {', '.join(batch)}",
+        found=f"{what} from a batch with {_content(batch)}",
         expected="a loss, one number, which the Trainer reads from the output's loss or its first item",
         remedy="compute it in the model's forward, pass compute_loss_func=, or override compute_loss in the Trainer",
     )

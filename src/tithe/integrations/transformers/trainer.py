@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -131,20 +132,12 @@ class _WithTithe(_Trainer):
         self._checkpoint: str | None = None
         self._optimizer_of: Any = None  # the plan that the present optimizer was made for
         self._num_weights = 0
-        signature = inspect.signature(self._of.__init__)
-        bound = signature.bind(self, *args, **kwargs)
-        given = {**bound.arguments, **kwargs}
-        checks.check_arguments(given, tithe_save)
-        callbacks = [TitheCallback(), *(given.get("callbacks") or [])]
-        if "callbacks" in signature.parameters:
-            bound.arguments["callbacks"] = callbacks
-            super().__init__(*bound.args[1:], **bound.kwargs)
-        else:
-            super().__init__(*args, **{**kwargs, "callbacks": callbacks})
+        bound = inspect.signature(self._of.__init__).bind(self, *args, **kwargs)
+        checks.check_arguments({**bound.arguments, **kwargs}, tithe_save)
+        super().__init__(*args, **kwargs)
+        checks.check_arguments({"args": self.args}, tithe_save)  # which a class of one's own may make itself
         checks.check_engine(self)
-        kinds = [type(callback) for callback in self.callback_handler.callbacks]
-        self._place = kinds.index(TitheCallback)
-        self._before = set(kinds[: self._place])
+        self.callback_handler.callbacks.insert(0, TitheCallback())
 
     def __reduce__(self) -> Any:
         if self._live:
@@ -195,10 +188,9 @@ class _WithTithe(_Trainer):
             load(checkpoint)
 
     def _load_callback_state(self) -> None:
-        """Restore callbacks, and put the plan's back in its place before the user's."""
+        """Restore callbacks, and put the plan's back in its place before all others."""
         super()._load_callback_state()
-        callbacks = self.callback_handler.callbacks
-        callbacks.sort(key=lambda each: -1 if type(each) in self._before else int(type(each) is not TitheCallback))
+        self.callback_handler.callbacks.sort(key=lambda each: type(each) is not TitheCallback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Attach, and make the optimizer that the arguments name over what the plan trains.
@@ -211,7 +203,7 @@ class _WithTithe(_Trainer):
             return super().create_optimizer()  # train() again: both go on
         if self.optimizer is not None and self._optimizer_of is None:
             checks.check_arguments({"optimizers": (self.optimizer, None)}, self._choice.save)
-        checks.check_callback(self.callback_handler.callbacks, TitheCallback, self._before)
+        checks.check_callback(self.callback_handler.callbacks, TitheCallback)
         states = RandomStates()
         try:
             checks.check_optimizer(self)
@@ -273,13 +265,30 @@ class _WithTithe(_Trainer):
         self.model_wrapped = self.model  # what was wrapped for an earlier plan does not know this one's values
         follower = self._follower
         follower.follow(self.plan, self._check_decay)
+        follower.chosen_by = re.sub(r" at 0x\w+", "", repr(method))
         if state is None:
             follower.draws, follower.peak = int(self.plan.num_steps >= self.plan.warmup), 0
         else:
             told = self.state.stateful_callbacks.get(TitheCallback.__name__, {"args": {}})["args"]
             follower.draws, follower.peak = told.get("draws", 0), told.get("peak", 0)
+            self._say_another(told.get("chosen_by", follower.chosen_by), follower.chosen_by)
         self._warned = False
         self._check_decay()
+
+    def _say_another(self, saved: str, now: str) -> None:
+        """Say that a checkpoint's choice goes on, where this method might have made another.
+
+        Warns:
+            TitheWarning: when it was saved with a method of other settings.
+        """
+        if saved != now:
+            warnings.warn(
+                f"the checkpoint's choice was made by {saved}, and goes on; {now} decides what is chosen from here on"
+                " alone. To have it choose now, load the checkpoint's weights and train without"
+                " resume_from_checkpoint",
+                TitheWarning,
+                stacklevel=2,
+            )
 
     def _let_go(self) -> None:
         if self._live:
