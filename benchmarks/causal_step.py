@@ -26,7 +26,7 @@ from benchmarks.records import Store, parse
 from benchmarks.text import Batch
 from benchmarks.timing import packed_batch
 
-SIZE, LENGTH, VOCABULARY, RANK, ROUNDS = 8, 512, 32_000, 8, 2
+SIZE, LENGTH, VOCABULARY, RANK, ROUNDS = 8, 512, 32_000, 8, 3
 ALONE = 512
 BLOCKS = (32, 64, 128, 1024)
 BLOCK_WEIGHTS = ["*_proj.weight"]

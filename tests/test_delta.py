@@ -236,7 +236,7 @@ def test_size(tmp_path):
 def test_inspect(delta):
     info = inspect(delta)
     assert (info.version, info.num_bytes) == (1, delta.stat().st_size)
-    assert dict(info.metadata) == {"method": "fish", "density": "0.2"}
+    assert dict(info.metadata) == {"method": "fish", "density": "0.2", "class": "Sequential"}
     assert info.num_values == sum(tensor.selected for tensor in info.tensors)
     kinds = {tensor.name: tensor.kind for tensor in info.tensors}
     assert kinds["0.weight"] == "indices"

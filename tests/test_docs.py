@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from accelerate.state import GradientState
 from typer.main import get_command
 
 import tithe
@@ -75,6 +76,7 @@ def test_every_block_has_a_language(page: Path) -> None:
 @each_page
 def test_python_runs_and_prints_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    GradientState._reset_state()  # accelerate takes the last loader of a process for the next loop's
     names: dict[str, object] = {"__name__": __name__}  # a module that exists: dataclasses look it up
     for block in blocks(page):
         if block.language != "python":

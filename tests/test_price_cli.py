@@ -116,7 +116,7 @@ def test_a_language_model_has_no_head_and_its_dtype() -> None:
         (["bert", "--method", "dora"], "expected some of full, full+lean, full+ckpt, head, lora"),
         (["bert", *TINY, "--memory", "10kB"], "more than the weights alone"),
         (["bert", *TINY, "--budget", "0.0000001%", "--method", "fish"], "a budget that leaves at least one weight"),
-        (["bert", *TINY, "--tokens", "1000", "--method", "full"], "a forward pass that fails"),
+        (["bert", *TINY, "--tokens", "1000", "--method", "full"], "which fails on shapes alone (The expanded size"),
         (["vit", *TINY, "--image", "5x224x224", "--method", "fish"], "give their shape: --image 3x224x224"),
         (["no.such.module:Model", "--tokens", "4"], "No module named 'no'"),
         (["torch.nn:Identity"], "give --image 3x224x224 or --tokens 128"),

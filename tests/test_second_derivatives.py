@@ -301,6 +301,7 @@ LEAN = [
     Lean(NORMS, lambda x, w: F.rms_norm(x, (5,), w), (ROWS, SCALE)),
     Lean(NORMS, lambda x: F.layer_norm(x, (5,), SCALE), (ROWS,), CODED, "norm"),
     Lean("group norm", lambda x: F.group_norm(x, 2, CHANNELS), (IMAGES,), CODED, "norm"),
+    Lean("cross entropy", lambda x: F.cross_entropy(x, torch.arange(16), label_smoothing=0.1), (_randn(16, 256),)),
     Lean("attention", _sdpa(), (HEADS, HEADS + 1, HEADS.sin())),
     Lean("attention", lambda q: _sdpa()(q, q, q), (HEADS,)),
     Lean("attention", _sdpa(is_causal=True), (HEADS, HEADS + 1, HEADS.sin())),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 import tithe
-from tithe.integrations.trainer_data import TrainerLoss
+from tithe.integrations.transformers.data import TrainerLoss
 from trainers import BATCH, FISH, HEAD, ROWS, bert, collate, loss_fn, ours, quietly, rows, same, stock, weights
 
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import tithe
-from tithe.integrations.trainer_data import Example, TrainerBatches, TrainerLoss
 from tithe.integrations.transformers import with_tithe
+from tithe.integrations.transformers.data import Example, TrainerBatches, TrainerLoss
 from trainers import arguments, quietly, same, weights
 
 datasets = pytest.importorskip("datasets", reason="TRL trains on its datasets")

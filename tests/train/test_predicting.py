@@ -153,7 +153,7 @@ def test_a_language_model_goes_on_with_texts(tmp_path: Path) -> None:
 
 
 def test_pictures_are_answered_as_they_were_normalised(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "corner_net.py").write_text(
+    (tmp_path / "shaded_net.py").write_text(
         "from torch import nn\n"
         "def make(num_labels):\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(),\n"
@@ -161,7 +161,7 @@ def test_pictures_are_answered_as_they_were_normalised(images: Path, tmp_path: P
     )
     text = f"""
     [model]
-    callable = "corner_net:make"
+    callable = "shaded_net:make"
     head = ["4.*"]
     [data]
     task = "image-classification"
@@ -187,7 +187,7 @@ def test_pictures_are_answered_as_they_were_normalised(images: Path, tmp_path: P
     assert [row["place"] for row in told.rows] == [str(tmp_path / "new" / f"{number}.png") for number in range(5)]
     assert one.rows[0]["label"] == told.rows[0]["label"]
     with pytest.raises(TitheError, match="no picture"):
-        predict(tmp_path / "out", tmp_path / "corner_net.py")
+        predict(tmp_path / "out", tmp_path / "shaded_net.py")
 
 
 def test_another_file_may_be_read_in_another_way(done: Path, workplace: Path) -> None:

@@ -214,7 +214,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept_and_are_compact(edit: Ed
     files = {
         file.suffix for file in (workplace / "out").rglob("*") if file.is_file() and "tensorboard" not in str(file)
     }
-    assert files == {".safetensors", ".json", ".jsonl", ".png"}
+    assert files == {".safetensors", ".json", ".jsonl", ".md", ".png"}
 
 
 def test_an_earlier_run_is_not_overwritten(edit: Edit) -> None:

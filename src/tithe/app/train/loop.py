@@ -427,7 +427,7 @@ class Run:
         due = ended if run.checkpoint_every is None else at.step % run.checkpoint_every == 0
         if last or improved or due or stop is not None:
             self.save()
-        if stop is not None and not self._done:
+        if stop is not None and at.step < self.total_steps and at.stopped is None:  # an average may be to come
             raise Interrupted(f"{stop.name} at step {at.step} of {self.total_steps}: saved")
 
     def _asked_to_stop(self) -> signal.Signals | None:

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 import tithe
 from tithe.errors import TitheError, TitheWarning
 from tithe.forward import RandomStates
-from tithe.integrations import trainer_checks as checks
-from tithe.integrations import trainer_files as files
-from tithe.integrations.trainer_callback import TitheCallback
-from tithe.integrations.trainer_data import TrainerBatches, TrainerLoss, check_loss, shadowed, undisturbed
+from tithe.integrations.transformers import checks, files
+from tithe.integrations.transformers.callback import TitheCallback
+from tithe.integrations.transformers.data import TrainerBatches, TrainerLoss, check_loss, shadowed, undisturbed
 
 if TYPE_CHECKING:
     _Trainer = Any  # the class that it is put over
