@@ -403,3 +403,26 @@ def test_a_configuration_that_is_none_is_refused(settings: list[str], found: str
     error = refusal(place, *settings)
     assert found in error.found
     assert remedy in error.remedy
+
+
+BERT = """
+[model]
+tokenizer = "bytes"
+[model.scratch]
+model_type = "bert"
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+"""
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(place: Path) -> None:
+    path = place / "recipe.toml"
+    rest = "[data]" + path.read_text().partition("[data]")[2]
+    path.write_text(BERT + rest)
+    with pytest.raises(TitheError, match="a token sees those after it") as error:
+        made(place)
+    assert "write is_decoder = true into [model] scratch" in error.value.remedy
+    path.write_text(BERT + "is_decoder = true\n" + rest)
+    made(place)

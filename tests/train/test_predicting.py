@@ -188,3 +188,20 @@ def test_pictures_are_answered_as_they_were_normalised(images: Path, tmp_path: P
     assert one.rows[0]["label"] == told.rows[0]["label"]
     with pytest.raises(TitheError, match="no picture"):
         predict(tmp_path / "out", tmp_path / "shaded_net.py")
+
+
+def test_another_file_may_be_read_in_another_way(done: Path, workplace: Path) -> None:
+    file = workplace / "new.csv"
+    file.write_bytes("body\na g\u00f6od film\n\na bad film\n".encode("cp1252"))
+    with pytest.raises(TitheError, match="cp1252") as error:
+        predict(done, file)
+    assert error.value.remedy.endswith("(here: --set data.KEY=VALUE)")
+    settings = ["data.encoding=cp1252"]
+    with pytest.raises(TitheError, match="no column 'sentence'"):
+        predict(done, file, overrides=settings)
+    assert len(predict(done, file, overrides=[*settings, "data.text=body"]).rows) == 2
+    file.write_text("sentence,label\na film,0\na bad film,\n")
+    assert len(predict(done, file, overrides=["data.skip_bad=true"]).rows) == 1
+    for wrong in ("optimizer.lr=1", "data.task=seq2seq", "data.max_length=9"):
+        with pytest.raises(TitheError, match="which a finished run has"):
+            predict(done, file, overrides=[wrong])

@@ -143,3 +143,11 @@ def test_a_window_keeps_the_last_items() -> None:
     assert window.take([0]) == [0]
     assert window.take([100, 99]) == [100, 99]
     assert len(window._kept) <= 8
+
+
+def test_a_damaged_file_of_a_stream_is_named(place: Path) -> None:
+    file = place / "hub" / "train.jsonl"
+    file.write_text(file.read_text() + '{"text": "cut o')
+    with pytest.raises(TitheError, match="write the file again") as error:
+        make(place)
+    assert error.value.place.endswith("train.jsonl line 41")

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from task_rows import BART, RECIPE, ROWS, T5
+import tithe
+from task_rows import BART, RECIPE, ROWS, T5, TEXTS
 from tithe import TitheError
+from tithe.app.price import Shape, outline, price
 from tithe.app.train import read_recipe
 from tithe.app.train.loop import Run
+from tithe.app.train.models import load
 from tithe.app.train.tasks import TASKS
 from tithe.app.train.tasks.text import IGNORED
 from tithe.app.train.terms import TERMS
@@ -181,6 +184,50 @@ def test_several_classes_in_one_cell(write: Write, tmp_path: Path) -> None:
     assert {tuple(row) for row in one.examples.targets["train"].tolist()} == {(1, 1), (0, 0), (0, 1), (1, 0)}  # pyright: ignore
 
 
+def test_lists_in_cells_of_a_table_are_read_as_json(write: Write, tmp_path: Path) -> None:
+    path = write("token-classification")
+    row = '"[""a"", ""good film""]","[""O"", ""GOOD""]"\n[ a ],O BAD O\n'
+    (tmp_path / "a.csv").write_text("tokens,tags\n" + row * 6)
+    split = make(path, "data.train=a.csv").examples.splits["train"]
+    assert set(split.text) == {("a", "good film"), ("[", "a", "]")}  # pyright: ignore
+    assert set(split.label) == {("O", "GOOD"), ("O", "BAD", "O")}
+    path = write("multi-label")
+    (tmp_path / "a.csv").write_text("text,labels\n" + 'fine,"[""x"", ""y""]"\nbad,[]\ngood,x\n' * 4)
+    one = make(path, "data.train=a.csv")
+    assert one.examples.labels == ("x", "y")
+
+
+@pytest.mark.parametrize("separator", [";", "|", " "])
+def test_a_separator_that_is_not_named_is_no_part_of_a_class(separator: str, write: Write) -> None:
+    labels = ["good", f"good{separator}bad", "bad"]
+    rows = [{"text": f"film {n}", "labels": labels[n % 3]} for n in range(12)]
+    error = refusal(write("multi-label", rows, data='validation = "train.jsonl"'))
+    assert error.place == "train.jsonl line 2"
+    assert f"set separator = {separator!r}" in error.remedy
+    one = make(write("multi-label", rows, data=f'separator = "{separator}"'))
+    assert one.examples.labels == ("bad", "good")
+    one = make(write("multi-label", rows, data=f"labels = {sorted(labels)}"))
+    assert one.examples.labels == tuple(sorted(labels))
+
+
+def test_blanks_around_a_separator_do_not_count(write: Write) -> None:
+    rows = [{"text": f"film {n}", "labels": ["a;b", "a", "b"][n % 3]} for n in range(12)]
+    assert make(write("multi-label", rows, data='separator = " ; "')).examples.labels == ("a", "b")
+
+
+def test_rows_that_all_have_every_class_are_refused(write: Write) -> None:
+    rows = [{"text": f"film {n}", "labels": [n % 2, 1 - n % 2]} for n in range(12)]
+    error = refusal(write("multi-label", rows))
+    assert error.found == "every class (0, 1) in every row"
+    assert "not 0 or 1 for each" in error.remedy
+
+
+@pytest.mark.parametrize(("key", "right"), [("source", "text"), ("tokens", "text"), ("tags", "label")])
+def test_the_usual_name_of_a_column_is_no_key(key: str, right: str, write: Write) -> None:
+    error = refusal(write("seq2seq", data=f'{key} = "x"'))
+    assert error.remedy == f'name the column by {right} = "x"'
+
+
 def test_what_is_cut_is_said(write: Write) -> None:
     notes = make(write("token-classification"), "data.max_length=5").notes
     assert any("longer than 5 tokens ([data] max_length): cut" in note for note in notes)
@@ -211,6 +258,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "a class twice": ("multi-label", {"labels": ["good", "good"]}, "'good' twice", "write it once"),
     "an object": ("multi-label", {"labels": {"good": 1}}, "an object", "correct"),
     "an empty text": ("multi-label", {"text": ""}, "an empty text", "correct"),
+    "an aligned tag": ("token-classification", {"tags": ["O", -100]}, "the class -100", "the classes of words"),
+    "tags as Python prints": ("token-classification", {"tags": "['O', 'BAD']"}, "as Python prints it", "JSON"),
+    "words as numpy prints": ("token-classification", {"tokens": "['a' 'film']"}, "as Python prints it", "JSON"),
+    "classes as Python prints": ("multi-label", {"labels": "['good', 'bad']"}, "as Python prints it", "JSON"),
+    "a flag for each class": ("multi-label", {"labels": [0, 1, 1]}, "'1' twice", "not 0 or 1 for each"),
     "no target": ("seq2seq", {"target": ...}, "no 'target'", "write the label"),
     "null target": ("seq2seq", {"target": None}, "null", "write the label"),
     "an empty target": ("seq2seq", {"target": "  "}, "an empty text", "write the label"),
@@ -290,9 +342,19 @@ def test_a_test_split_without_targets_is_not_scored(write: Write, tmp_path: Path
     assert one.notes == ["test: no labels, so no score"]
 
 
-@pytest.mark.parametrize("task", sorted(ROWS))
-def test_a_price_of_another_task_is_refused_with_a_remedy(task: str, write: Write) -> None:
-    from tithe.app.price import Shape, outline
-
-    with pytest.raises(TitheError, match="tithe price BASE"):
-        outline(str(write(task, model=T5 if task == "seq2seq" else 'pretrained = "tiny"')), Shape())
+@pytest.mark.parametrize("task", [*sorted(ROWS), "causal-lm", "text-regression"])
+def test_a_price_of_a_recipe_is_what_a_step_takes(task: str, write: Write) -> None:
+    model = T5 if task == "seq2seq" else TEXTS.partition("[data]")[0].replace("[model]", "", 1)
+    data = "max_length = 12" + ("\nmax_target_length = 5" if task == "seq2seq" else "")
+    if task not in {"seq2seq", "causal-lm"}:
+        model, data = 'pretrained = "tiny"', data + ('\nlabels = ["O", "A", "B"]' if task in ROWS else "")
+    path = write(task, [], model=model, data=data)
+    subject = outline(str(path), Shape())
+    (row,) = price(subject, batch=3, methods=("full",)).rows
+    recipe = read_recipe(path)
+    network = load(recipe, 1 if task == "text-regression" else 3)
+    network.model.train()
+    batch = subject.batch(3)
+    ledger = tithe.measure(lambda: TASKS[task].loss(network.model, batch).backward())
+    assert row.kept == ledger.kept
+    assert row.trained == sum(parameter.numel() for parameter in network.model.parameters())

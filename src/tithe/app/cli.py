@@ -115,8 +115,8 @@ def train(
       [model]
       pretrained = "bert-base-uncased"  # or a folder, or timm = "resnet18"
       [data]
-      task = "text-classification"      # or text-regression, causal-lm,
-      train = "train.tsv"               #    image-classification
+      task = "text-classification"      # the other tasks: below
+      train = "train.tsv"               # TSV, CSV, JSONL, parquet
       test = "test.tsv"
       text = "sentence"
       [method]
@@ -153,6 +153,20 @@ def train(
       train = "book.txt"                # or a folder, or JSONL with
       packing = true                    #    messages = "messages"
       max_length = 512
+    The other tasks, with the columns that they read unless told otherwise:
+      text-regression                   # text, label: a number
+      multi-label                       # text, labels: a list, or "a,b"
+      token-classification              # tokens, tags: lists of one length
+      seq2seq                           # source, target: two texts
+      image-classification              # train = a folder of class folders
+    Another column: text = "words", label = "ner_tags".
+    Rows that are read while training goes on, of any size:
+      [data]
+      dataset = "corpus"                # a folder of JSONL or parquet
+      streaming = true                  #    files, or a data set of the hub
+      validation = "validation"
+      [run]
+      steps = 10000                     # not epochs
     From nothing: scratch = true beside pretrained or timm, or
       [model]
       tokenizer = "bytes"
@@ -215,6 +229,9 @@ def predict(
         Path | None, typer.Option("-o", "--output", help="A .csv, .tsv, .jsonl or .json file.", metavar="OUT")
     ] = None,
     tokens: Annotated[int, typer.Option(help="A language model writes at most.", metavar="N", min=0)] = 64,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="How FILE is read; repeatable.", metavar="data.KEY=VALUE")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Let a finished run answer the rows of a file.
@@ -229,12 +246,13 @@ def predict(
       tithe predict runs/first new.csv
       tithe predict runs/first new.jsonl -o answers.jsonl
       tithe predict runs/first new.csv --json
+      tithe predict runs/first new.csv --set data.text=body
     """  # noqa: D301
     with _guarded():
         from tithe.app.train.predicting import predict as answer
 
         with terminal.Bar(terminal.console(stderr=True), patience=2.0) as bar:
-            found = answer(run, file, output=output, new_tokens=tokens, progress=bar.count)
+            found = answer(run, file, output=output, new_tokens=tokens, overrides=overrides or (), progress=bar.count)
             for note in found.notes:
                 bar.say(note)
         if as_json:

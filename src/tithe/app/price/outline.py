@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from tithe.app.price.subject import Subject
 from tithe.app.train import Recipe, parse_recipe, read_recipe
-from tithe.app.train.models import (
-    call,
-    find_head,
-    find_model,
-)
+from tithe.app.train.encoders import is_text, load_tokenizer
+from tithe.app.train.models import call, configuration, find_head, find_model
 from tithe.app.train.sources import quiet, resolve
 from tithe.app.train.tasks import task_of
 from tithe.errors import TitheError
@@ -88,7 +85,6 @@ def outline(model: str, shape: Shape, settings: Sequence[str] = ()) -> Subject:
     """
     if model.endswith(".toml"):
         recipe = read_recipe(model, settings)
-        _check_priced(recipe)
         return _timm_or_callable(recipe, model, shape) or _pretrained(recipe, shape, ())
     timm = model.removeprefix("timm:") if model.startswith("timm:") else None
     is_callable = timm is None and re.fullmatch(r"[\w.]+:[\w.]+", model) is not None
@@ -114,32 +110,14 @@ def outline(model: str, shape: Shape, settings: Sequence[str] = ()) -> Subject:
     return _timm_or_callable(recipe, model, shape) or _pretrained(recipe, shape, settings, free=True)
 
 
-def _check_priced(recipe: Recipe) -> None:
-    """Refuse a recipe whose batches, or whose model without weights, cannot be outlined here."""
-    known = ("text-classification", "text-regression", "image-classification")
-    if recipe.data.task not in known:
-        is_causal = recipe.data.task == "causal-lm"
-        raise TitheError(
-            recipe.place("data", "task"),
-            found=recipe.data.task,
-            expected=f"a recipe of {', '.join(known)}",
-            remedy="price its base: tithe price BASE " + ("--language-model --tokens N" if is_causal else "--tokens N"),
-        )
-    if isinstance(recipe.model.scratch, dict):
-        raise TitheError(
-            recipe.place("model", "scratch"),
-            found="a configuration in the recipe",
-            expected="a model that has a name",
-            remedy="price its type: tithe price MODEL_TYPE --set KEY=VALUE",
-        )
-
-
 def _timm_or_callable(recipe: Recipe, name: str, shape: Shape) -> Subject | None:
     section = recipe.model
-    if section.pretrained is not None:
+    if section.pretrained is not None or isinstance(section.scratch, dict):
         return None
     find_model(recipe)
-    labels = shape.labels or section.num_labels or _LABELS
+    labels = shape.labels or _told_labels(recipe) or _LABELS
+    if recipe.data.train != "none" and not recipe.data.terms.num_labels:
+        labels = len(load_tokenizer(recipe)[0])
     image, tokens = _inputs(recipe, shape)
     channels = 3 if image is None else image[0]
 
@@ -165,7 +143,13 @@ def _timm_or_callable(recipe: Recipe, name: str, shape: Shape) -> Subject | None
             remedy="give --image 3x224x224 or --tokens 128",
         )
     loss = task_of(recipe).loss
-    return _subject(recipe, name, build, image, tokens, loss, shape)
+    return _subject(recipe, name, build, image, tokens, loss, shape, labels)
+
+
+def _told_labels(recipe: Recipe) -> int | None:
+    """The outputs of the head, as far as a recipe tells: classes that only the data tell are not known."""
+    told, terms = recipe.model.num_labels or len(recipe.data.labels or ()), recipe.data.terms
+    return told or (1 if terms.num_labels and "labels" not in terms.keys else None)
 
 
 def _inputs(recipe: Recipe, shape: Shape) -> tuple[tuple[int, ...] | None, int | None]:
@@ -184,11 +168,10 @@ def _subject(
     tokens: int | None,
     loss: Callable[[nn.Module, Any], Tensor],
     shape: Shape,
+    outputs: int,
 ) -> Subject:
     def batch(num_samples: int) -> dict[str, Any]:
-        labels = torch.zeros(num_samples, dtype=torch.int64)
-        if recipe.data.task == "text-regression":
-            labels = torch.empty(num_samples)
+        labels = task_of(recipe).blank_targets(recipe.data, num_samples, tokens or _TOKENS, outputs)
         if image is not None:
             return {"inputs": torch.empty(num_samples, *image), "labels": labels}
         ids = torch.ones(num_samples, tokens or _TOKENS, dtype=torch.int64)
@@ -207,26 +190,27 @@ def _next_token_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _pretrained(recipe: Recipe, shape: Shape, settings: Sequence[str], *, free: bool = False) -> Subject:
     import transformers
 
-    name = recipe.model.pretrained or ""
-    config = _configuration(recipe, name, settings, types=free)
+    name, is_scratch = recipe.model.pretrained or "", isinstance(recipe.model.scratch, dict)
+    if is_scratch:
+        find_model(recipe)
+        name, tokenizer = "scratch", load_tokenizer(recipe)[0] if is_text(recipe) else None
+        config = configuration(recipe, _told_labels(recipe) or _LABELS, tokenizer)
+    else:
+        config = _configuration(recipe, name, settings, types=free)
     fits_images = _has(config, "image_size") or _has(config, "num_channels")
     is_image = recipe.data.task == "image-classification" or (
         free and shape.tokens is None and not shape.language_model and fits_images
     )
     if is_image and recipe.data.task != "image-classification":
         recipe = _as_images(recipe)
-    labels = shape.labels or recipe.model.num_labels
+    task, labels = task_of(recipe), shape.labels or _told_labels(recipe)
     if labels is not None:
         config.num_labels = labels
+    for key, value in task.settings.items():
+        setattr(config, key, value)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # what a tokenizer would set; the texts here have no padding
-    kind: Any = (
-        transformers.AutoModelForCausalLM
-        if shape.language_model
-        else transformers.AutoModelForImageClassification
-        if is_image
-        else transformers.AutoModelForSequenceClassification
-    )
+    kind: Any = getattr(transformers, "AutoModelForCausalLM" if shape.language_model else task.architecture)
 
     def build() -> nn.Module:
         try:
@@ -243,8 +227,8 @@ def _pretrained(recipe: Recipe, shape: Shape, settings: Sequence[str], *, free: 
     image, tokens = _inputs(recipe, shape)
     if is_image and image is None:
         image = _image_of(config)
-    loss = task_of(recipe).loss
-    return _subject(recipe, name, build, image, tokens, _next_token_loss if shape.language_model else loss, shape)
+    loss = _next_token_loss if shape.language_model else task.loss
+    return _subject(recipe, name, build, image, tokens, loss, shape, config.num_labels)
 
 
 def _as_images(recipe: Recipe) -> Recipe:

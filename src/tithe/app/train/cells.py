@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 ABSENT = object()
 """The value of a key that a row does not have."""
@@ -17,6 +18,7 @@ ABSENT = object()
 _NOT_A_NUMBER = {"NaN", "nan", "-NaN", "-nan", "NaT", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
 _NOTHING = {"NULL", "null", "None", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A"}
 _WHOLE = re.compile(r"[+-]?\d+\.0*")
+_PRINTED = re.compile(r"\[\s*(?:[bu]?['\"]|array\(|None\b)|\[[-+\s\d.,]*\]$")
 _LARGEST = 3.4028234663852886e38
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _KINDS: dict[type[Any], str] = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes", bytearray: "bytes"}
@@ -103,6 +105,31 @@ def read_number(value: object) -> str | Fault:
         expected="a finite number (regression)",
         remedy="write a decimal point" if comma else "correct the line",
     )
+
+
+def read_list(text: str, known: Collection[str] = ()) -> Sequence[object] | Fault | None:
+    """Take a cell as a list that was written as text: a JSON list is one, a list as Python prints it is refused.
+
+    Args:
+        text: of the cell.
+        known: texts that are no lists, however they look.
+
+    Returns:
+        Its items; or None where it is another text.
+
+    Example:
+        >>> read_list('["a", "b"]'), read_list("a [b]")
+        (['a', 'b'], None)
+    """
+    bare = text.strip()
+    if not (bare.startswith("[") and bare.endswith("]")) or bare in known:
+        return None
+    try:
+        return cast("list[object]", json.loads(bare))
+    except (ValueError, RecursionError):
+        if _PRINTED.match(bare) is None:
+            return None
+        return Fault(f"a list as Python prints it, {bare[:40]!r}", remedy='write it as JSON: ["a", "b"]')
 
 
 def canonical(label: str) -> str:

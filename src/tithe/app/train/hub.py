@@ -168,6 +168,31 @@ def load_split(recipe: Recipe, split: str, name: str, *, streaming: bool = False
             ) from error
 
 
+@contextlib.contextmanager
+def streaming(recipe: Recipe, where: str) -> Generator[None]:
+    """Inside, rows of a stream are read: what its readers stumble over is told as what is wrong with the data.
+
+    Args:
+        recipe: names the data set.
+        where: which rows are read.
+    """
+    try:
+        yield
+    except TitheError:
+        raise
+    # As in `load_split`.
+    except Exception as error:
+        folder = find_folder(recipe, recipe.data.dataset or "", recipe.data_folder, "data", "dataset")
+        damaged = None if folder is None else _damaged(folder)
+        place, found = damaged or (f"{recipe.place('data', 'dataset')}: {where}", _root(error))
+        raise TitheError(
+            place,
+            found=found,
+            expected="rows that can be read",
+            remedy="write the file again, or remove it" if damaged else "check the data set, and the network",
+        ) from error
+
+
 def class_names(feature: object) -> tuple[str, ...]:
     """The names of a `ClassLabel`, or of a list of them, in their order; empty for columns of another kind."""
     feature = getattr(feature, "feature", feature)

@@ -254,8 +254,30 @@ def from_scratch(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
     """
     import transformers
 
+    kind: Any = getattr(transformers, task_of(recipe).architecture)
+    config, place = configuration(recipe, num_labels, tokenizer), recipe.place("model", "scratch")
+    try:
+        with quiet():
+            return kind.from_config(config, dtype=torch.float32)
+    # Configurations raise what their own checks do: ValueError, TypeError, ZeroDivisionError …
+    except Exception as error:
+        raise TitheError(
+            place,
+            found=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            expected=f"a configuration of which {kind.__name__} makes a model",
+            remedy="correct the numbers, or take another model_type",
+        ) from error
+
+
+def configuration(recipe: Recipe, num_labels: int, tokenizer: Any) -> Any:
+    """The configuration of a model with fresh weights, of transformers; the arguments are those of `from_scratch`.
+
+    Raises:
+        TitheError: there is no such model, or a key of the configuration is none of its own.
+    """
+    import transformers
+
     task, told = task_of(recipe), recipe.model.scratch
-    kind: Any = getattr(transformers, task.architecture)
     own: dict[str, Any] = dict(task.settings) | ({"num_labels": num_labels} if task.terms.num_labels else {})
     if isinstance(told, bool):
         name = resolve(recipe, recipe.model.pretrained or "", "pretrained")
@@ -267,18 +289,7 @@ def from_scratch(recipe: Recipe, num_labels: int, tokenizer: Any) -> nn.Module:
         config = _configuration(recipe, told, own)
         if tokenizer is not None:
             _complete(config, told, tokenizer)
-    place = recipe.place("model", "scratch")
-    try:
-        with quiet():
-            return kind.from_config(config, dtype=torch.float32)
-    # Configurations raise what their own checks do: ValueError, TypeError, ZeroDivisionError …
-    except Exception as error:
-        raise TitheError(
-            place,
-            found=(str(error).strip().splitlines() or [type(error).__name__])[0],
-            expected=f"a configuration of which {task.architecture} makes a model",
-            remedy="correct the numbers, or take another model_type",
-        ) from error
+    return config
 
 
 def _complete(config: Any, told: Mapping[str, Any], tokenizer: Any) -> None:

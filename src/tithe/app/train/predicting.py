@@ -31,6 +31,9 @@ from tithe.files import replacing
 _SOURCES = ("train", "validation", "test", "dataset", "config", "npz", "folder", "streaming", "labels")
 """Keys of `[data]` that say where a run's own rows are, or follow from them."""
 
+_READING = ("text", "text_pair", "label", "messages", "separator", "documents", "encoding", "skip_bad")
+"""Keys of `[data]` that say how a file is read, and may be others than the run's."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -86,6 +89,7 @@ def predict(
     *,
     output: Path | None = None,
     new_tokens: int = 64,
+    overrides: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Predictions:
     """Let a finished run answer the rows of a file.
@@ -95,6 +99,7 @@ def predict(
         file: rows as the run was trained on, which need no labels; or a picture, a folder of pictures, or an npz.
         output: where the answers are written as well; its ending says the format.
         new_tokens: how many tokens a language model writes at most.
+        overrides: `data.key=value` settings of how the file is read, such as `data.text=body`.
         progress: told how many rows are done.
 
     Raises:
@@ -105,9 +110,9 @@ def predict(
             str(output), found=f"the ending {output.suffix!r}", expected=", ".join(SUFFIXES), remedy="name another file"
         )
     result = _result(run)
-    recipe, labels = _recipe(run, file, result), tuple(result["labels"])
+    recipe, labels = _recipe(run, file, result, overrides), tuple(result["labels"])
     task = task_of(recipe)
-    rows = _rows(recipe, file.resolve(), progress)
+    rows = _rows_of(recipe, file.resolve(), progress)
     set_seed(recipe.run.seed)  # what is fresh in the base is drawn as it was
     network = load(recipe, task.num_outputs(recipe, labels))
     delta = run / Path(result["files"]["delta"]).name
@@ -176,8 +181,17 @@ def _result(run: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", result)
 
 
-def _recipe(run: Path, file: Path, result: Mapping[str, Any]) -> Recipe:
+def _recipe(run: Path, file: Path, result: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     """The recipe of a run, about another file."""
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in {f"data.{name}" for name in _READING}:
+            raise TitheError(
+                f"--set {override}",
+                found=f"{key!r}, which a finished run has",
+                expected=f"how the file is read: {', '.join(f'data.{name}' for name in _READING)}",
+                remedy="leave it out",
+            )
     told = {name: dict(section) for name, section in result["told"]["recipe"].items()}
     told["data"] = {key: value for key, value in told["data"].items() if key not in _SOURCES}
     told["data"] |= {"train": str(file.resolve()), **result["inputs"]}
@@ -186,7 +200,18 @@ def _recipe(run: Path, file: Path, result: Mapping[str, Any]) -> Recipe:
     told["run"]["output"] = str(run.resolve())
     if not file.exists():
         raise TitheError(str(file), found="no file or folder", expected="rows to answer", remedy="correct the path")
-    return parse_recipe(told, result["told"]["folder"])
+    return parse_recipe(told, result["told"]["folder"], overrides)
+
+
+def _rows_of(recipe: Recipe, file: Path, progress: Callable[[str, int, int], None]) -> Rows:
+    """Read the rows; what a recipe would say of them is said on the command line here."""
+    try:
+        return _rows(recipe, file, progress)
+    except TitheError as error:
+        if "[data]" not in error.remedy:
+            raise
+        remedy = f"{error.remedy} (here: --set data.KEY=VALUE)"
+        raise TitheError(error.place, found=error.found, expected=error.expected, remedy=remedy) from error
 
 
 def _rows(recipe: Recipe, file: Path, progress: Callable[[str, int, int], None]) -> Rows:

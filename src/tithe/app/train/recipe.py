@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import re
 import tomllib
@@ -21,6 +22,7 @@ from tithe.app.train.locate import Lines, locate
 from tithe.app.train.paths import exists, expand
 from tithe.app.train.sections import DataSection, LogSection, ModelSection, OptimizerSection, RunSection
 from tithe.app.train.slips import explain_toml
+from tithe.app.train.terms import TERMS
 from tithe.errors import TitheError
 
 if TYPE_CHECKING:
@@ -235,13 +237,20 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validate(settings, lines, path.resolve().parent)
 
 
-def parse_recipe(settings: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+def parse_recipe(settings: Mapping[str, Any], folder: str | Path = ".", overrides: Sequence[str] = ()) -> Recipe:
     """Check a recipe given as nested mappings, for use from Python.
+
+    Args:
+        settings: its sections.
+        folder: that relative paths start from.
+        overrides: as in `read_recipe`.
 
     Raises:
         TitheError: a key is unknown, missing or of a wrong value.
     """
-    return _validate(settings, Lines("recipe"), Path(folder).resolve())
+    told = copy.deepcopy(dict(settings))
+    changed = [_override(told, override) for override in overrides]
+    return _validate(told, Lines("recipe", overridden=frozenset(changed)), Path(folder).resolve())
 
 
 def _validate(settings: Mapping[str, Any], lines: Lines, folder: Path) -> Recipe:
@@ -301,7 +310,13 @@ def _explain(error: ErrorDetails, lines: Lines) -> TitheError:
         known = _known(path, method)
         close = difflib.get_close_matches(path[-1], known, n=1)
         home = [name for name, section in _SECTIONS.items() if len(path) > 1 and path[-1] in section.model_fields]
-        elsewhere = f"move it to [{home[0]}]" if home else "remove it or correct its name"
+        columns = {name: key for terms in TERMS.values() for key, name in terms.columns.items()}
+        if path[0] == "data" and path[-1] in columns:
+            key = columns[path[-1]]
+            close, elsewhere = [], f'name the column by {key} = "{error["input"]}"'
+        else:
+            elsewhere = "remove it or correct its name"
+        elsewhere = f"move it to [{home[0]}]" if home else elsewhere
         return TitheError(
             place,
             found=f"unknown key {path[-1]!r}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from tithe.app.section import Section, exactly_one, refuse
 from tithe.app.train.cells import canonical
@@ -25,6 +25,13 @@ def _label_text(value: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     return canonical(value) if isinstance(value, str) else value
+
+
+def _bare(value: object) -> str:
+    """Take the blanks around a separator away, unless it is nothing else: pydantic would take those, too."""
+    if not isinstance(value, str) or not value:
+        raise refuse(None, found=repr(value), expected="what parts two classes", remedy='for example separator = ";"')
+    return value.strip() or value
 
 
 Label = Annotated[str, BeforeValidator(_label_text)]
@@ -105,7 +112,7 @@ class DataSection(Section):
     packing: bool = False
     streaming: bool = False
     shuffle_buffer: Annotated[int, Field(ge=0)] | None = None
-    separator: Annotated[str, Field(min_length=1)] = ","
+    separator: Annotated[str, PlainValidator(_bare)] = ","
     labels: Annotated[tuple[Label, ...], Field(min_length=2)] | None = None
     max_length: Annotated[int, Field(ge=2)] = 128
     max_target_length: Annotated[int, Field(ge=2)] = 128

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from tithe.app.train.hub import class_names, load_split
+from tithe.app.train.hub import class_names, load_split, streaming
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch, Table
 from tithe.app.train.tables import check_columns, table_of
@@ -66,11 +66,15 @@ class Stream:
             rows = rows.shuffle(seed=recipe.run.seed, buffer_size=self._buffer)
         for turn in itertools.count():
             rows.set_epoch(turn)
-            read = 0
-            for batch in rows.iter(batch_size=_AT_ONCE):
+            read, batches = 0, iter(rows.iter(batch_size=_AT_ONCE))
+            while True:
                 source = (
                     f"{recipe.data.dataset} ({recipe.data.train or 'train'}), pass {turn + 1}, from row {read + 1}:"
                 )
+                with streaming(recipe, source.removesuffix(":")):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 read += len(next(iter(batch.values())))
                 yield table_of(recipe, "train", source, batch, self.names)
             if read == 0:
@@ -88,7 +92,8 @@ def open_stream(recipe: Recipe) -> Stream:
     name = recipe.data.train or "train"
     data = load_split(recipe, "train", name, streaming=True)
     if data.column_names is None:
-        first = next(iter(data), None)
+        with streaming(recipe, "its first row"):
+            first = next(iter(data), None)
         data = data if first is None else data.select_columns(list(first))
     check_columns(recipe, "train", f"{recipe.data.dataset} ({name})", list(data.column_names or ()))
     label = task_of(recipe).columns(recipe.data).get("label", "")

@@ -24,7 +24,7 @@ from tithe.app.train.skipping import Unusable
 from tithe.app.train.tasks import task_of
 from tithe.errors import TitheError
 
-_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+_SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 _JSON: dict[type[Any], str] = {int: "number", float: "number", str: "text", bool: "truth value", type(None): "null"}
 _LINES = "(pandas: df.to_json(path, orient='records', lines=True))"
 
@@ -54,7 +54,7 @@ def read_table(recipe: Recipe, split: str, path: Path) -> Table:
         raise TitheError(
             recipe.place("data", split),
             found=f"no rows in {path.name}: the file is empty",
-            expected="a header and at least one row" if suffix != ".jsonl" else "at least one row",
+            expected="a header and at least one row" if suffix in {".tsv", ".csv"} else "at least one row",
             remedy="write the file again, or correct the path",
         )
     if (kind := kind_of(content)) is not None:

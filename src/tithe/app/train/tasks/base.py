@@ -147,6 +147,17 @@ class Task(ABC):
         """Count the outputs that the model is to have."""
         return recipe.model.num_labels or max(1, len(classes))
 
+    @abstractmethod
+    def blank_targets(self, data: DataSection, num: int, tokens: int, outputs: int) -> Tensor:
+        """Targets (num, …) of the largest shape, for a price; their values do not matter.
+
+        Args:
+            data: the recipe's section.
+            num: samples.
+            tokens: of an input, where inputs are texts.
+            outputs: of the model.
+        """
+
     # ------------------------------------------------------------------------------------------------------- model
 
     @abstractmethod

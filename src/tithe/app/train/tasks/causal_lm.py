@@ -63,6 +63,10 @@ class CausalLm(TextTask):
         """The texts are their own targets."""
         return [None] * len(rows.label)
 
+    def blank_targets(self, data: DataSection, num: int, tokens: int, outputs: int) -> Tensor:
+        """A token for each token."""
+        return torch.ones(num, tokens, dtype=torch.int64)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over all tokens that are predicted."""
         return next_token_loss(model, batch)
@@ -91,6 +95,7 @@ class CausalLm(TextTask):
                 expected="logits of every next token: (texts, tokens, vocabulary)",
                 remedy="use a causal language model",
             )
+        _check_causal(recipe, model, batch, output)
 
     def prompts(self, how: Predictor, rows: Rows, targets: Targets) -> tuple[Sequence[Any], tuple[str, ...]]:
         """The tokens of each text or chat, of which the last count where they are too many."""
@@ -125,6 +130,40 @@ class CausalLm(TextTask):
                 told["continuation"] = continuation(model, inputs["input_ids"][row][mask], how)
             rows.append(told)
         return rows
+
+
+_SEEN = 1e-5
+"""How much of what a changed token changes in its own logits may be rounding in those of tokens before it."""
+
+
+def _check_causal(recipe: Recipe, model: nn.Module, batch: Batch, output: Tensor) -> None:
+    """Change the second half of each text, and see whether the first half's logits stay: else a model sees the answers.
+
+    Raises:
+        TitheError: they do not.
+    """
+    inputs = batch["inputs"]
+    assert isinstance(inputs, dict)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    one, other = ids[mask].min(), ids[mask].max()
+    late = mask & (mask.cumsum(1) > mask.sum(1, keepdim=True) // 2)
+    changed = torch.where(late, torch.where(ids == one, other, one), ids)
+    after = output_of(model, {**batch, "inputs": {**inputs, "input_ids": changed}})
+    moved_NT = (after.float() - output.float()).abs().amax(-1)
+    early, own = moved_NT[mask & ~late], moved_NT[late]
+    if not early.numel() or float(early.max()) <= _SEEN * float(own.max()):
+        return
+    has_switch = getattr(getattr(model, "config", None), "is_decoder", True) is False
+    key = "scratch" if isinstance(recipe.model.scratch, dict) else "pretrained"
+    where = "[model] scratch" if key == "scratch" else "the model's config.json"
+    raise TitheError(
+        recipe.place("model", key) if getattr(recipe.model, key) else recipe.place("model"),
+        found=f"{type(model).__name__}, in which a token sees those after it, which it is to predict",
+        expected="a model whose attention goes back only",
+        remedy=f"write is_decoder = true into {where}, or use a causal language model"
+        if has_switch
+        else "use a causal language model",
+    )
 
 
 _WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()

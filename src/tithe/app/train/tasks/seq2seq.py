@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +50,10 @@ class Seq2Seq(TextTask):
     def encoder(self, recipe: Recipe, tokenizer: Any, length: int) -> Encoder:
         """Sources with their targets."""
         return PairEncoder(tokenizer, length, recipe.data.max_target_length)
+
+    def blank_targets(self, data: DataSection, num: int, tokens: int, outputs: int) -> Tensor:
+        """As many tokens as a target may have."""
+        return torch.ones(num, data.max_target_length, dtype=torch.int64)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over the target's tokens, which the model computes in its own forward."""

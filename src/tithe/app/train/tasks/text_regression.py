@@ -40,6 +40,10 @@ class TextRegression(TextTask):
         """(N,), float32: each row's value."""
         return torch.tensor([float(label) for label in rows.label], dtype=torch.float32)
 
+    def blank_targets(self, data: DataSection, num: int, tokens: int, outputs: int) -> Tensor:
+        """A value for each text."""
+        return torch.empty(num)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of a batch."""
         return F.mse_loss(output_of(model, batch).squeeze(-1), batch["labels"])

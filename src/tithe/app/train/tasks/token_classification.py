@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tithe.app.train.cells import Fault, read_label, read_text
+from tithe.app.train.cells import Fault, read_label, read_list, read_text
 from tithe.app.train.metrics import micro_f1
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.rows import Batch, Table, Targets
@@ -36,8 +37,13 @@ class TokenClassification(TextTask):
     def cell(self, data: DataSection, key: str, value: object, names: Sequence[str]) -> Any:
         """Take a list, or a text of words parted by blanks, as tables without lists have it."""
         what = "classes" if key == "label" else "words"
+        known = set(data.labels or ())
         if isinstance(value, str):
-            value = value.split()
+            listed = read_list(value)
+            if isinstance(listed, Fault):
+                return Fault(listed.found, expected=f"a list of {what}", remedy=listed.remedy)
+            is_list = listed is not None and (key == "label" or all(isinstance(item, str) for item in listed))
+            value = listed if is_list else value.split()
         if not isinstance(value, list | tuple):
             plain = read_text(value)
             found = plain if isinstance(plain, Fault) else Fault(f"the value {plain!r}")
@@ -45,13 +51,18 @@ class TokenClassification(TextTask):
         items = cast("Sequence[object]", value)
         if not items:
             return Fault("an empty list", expected=f"a list of {what}", remedy="remove the line")
-        known = set(data.labels or ())
         read = [read_label(item, names, known) if key == "label" else read_text(item) for item in items]
         for number, item in enumerate(read, start=1):
             if isinstance(item, Fault):
                 return Fault(
                     f"{item.found} as number {number}", expected=f"a list of {what}", remedy="correct the line"
                 )
+        if key == "label" and (marked := [item for item in read if item == str(IGNORED) and item not in known]):
+            return Fault(
+                f"the class {marked[0]}, which stands for a token that is left out",
+                expected="the class of each word",
+                remedy="write the classes of words, before they were aligned with tokens",
+            )
         return tuple(read)
 
     def row_fault(self, cells: Mapping[str, Any]) -> tuple[str, Fault] | None:
@@ -89,6 +100,10 @@ class TokenClassification(TextTask):
                 remedy="use another tokenizer",
             )
         return WordEncoder(tokenizer, length)
+
+    def blank_targets(self, data: DataSection, num: int, tokens: int, outputs: int) -> Tensor:
+        """A class for each token."""
+        return torch.zeros(num, tokens, dtype=torch.int64)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the words of a batch."""
