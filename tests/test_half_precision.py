@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tithe
-from tithe import FISH, SpIEL, TitheError, TraDy, every
+from tithe import FISH, SparseUpdate, SpIEL, TitheError, TraDy, every
 from tithe.rules import Binding
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -64,6 +64,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "FISH, again": lambda: FISH(k=40, reselect=every(2)),
     "FISH, warm-up": lambda: FISH(k=40, warmup=2),
     "SpIEL": lambda: SpIEL(density=0.3, reselect=every(2)),
+    "SparseUpdate": lambda: SparseUpdate({"1.weight": 0.5}, biases=["1.bias"]),
     "TraDy": lambda: TraDy(tithe.Budget(elements=60), layers="all", score="uniform"),
     "TraDy, bytes": lambda: TraDy(tithe.Budget("3KB"), layers="all", dynamic=False),
 }

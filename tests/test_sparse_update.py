@@ -113,3 +113,9 @@ def test_names_that_are_no_layer_are_said(ratios: dict[str, float], biases: list
 def test_ratios_out_of_range_are_refused(ratio: float) -> None:
     with pytest.raises(TitheError, match="fraction"):
         SparseUpdate({"a": ratio})
+
+
+def test_what_is_no_scheme_is_refused() -> None:
+    """A budget is TraDy's."""
+    with pytest.raises(TitheError, match="expected a mapping from names of weights"):
+        SparseUpdate(tithe.Budget(elements=60))  # pyright: ignore[reportArgumentType]
