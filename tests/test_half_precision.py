@@ -316,6 +316,19 @@ def test_a_state_of_other_masters_is_refused_and_nothing_changes() -> None:
     assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
 
 
+def test_a_plan_attached_again_with_its_state_has_its_masters() -> None:
+    model = net()
+    plan = attach(model, FISH(k=40))
+    train(plan, adamw(plan.parameters(), lr=1e-3), batches(3))
+    state, before = copy.deepcopy(plan.state_dict()), masters(plan)
+    plan.release()
+    again = attach(model, FISH(k=40), state=state)
+    assert all(torch.equal(value, before[name]) for name, value in masters(again).items())
+    again.release()
+    anew = attach(model, FISH(k=40))
+    assert all(torch.equal(value, value.bfloat16().float()) for value in masters(anew).values())
+
+
 @each_method
 def test_a_delta_holds_the_weights_in_their_own_dtype(make: Callable[[], Any], tmp_path: Path) -> None:
     model = net()
