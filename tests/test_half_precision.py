@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tithe
-from tithe import FISH, SpIEL, TitheError, TraDy, every
+from tithe import FISH, SparseUpdate, SpIEL, TitheError, TraDy, every
 from tithe.rules import Binding
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -64,6 +64,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "FISH, again": lambda: FISH(k=40, reselect=every(2)),
     "FISH, warm-up": lambda: FISH(k=40, warmup=2),
     "SpIEL": lambda: SpIEL(density=0.3, reselect=every(2)),
+    "SparseUpdate": lambda: SparseUpdate({"1.weight": 0.5}, biases=["1.bias"]),
     "TraDy": lambda: TraDy(tithe.Budget(elements=60), layers="all", score="uniform"),
     "TraDy, bytes": lambda: TraDy(tithe.Budget("3KB"), layers="all", dynamic=False),
 }
@@ -313,6 +314,19 @@ def test_a_state_of_other_masters_is_refused_and_nothing_changes() -> None:
     with pytest.raises(TitheError, match=r"saved θ of torch\.float32.*dtype="):
         other.load_state_dict(state)
     assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
+
+
+def test_a_plan_attached_again_with_its_state_has_its_masters() -> None:
+    model = net()
+    plan = attach(model, FISH(k=40))
+    train(plan, adamw(plan.parameters(), lr=1e-3), batches(3))
+    state, before = copy.deepcopy(plan.state_dict()), masters(plan)
+    plan.release()
+    again = attach(model, FISH(k=40), state=state)
+    assert all(torch.equal(value, before[name]) for name, value in masters(again).items())
+    again.release()
+    anew = attach(model, FISH(k=40))
+    assert all(torch.equal(value, value.bfloat16().float()) for value in masters(anew).values())
 
 
 @each_method

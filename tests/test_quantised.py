@@ -12,10 +12,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import tithe
+from tithe.ledger import predict
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WHOLE = ("lm_head", "classifier", "pooler")
@@ -166,3 +168,68 @@ def test_where_that_names_quantised_weights_alone_is_refused(kind: str) -> None:
         tithe.attach(model, tithe.FISH(k=40), loss=loss_fn, data=[batch("Llama")], where="*q_proj.weight")
     assert "q_proj.weight" in str(error.value)
     assert all(type(p).__name__ != "Carrier" for module in model.modules() for p in vars(module).values())
+
+
+# --- the float copy that a dequantised weight has
+
+
+def tower() -> nn.Module:
+    """Linear maps of torchao's weights, with biases that are trained, of which nothing but the copies would be kept."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 64), *(layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.Tanh()))]
+    model = nn.Sequential(*layers)
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in ("1", "3", "5"))
+    return model
+
+
+ROWS = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+
+
+def squares(model: nn.Module) -> Tensor:
+    return model(ROWS).square().mean()
+
+
+def test_a_lean_layer_keeps_no_float_copy_of_a_quantised_weight() -> None:
+    """It keeps what the layer of floats keeps, which is nothing; the copy made again has the same bits."""
+    model = tower()
+    stock, before = gradients(model, lambda: squares(model).backward())
+    tithe.lean(model, exact=True)
+    lean, after = gradients(model, lambda: squares(model).backward())
+    assert before - after == 3 * 4 * 64 * 64
+    assert all(torch.equal(lean[name], value) for name, value in stock.items())
+    assert lean.keys() == stock.keys()
+    model.zero_grad()
+    predicted = predict(model, lambda _: squares(model), ROWS)
+    measured = tithe.measure(lambda: squares(model).backward(), model=model)
+    assert (predicted.kept, predicted.peak) == (measured.kept, measured.peak)
+    assert measured.kept < 4 * 64 * 64
+
+
+@pytest.mark.parametrize("reentrant", [False, True, None])
+def test_copies_are_made_again_in_checkpoints_and_under_autocast(reentrant: bool | None) -> None:
+    model = tower()
+    inner = model[1:]  # pyright: ignore
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            x = model[0](ROWS)  # pyright: ignore
+            y = inner(x) if reentrant is None else checkpoint(inner, x, use_reentrant=reentrant)
+        y.float().square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = run()
+    tithe.lean(inner, exact=True)
+    lean = run()
+    assert all(torch.equal(lean[name], value) for name, value in stock.items())
+    assert lean.keys() == stock.keys()
+
+
+def test_codes_that_are_written_before_backward_are_refused() -> None:
+    model = tower()
+    tithe.lean(model, exact=True)
+    loss = squares(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    with pytest.raises(tithe.TitheError, match="a graph recorded before the weights were last updated"):
+        loss.backward()
+    squares(model).backward()

@@ -121,3 +121,9 @@ def test_a_budget_in_the_place_of_ratios_is_refused() -> None:
 def test_ratios_out_of_range_are_refused(ratio: float) -> None:
     with pytest.raises(TitheError, match="fraction"):
         SparseUpdate({"a": ratio})
+
+
+def test_what_is_no_scheme_is_refused() -> None:
+    """A budget is TraDy's."""
+    with pytest.raises(TitheError, match="expected a mapping from names of weights"):
+        SparseUpdate(tithe.Budget(elements=60))  # pyright: ignore[reportArgumentType]

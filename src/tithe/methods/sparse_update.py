@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from tithe.budget import written_as_percent
 from tithe.errors import TitheError
@@ -28,7 +29,7 @@ class SparseUpdate(SparseMethod):
         lean: let the other layers keep only what backward needs (`tithe.lean`).
 
     Raises:
-        TitheError: when ratios are no mapping, or one is out of range.
+        TitheError: when `ratios` is no mapping, or a ratio is out of range.
 
     Example:
         >>> SparseUpdate({"blocks.12.pointwise1.weight": 0.25}).needs_data
@@ -40,12 +41,12 @@ class SparseUpdate(SparseMethod):
     lean: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ratios, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(cast(Any, self.ratios), Mapping):
             raise TitheError(
                 "SparseUpdate",
                 found=f"ratios={self.ratios!r}",
-                expected="names of parameters, each with the part of its input channels",
-                remedy='write SparseUpdate({"layer.weight": 0.25}), or TraDy(budget) to have layers chosen',
+                expected="a mapping from names of weights to parts of their input channels",
+                remedy='write SparseUpdate({"blocks.12.pointwise1.weight": 0.25}); TraDy is the method with a budget',
             )
         for name, ratio in self.ratios.items():
             if not 0 < ratio <= 1:

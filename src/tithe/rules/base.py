@@ -150,7 +150,8 @@ def _recorded(
     return missing(found, (gy, ctx.x, weight, *kept, *ctx.others), refused)
 
 
-def _stale() -> TitheError:
+def stale() -> TitheError:
+    """Make the error for a graph that is older than the weights."""
     return TitheError(
         "backward",
         found="a graph recorded before the weights were last updated",
@@ -159,7 +160,7 @@ def _stale() -> TitheError:
     )
 
 
-def saved_tensors(ctx: Any, stale: Callable[[], TitheError] = _stale) -> tuple[Any, ...]:
+def saved_tensors(ctx: Any, stale: Callable[[], TitheError] = stale) -> tuple[Any, ...]:
     """`ctx.saved_tensors`, with the clear error `stale()` where one of them was changed in place since forward."""
     if torch.compiler.is_compiling():
         return ctx.saved_tensors

@@ -159,10 +159,12 @@ class _Call(TorchFunctionMode):
         shift = probe.shape[1] - input.shape[0]
         fits = input.dim() == 2 and target.dtype == torch.int64 and shift in (0, 1)
         if not fits or target.numel() != size * (length - shift):
+            kind = "" if target.dtype == torch.int64 else f"{target.dtype} "
             raise refused(
                 self.tail.model,
-                f"a cross-entropy of {target.numel()} labels for hidden states of {size} × {length} positions",
+                f"a cross-entropy of {target.numel()} {kind}labels for hidden states of {size} × {length} positions",
             )
+        self.check_labels(target, ignore_index, input.shape[1])
         if shift:
             target = F.pad(target.view(size, length - 1), (0, 1), value=ignore_index).view(-1)
         self.done = True
@@ -176,6 +178,24 @@ class _Call(TorchFunctionMode):
         rows_NH = hidden.reshape(-1, hidden.shape[-1])
         function: Any = _Late if late else _Early
         return function.apply(job, ask, rows_NH, *leaves)
+
+    def check_labels(self, target: Tensor, ignored: int, num_words: int) -> None:
+        """Check that labels are words: a GPU would fail somewhere later, in a kernel.
+
+        Raises:
+            TitheError: one of them is not, and is not ignored either.
+        """
+        if isinstance(target, FakeTensor):
+            return
+        wrong = target[((target < 0) | (target >= num_words)) & (target != ignored)]
+        if wrong.numel():
+            raise TitheError(
+                "batch",
+                found=f"a label of {int(wrong[0])}",
+                expected=f"labels from 0 to {num_words - 1}, or {ignored} where there is none",
+                remedy=f"write {ignored} for what is not to be learned, and call model.resize_token_embeddings(…) for"
+                " words that were added to the tokenizer",
+            )
 
     def compare(self, logits: Tensor) -> None:
         """Compare the tail with the model's own logits at the probe's rows, in another order; once for each loss.
