@@ -40,8 +40,13 @@ def _is_few(tensor: Tensor) -> bool:
 class _Mode(FakeTensorMode):
     """A mode that remembers what operators make of shapes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; the wrapper that sees to that costs as much as a look-up
+
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # torch's own takes longer to ask, and longer still to fill
         self._known = remembered(self)
 
     def __torch_dispatch__(

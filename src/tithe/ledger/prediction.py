@@ -50,6 +50,10 @@ class _FakeRecorder(Recorder):
     A real parameter that meets an operator is replaced by its fake for that operator only: autograd sees the parameter.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # `_eager` keeps the compiler away once; else each operator would
+
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__(fake=True)
         self.grads: list[tuple[Tensor, Tensor | None]] = []

@@ -68,6 +68,11 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
         yield tensor.untyped_storage()
 
 
+def _device(tensor: Tensor) -> torch.device:
+    # A fake's `.device` is a question to every mode; its own note of it is at hand.
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
 class Recorder(TorchDispatchMode):
     """A log of the birth, growth and death of every storage that an operator creates, by weak references only.
 
@@ -113,7 +118,7 @@ class Recorder(TorchDispatchMode):
     def note(self, tensor: Tensor, older: set[int]) -> None:
         """Write down the storages of an operator's result that are not among those of its inputs, the `older`."""
         fake = isinstance(tensor, FakeTensor)
-        if (fake and not self._fake) or tensor.device.type == "meta":
+        if (fake and not self._fake) or _device(tensor).type == "meta":
             return
         for storage in storages(tensor):
             if storage._cdata in self._blocks:
@@ -123,11 +128,12 @@ class Recorder(TorchDispatchMode):
 
     def born(self, tensor: Tensor) -> None:
         """Write down the one storage of a result that is known to be new."""
-        if tensor.device.type != "meta":
+        if _device(tensor).type != "meta":
             self._enter(tensor, tensor.untyped_storage())
 
     def _enter(self, tensor: Tensor, storage: torch.UntypedStorage) -> None:
-        block = Block(storage.nbytes(), tensor.device.index if tensor.is_cuda else None)
+        device = _device(tensor)
+        block = Block(storage.nbytes(), device.index if device.type == "cuda" else None)
         self._blocks[storage._cdata] = block, weakref.ref(storage, self._death(storage._cdata))
         self.events.append(Event(block, block.num_bytes, None))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ _NEVER = {
     *(_aten.set_, _aten.resize_, _aten.resize_as_, _aten._resize_output_),  # they change storages
     *(_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_),  # they read masks
 }
+_MOST = 1 << 15
+"""Results that are remembered, a kilobyte each; a Llama of 32 layers has a few thousand."""
 _REAL = {Tensor, nn.Parameter}
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
@@ -127,7 +128,7 @@ Make = New | View | Same | Plain | Several
 
 @final
 class Remembered:
-    """What the operators that ran made of which shapes, of one mode of fake tensors."""
+    """What the operators that ran made of which shapes, under one kind of modes of fake tensors."""
 
     def __init__(self) -> None:
         self._makes: dict[Any, Make | None] = {}
@@ -142,7 +143,7 @@ class Remembered:
             fit = self._fit[func] = not _UNFIT & set(func.tags) and func.overloadpacket not in _NEVER
         if not fit:
             return None
-        parts: list[Any] = [func, torch.get_default_dtype()]
+        parts: list[Any] = [func, torch.get_default_dtype(), torch._C._get_mkldnn_enabled()]
         for value in args:
             if not _write(value, parts, inputs):
                 return None
@@ -175,6 +176,8 @@ class Remembered:
             fakes: the same, with the fake of each real one in its place.
             out: its result.
         """
+        if len(self._makes) >= _MOST:
+            self._makes.clear()
         self._makes[key] = _make(out, inputs, fakes) if key == again else None
 
 
@@ -187,12 +190,12 @@ def fresh(make: Make, out: Any) -> Iterator[FakeTensor]:
             yield from fresh(part, leaf)
 
 
-_REMEMBERED: WeakKeyDictionary[FakeTensorMode, Remembered] = WeakKeyDictionary()
+_REMEMBERED: dict[type[FakeTensorMode], Remembered] = {}
 
 
 def remembered(mode: FakeTensorMode) -> Remembered:
-    """Return what is remembered of a mode of fake tensors, as long as there is that mode."""
-    return _REMEMBERED.setdefault(mode, Remembered())
+    """Return what is remembered of a kind of modes of fake tensors: one prediction goes on where another ended."""
+    return _REMEMBERED.setdefault(type(mode), Remembered())
 
 
 def _write(value: Any, parts: list[Any], inputs: list[Any]) -> bool:

@@ -114,9 +114,9 @@ class TraDy(SparseMethod):
         costs = self._costs(context)
         count = costs.weights.numel()
         if self.score == "uniform":
-            draws = [_shuffle(count, trial) for trial in range(_TRIALS)]
+            draws = (_shuffle(count, trial) for trial in range(_TRIALS))  # one at a time: a network has many channels
         else:
-            draws = [self._order(context, costs)]
+            draws = iter([self._order(context, costs)])
         sizes = [int(costs.weights[self._take(order, costs, None)].sum()) for order in draws]
         return sorted(sizes)[len(sizes) // 2]  # of a draw that was made, so that at least this one fits again
 

@@ -77,10 +77,10 @@ class SelectedWeights:
             TitheError: on every rank, when ranks chose differently.
         """
         new = {b.name: chosen.get(b.name, Coordinates.nothing(b.selection.shape)) for b in self.bindings}
-        items = [selection.items for selection in new.values()]
-        sums = {id(i): torch.stack([i.sum(), (i * i % 1_000_003).sum()]) for i in {id(i): i for i in items}.values()}
-        digest = torch.stack([sums[id(i)] for i in items])
-        distributed.check_same("selection", digest)
+        if distributed.world_size() > 1:
+            items = [selection.items for selection in new.values()]
+            digest = torch.stack([torch.stack([i.sum(), (i * i % 1_000_003).sum()]) for i in items])
+            distributed.check_same("selection", digest)
         old = {b.name: b.selection for b in self.bindings}
         changed = [b for b in self.bindings if not _same(old[b.name], new[b.name])]
         if self._flat is not None and (changed or self._emptied):

@@ -185,6 +185,8 @@ class Binding:
             values: θ of it; None where there was none.
             dtype: of θ.
         """
+        if isinstance(self.weight, FakeTensor):
+            return self.weight.new_empty(self.selection.theta_shape, dtype=dtype)
         there = self.selection.gather(self.weight.detach())
         start = there.to(dtype)
         if values is None or dtype == there.dtype:
@@ -226,7 +228,7 @@ class Binding:
         selection = self.selection
         if not isinstance(selection, Coordinates) or not selection.size or len(selection.shape) < 2:
             return None
-        return Touch.of(selection.indices, selection.shape)
+        return Touch.of(selection.indices, selection.shape, self.weight)
 
     @property
     def index_bytes(self) -> int:
@@ -397,7 +399,7 @@ class Binding:
     def _digest_selected(self) -> Tensor:
         if not self.selection.size:
             return torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        return digest(self._there())
+        return digest(self.weight if isinstance(self.weight, FakeTensor) else self._there())
 
     def _there(self) -> Tensor:
         """The weight's values where θ's are, to be read: of a weight that is selected whole they are no copy."""
@@ -408,7 +410,7 @@ class Binding:
 
     def agree(self) -> None:
         """Note that θ and the weight hold the same values now."""
-        self._agreed(self.values)
+        self._agreed(None if isinstance(self.weight, FakeTensor) else self.values)
 
     def _agreed(self, values: Tensor | None) -> None:
         self._committed, self._written = self.version, self.weight._version
@@ -426,7 +428,9 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def digest(values: Tensor) -> Tensor:
-    """One number that another set of values is unlikely to share."""
+    """One number that another set of values is unlikely to share; 0 of a tensor that has no values."""
+    if isinstance(values, FakeTensor):
+        return values.new_zeros((), dtype=torch.int64)
     return _bits(values).sum(dtype=torch.int64)
 
 

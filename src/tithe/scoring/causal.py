@@ -110,7 +110,11 @@ def _causal_loss(model: nn.Module, batch: Mapping[str, Any], rows: int) -> Tenso
     return loss
 
 
-_uncaptured = cast("Callable[[nn.Module, Mapping[str, Any], int], Tensor]", torch.compiler.disable(_causal_loss))
+# What `torch.compiler.disable` does, without importing the compiler (a second) before the first call.
+_uncaptured = cast(
+    "Callable[[nn.Module, Mapping[str, Any], int], Tensor]",
+    torch._disable_dynamo(_causal_loss),  # pyright: ignore[reportPrivateImportUsage]
+)
 
 
 class _Call(TorchFunctionMode):

@@ -11,6 +11,8 @@ import tithe
 from tithe.method import SelectionContext
 from tithe.select.topk import share
 
+_BLOCK = 1 << 17
+
 
 @final
 class Drawn(tithe.FISH):
@@ -43,6 +45,11 @@ def draw(size: int, count: int, generator: torch.Generator) -> Tensor:
         >>> draw(5, 5, torch.Generator())
         tensor([0, 1, 2, 3, 4])
     """
-    edges = torch.arange(count + 1, dtype=torch.int64) * size // max(count, 1)
-    start, length = edges[:-1], edges.diff()
-    return start + (torch.rand(count, dtype=torch.float64, generator=generator) * length).long().clamp_max(length - 1)
+    drawn = torch.empty(count, dtype=torch.int64)
+    for at in range(0, count, _BLOCK):  # a mask may have millions of entries: what is made on the way stays small
+        end = min(at + _BLOCK, count)
+        edges = torch.arange(at, end + 1, dtype=torch.int64) * size // count
+        start, length = edges[:-1], edges.diff()
+        part = (torch.rand(end - at, dtype=torch.float64, generator=generator) * length).long()
+        drawn[at:end] = start + part.clamp_max(length - 1)
+    return drawn

@@ -206,6 +206,8 @@ class _Stall:
 
         def cost(place: int) -> int:
             fraction = _FRACTIONS[place - 1]
+            if fraction == self.site.terms.budget.fraction:
+                return fit.peak
             least = self.weights + int(fraction * total * each)
             if self.offer.per_batch or least <= memory:
                 terms = dataclasses.replace(self.site.terms, budget=tithe.Budget(fraction=fraction))

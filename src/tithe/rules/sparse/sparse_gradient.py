@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tithe.rules.base import Cost
 from tithe.rules.double_backward import differentiated
@@ -48,17 +49,34 @@ class Touch:
     cheapest: dict[Any, Way] = field(default_factory=dict[Any, "Way"])
 
     @classmethod
-    def of(cls, indices: Tensor, shape: tuple[int, ...]) -> Touch:
+    def of(cls, indices: Tensor, shape: tuple[int, ...], weight: Tensor | None = None) -> Touch:
         """From flat row-major indices, ascending, into a weight of `shape`.
 
         Of the same tensor of indices it is the same again: equal layers that are priced share theirs, and the largest
-        masks would not fit into memory otherwise.
+        masks would not fit into memory otherwise. Of a weight that has a shape and no data, positions have none either.
         """
-        known = _known.get((id(indices), shape))
+        blank = weight if isinstance(weight, FakeTensor) else None
+        key = id(indices), shape, None if blank is None else id(blank.fake_mode)
+        known = _known.get(key)
         if known is not None and known.indices is indices:
             return known
-        made = _known[id(indices), shape] = cls._made(indices, shape)
+        made = _known[key] = cls._made(indices, shape) if blank is None else cls._counted(indices, shape, blank)
         return made
+
+    @classmethod
+    def _counted(cls, indices: Tensor, shape: tuple[int, ...], weight: FakeTensor) -> Touch:
+        """As `_made`; only the touched rows and columns have values, since counts follow from them."""
+        depth = math.prod(shape[2:])
+        marks = [torch.zeros(count, dtype=torch.bool) for count in shape[:2]]
+        for part in indices.split(_PART):
+            outer = part if depth == 1 else torch.div(part, depth, rounding_mode="floor")
+            row = torch.div(outer, shape[1], rounding_mode="floor")
+            marks[0][row] = True
+            marks[1][outer - row * shape[1]] = True
+        rows, columns = (mark.nonzero().flatten() for mark in marks)
+        row, column = (weight.new_empty(indices.numel(), dtype=torch.int32) for _ in range(2))
+        inner = weight.new_empty(indices.numel(), dtype=torch.int32) if len(shape) > 2 else None
+        return cls(rows, columns, row, column, inner, shape, indices)
 
     @classmethod
     def _made(cls, indices: Tensor, shape: tuple[int, ...]) -> Touch:
@@ -79,7 +97,10 @@ class Touch:
         return flat if self.inner is None else flat * math.prod(self.shape[2:]) + self.inner
 
 
-_known: weakref.WeakValueDictionary[tuple[int, tuple[int, ...]], Touch] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[tuple[int, tuple[int, ...], int | None], Touch] = weakref.WeakValueDictionary()
+
+_PART = 1 << 17
+"""Indices that are looked at together where little else is kept of them."""
 
 
 def _touched(numbers: Tensor, count: int) -> Tensor:
