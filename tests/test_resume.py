@@ -240,3 +240,24 @@ def test_the_state_of_another_optimizer_is_refused(bound: bool) -> None:
 
     with pytest.raises(TitheError, match="another optimizer, without alpha"):
         load()
+
+
+def test_an_optimizer_state_of_other_sizes_is_refused() -> None:
+    """As where another choice than the saved one was made when attaching: torch goes by the parameters' order."""
+    method = FISH(k=7, score="magnitude")
+    plan = tithe.attach(MLP.model(), method)
+    opt = adamw(plan.parameters())
+    plan.bind(opt)
+    _step(plan, opt, MLP, MLP.batches(1)[0])
+    fits = copy.deepcopy(opt.state_dict())
+    for state in opt.state_dict()["state"].values():
+        if "exp_avg" in state:
+            state.update(exp_avg=torch.zeros(99), exp_avg_sq=torch.zeros(99))
+    spoiled = opt.state_dict()
+    plan.release()
+    again = tithe.attach(MLP.model(), method)
+    optimizer = adamw(again.parameters())
+    again.bind(optimizer)
+    optimizer.load_state_dict(fits)
+    with pytest.raises(TitheError, match=r"shape \[99\]"):
+        optimizer.load_state_dict(spoiled)

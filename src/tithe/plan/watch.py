@@ -111,6 +111,7 @@ class Optimizers:
         if state is not None:
             _check_kind(optimizer)
             plan.load_state_dict(state)  # θ of another size is made first
+            _check_sizes(optimizer, plan)
         others = self.check_holds([optimizer, *self.bound])
         plan.check_optimizer(optimizer, elementwise)
         new = _held([optimizer])
@@ -249,6 +250,7 @@ class Optimizers:
         if plan is not None and state is not None:
             _check_kind(optimizer)
             plan.load_state_dict(state)
+            _check_sizes(optimizer, plan)
 
 
 def _check_kind(optimizer: Optimizer) -> None:
@@ -266,6 +268,24 @@ def _check_kind(optimizer: Optimizer) -> None:
             remedy="make the optimizer that the state was saved from (of a Trainer: the same optim=), or attach with"
             f' state=saved["state"]["{STATE_KEY}"] and let the new optimizer start afresh',
         )
+
+
+def _check_sizes(optimizer: Optimizer, plan: Watched) -> None:
+    """Check that what an optimizer has loaded for a parameter is of its size: torch goes by the parameters' order.
+
+    Raises:
+        TitheError: when it is of another, as where another choice than the saved one was made when attaching.
+    """
+    for name, parameter in plan.named_parameters():
+        kept = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, torch.Tensor) and v.dim()]
+        if kept and all(value.shape != parameter.shape for value in kept):
+            raise TitheError(
+                name,
+                found=f"an optimizer's state of shape {list(kept[0].shape)} for it",
+                expected=f"one of shape {list(parameter.shape)}: an optimizer made for the choice that was saved",
+                remedy="attach with the method, where= and data that the state was saved with, or with"
+                f' state=saved["state"]["{STATE_KEY}"] before the optimizer is made',
+            )
 
 
 def inner_optimizer(optimizer: Any) -> Optimizer:
