@@ -195,6 +195,17 @@ def test_what_is_no_trainer_is_refused() -> None:
             with_tithe(kind)  # pyright: ignore
 
 
+def test_a_trainer_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, for one, would then be of the model's parameters, without a word."""
+
+    class Own(Trainer):
+        pass
+
+    monkeypatch.delattr(Trainer, "_clip_grad_norm")
+    with pytest.raises(TitheError, match="whose Trainer has no _clip_grad_norm"):
+        with_tithe(Own)
+
+
 def test_an_epoch_that_is_ended_twice_is_refused(tmp_path: Path) -> None:
     trainer = ours(tmp_path, callbacks=[CountsToo()])
     CountsToo.trainer = trainer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
+import transformers
 from torch import nn
 
 from tithe import Coordinates, Selection, SelectionContext, SparseMethod, attach
@@ -13,6 +14,30 @@ from tithe.errors import TitheError
 
 SAVES = ("both", "delta")
 """What `tithe_save` may be."""
+
+
+_OVERRIDDEN = (
+    *("_inner_training_loop", "create_optimizer", "get_decay_parameter_names", "training_step", "log"),
+    *("_clip_grad_norm", "_get_grad_norm", "_save", "create_model_card", "_load_from_checkpoint"),
+    *("_load_callback_state", "_load_best_model"),
+)
+"""Methods of a Trainer that do something else under a plan: where one is missing, another does it, unseen."""
+
+
+def check_release(trainer: type) -> None:
+    """Check that a Trainer has the methods that a plan has to come between.
+
+    Raises:
+        TitheError: when it lacks one, as those of other releases of transformers do.
+    """
+    missing = [name for name in _OVERRIDDEN if not callable(getattr(trainer, name, None))]
+    if missing:
+        raise TitheError(
+            trainer.__name__,
+            found=f"transformers {transformers.__version__}, whose Trainer has no {', '.join(missing)}",
+            expected="a Trainer that does its work in these methods, as that of 5.23 does",
+            remedy="pip install transformers==5.23, or call tithe.attach yourself before you make a stock Trainer",
+        )
 
 
 def check_arguments(arguments: Mapping[str, Any], save: str) -> None:

@@ -62,7 +62,7 @@ def with_tithe(trainer: type[TrainerT]) -> type[TrainerT]:
         The subclass; the same one each time.
 
     Raises:
-        TitheError: when it is no Trainer's class.
+        TitheError: when it is no Trainer's class, or one of a release of transformers that works otherwise.
 
     Example:
         >>> from transformers import Trainer
@@ -79,6 +79,7 @@ def with_tithe(trainer: type[TrainerT]) -> type[TrainerT]:
         )
     if issubclass(kind, _WithTithe):
         return trainer
+    checks.check_release(kind)
     return cast("type[TrainerT]", type(f"Tithe{trainer.__name__}", (_WithTithe, trainer), {"_of": trainer}))
 
 
