@@ -15,6 +15,7 @@ from transformers import Adafactor, Trainer, TrainerCallback
 import tithe
 from tithe import TitheError
 from tithe.integrations.transformers import with_tithe
+from tithe.integrations.transformers.checks import _OVERRIDDEN
 from trainers import BATCH, FISH, ROWS, arguments, bert, collate, loss_fn, ours, quietly, rows, same, weights
 
 
@@ -201,6 +202,8 @@ def test_a_trainer_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch
     class Own(Trainer):
         pass
 
+    over = vars(with_tithe(Trainer).__mro__[1])
+    assert {name for name in over if callable(over[name]) and name in vars(Trainer)} - {"__init__"} == set(_OVERRIDDEN)
     monkeypatch.delattr(Trainer, "_clip_grad_norm")
     with pytest.raises(TitheError, match="whose Trainer has no _clip_grad_norm"):
         with_tithe(Own)
