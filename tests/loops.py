@@ -40,6 +40,19 @@ def net() -> Net:
     return Net()
 
 
+def record(folder: Path, make: Callable[[], nn.Module] = net) -> tithe.History:
+    """Three checkpoints around a network's start."""
+    history = tithe.History(folder)
+    for step in range(3):
+        model = make()
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        history.record(model, step)
+    return history
+
+
 def batches() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     draw = lambda: {  # noqa: E731

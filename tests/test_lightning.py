@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import tithe
 from fits import BATCHES, EPOCHS, HEAD, METHODS, SIZE, ByHand, Module, data, fit, loader, loss_fn, plain, same, trainer
+from loops import record
 from tithe.integrations.lightning import Tithe
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -379,14 +380,7 @@ def test_two_forward_passes_a_step_are_optimized_by_hand_and_validated_narrow() 
 
 
 def test_a_span_of_checkpoints_is_trained_and_its_statistics_estimated(tmp_path: Path) -> None:
-    history = tithe.History(tmp_path)
-    for step in range(3):
-        model = Module()
-        torch.manual_seed(step)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        history.record(model, step)
+    history = record(tmp_path, Module)
     module, callback = Module(), Tithe(tithe.TWA(history))
     fit(trainer(callback), module, loader(), loader())
     callback.plan.release()

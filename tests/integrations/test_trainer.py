@@ -32,15 +32,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> tithe.History:
-    history = tithe.History(tmp_path_factory.mktemp("history"))
-    for step in range(3):
-        model = loops.net()
-        torch.manual_seed(step)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        history.record(model, step)
-    return history
+    return loops.record(tmp_path_factory.mktemp("history"))
 
 
 def head(name: str) -> tuple[str, ...]:

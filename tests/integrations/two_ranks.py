@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import tithe
+from loops import record
 from trainers import HEAD, ROWS, bert, ours, quietly, same, weights
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,14 +48,7 @@ def run(folder: Path, name: str, *, resume: int | None = None) -> Any:
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     if WORLD == 1:
-        history = tithe.History(folder / "history")
-        for step in range(3):
-            model = bert()
-            torch.manual_seed(step)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-            history.record(model, step)
+        record(folder / "history", bert)
     found: dict[str, Any] = {}
     for name in methods(folder):
         whole = run(folder, name)
