@@ -2,6 +2,9 @@
 
 Sung, Nair, Raffel. *Training Neural Networks with Fixed Sparse Masks.* NeurIPS 2021, arXiv 2111.09839.
 
+Other scores than the paper's: "snr" and "saliency", known from pruning (`tithe.select.importance`), and "principal", of
+Liu et al., *LIFT the Veil for the Truth*, ICML 2025, arXiv 2506.00772.
+
 Deviations from the authors' code: scores are per-sample squares of whole batches instead of batches of one, taken in
 evaluation mode; weights outside the mask are not touched by weight decay or momentum; nothing dense is kept.
 """
@@ -18,12 +21,12 @@ from torch import Tensor
 
 from tithe.budget import Budget, written_as_percent
 from tithe.errors import TitheError, TitheWarning
-from tithe.method import SelectionContext, SparseMethod
+from tithe.method import DATA_FREE, SelectionContext, SparseMethod
 from tithe.schedule import Schedule
 from tithe.select.topk import share, top_in_each, top_k
 from tithe.selection import Coordinates
 
-Score = Literal["fisher", "gradient", "magnitude", "random"]
+Score = Literal["fisher", "gradient", "snr", "saliency", "magnitude", "random", "principal"]
 Fisher = Literal["empirical", "true"]
 Scope = Literal["global", "tensor"]
 
@@ -33,6 +36,7 @@ class FISH(SparseMethod):
     """Train the k single weights with the largest score; the head is always trained and charged to the density.
 
         F_j = 1/N Σ_i (∂ log p(y_i | x_i) / ∂w_j)²        k = density · (all parameters) − (head parameters)
+        principal: |W_r|, the part of a weight, taken as a matrix, of rank r = ⌈k / Σ (m + n)⌉
 
     Args:
         density: fraction of all parameters that is trained, head included, in (0, 1]. All are those of float16,
@@ -40,8 +44,11 @@ class FISH(SparseMethod):
         k: number of weights trained besides the head. Exactly one of `density` and `k` is given.
         samples: N, how many samples the scores are taken over, all ranks together.
         fisher: "empirical" takes the given labels y_i; "true" the exact expectation over the model's own p(y | x_i).
-        score: "fisher", "gradient" (|mean gradient|), "magnitude" (|w|) or "random" (uniform).
-        scope: "global" is the paper's one cut over all tensors; "tensor" gives each tensor the same density.
+            Under it the mean gradient is zero: it is for the score "fisher" alone.
+        score: "fisher", of the gradients g also "gradient" (|mean g|), "snr" (|mean g| / √(mean g²)) and "saliency"
+            (|w · mean g|); without data "magnitude" (|w|), "random" (uniform) and "principal" (|W_r|).
+        scope: "global" is the paper's one cut over all tensors; "tensor" gives each tensor the same density, and under
+            "principal" each matrix (m, n) its part of k in proportion to m + n.
         warmup: steps that train the head alone before the choice is made.
         reselect: a Schedule for context again, or None for once.
 
@@ -98,6 +105,13 @@ class FISH(SparseMethod):
                     expected="one of " + ", ".join(map(repr, get_args(options))),
                     remedy=f"change {name}",
                 )
+        if self.fisher == "true" and self.score not in ("fisher", *DATA_FREE):
+            raise TitheError(
+                "FISH",
+                found=f'fisher="true" with score={self.score!r}',
+                expected='fisher="empirical": over the model\'s own distribution the mean gradient is zero',
+                remedy='leave fisher= out, or write score="fisher"',
+            )
         if not isinstance(self.reselect, (Schedule, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TitheError(
                 "FISH",
@@ -109,7 +123,7 @@ class FISH(SparseMethod):
     @property
     def needs_data(self) -> bool:
         """Return whether the score is computed from data."""
-        return self.score in ("fisher", "gradient")
+        return self.score not in DATA_FREE
 
     def num_selected(self, context: SelectionContext) -> int:
         """Return k for this model: density · (all parameters) − (head parameters).
@@ -117,7 +131,7 @@ class FISH(SparseMethod):
         Raises:
             TitheError: when nothing is left after the head, or more is asked for than there is.
         """
-        available = sum(context.sizes.values())
+        available = sum(self._sizes(context)[0].values())
         if self.k is not None:
             k = self.k
         else:
@@ -131,23 +145,26 @@ class FISH(SparseMethod):
                 remedy=f"use density {least:g} or more, a smaller head, or k=",
             )
         if k > available:
+            matrices = ", those of matrices" if self.score == "principal" else ""
             raise TitheError(
                 "where",
-                found=f"{available} weights to choose from",
+                found=f"{available} weights to choose from{matrices}",
                 expected=f"at least k = {k}",
                 remedy="use a lower density, or let where= match more parameters",
             )
         return k
 
     def choose(self, context: SelectionContext) -> dict[str, Coordinates]:
-        """Choose one selection for each tensor of the context, empty ones included."""
+        """Choose one selection for each tensor that has a score, empty ones included."""
         k = self.num_selected(context)
         first = ", or train the head first with warmup=" if context.num_head and not self.warmup else ""
         instead = f'{first}, or choose by score="magnitude"'
-        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher, or_else=instead)
-        sizes, scored = context.sizes, list[int]()
+        sizes, parts = self._sizes(context)
+        rank = max(1, -(-k // sum(parts.values())))
+        scores = context.scores(self.score, samples=self.samples, fisher=self.fisher, rank=rank, or_else=instead)
+        scored = list[int]()
         counted = _counting(scores, scored)
-        picked = top_k(counted, k, sizes) if self.scope == "global" else top_in_each(counted, share(k, sizes))
+        picked = top_k(counted, k, sizes) if self.scope == "global" else top_in_each(counted, share(k, parts, sizes))
         if self.needs_data and sum(scored) < k < sum(sizes.values()):
             warnings.warn(
                 f"FISH: of {k} weights, {k - sum(scored)} are chosen by their place alone: only {sum(scored)} have a "
@@ -156,6 +173,13 @@ class FISH(SparseMethod):
                 stacklevel=2,
             )
         return {name: Coordinates(context.shapes[name], indices.cpu()) for name, indices in picked.items()}
+
+    def _sizes(self, context: SelectionContext) -> tuple[dict[str, int], dict[str, int]]:
+        """Entries of each tensor that has a score, and the numbers in proportion to which they share k."""
+        if self.score != "principal":
+            return context.sizes, context.sizes
+        matrices = context.matrices.items()
+        return {name: m * n for name, (m, n) in matrices}, {name: m + n for name, (m, n) in matrices}
 
 
 def _counting(scores: Iterable[tuple[str, Tensor]], found: list[int]) -> Iterator[tuple[str, Tensor]]:

@@ -82,18 +82,41 @@ def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int])
     return {name: largest(check_finite(name, score).reshape(-1), counts[name]) for name, score in scores}
 
 
-def share(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Split k in proportion to `sizes` by largest remainder, ties by order; the shares add up to min(k, Σ sizes).
+def share(k: int, sizes: Mapping[str, int], most: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Split k in proportion to `sizes` by largest remainder, ties by order.
+
+    Args:
+        k: to split.
+        sizes: name → weight of its part.
+        most: name → the most that it can take, by default its size; what one cannot take goes to the others.
+
+    Returns:
+        Name → part; they add up to min(k, Σ most).
 
     Example:
         >>> share(3, {"a": 10, "b": 10})
         {'a': 2, 'b': 1}
+        >>> share(9, {"a": 10, "b": 10}, {"a": 2, "b": 20})
+        {'a': 2, 'b': 7}
     """
+    most = sizes if most is None else most
+    shares: dict[str, int] = {}
+    left, k = dict(sizes), min(k, sum(most.values()))
+    while left:
+        part = _in_proportion(k, left)
+        over = [name for name in left if part[name] > most[name]]
+        for name in over or left.copy():
+            shares[name] = min(part[name], most[name])
+            k -= shares[name]
+            del left[name]
+    return {name: shares[name] for name in sizes}
+
+
+def _in_proportion(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
     total = sum(sizes.values())
-    k = min(k, total)
     exact = {name: k * size for name, size in sizes.items()}
-    shares = {name: value // total for name, value in exact.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(exact[name] % total))
+    shares = {name: value // max(total, 1) for name, value in exact.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(exact[name] % max(total, 1)))
     for name in by_remainder[: k - sum(shares.values())]:
         shares[name] += 1
     return shares
