@@ -291,14 +291,14 @@ class SelectionContext:
             TitheError: when there is no such score, when it needs data or a loss and there is none, when a weight gets
                 no gradient from any of the data, or when every gradient is zero.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         match kind:
             case "magnitude":
                 return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
             case "random":
-                return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
+                generator = self._generator()
+                return ((name, importance.random(shape, generator)) for name, shape in self.shapes.items())
             case "principal":
-                return self._low_rank_parts(rank, generator)
+                return self._low_rank_parts(rank)
             case _ if kind not in STATISTICS:
                 raise TitheError(
                     "scores",
@@ -319,7 +319,37 @@ class SelectionContext:
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
         return passes.scores(kind, or_else)
 
-    def _low_rank_parts(self, rank: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    def channel_scores(
+        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", rank: int = 32, or_else: str = ""
+    ) -> dict[str, Tensor]:
+        """Return the score of each input channel: the sum over its weights, (I,), by name, in the model's order.
+
+        Args:
+            kind: as of `scores`; "random" is one draw for each channel, times its weights.
+            samples: as of `scores`.
+            fisher: as of `scores`.
+            rank: as of `scores`.
+            or_else: as of `scores`.
+
+        Raises:
+            TitheError: as `scores`, as `layers`, or when a score is not finite.
+        """
+        layers = self.layers()
+        if kind == "random":
+            generator = self._generator()
+            return {n: importance.random((v.num_channels,), generator) * v.weights for n, v in layers.items()}
+        found: dict[str, Tensor] = {}
+        for name, score in self.scores(kind, samples=samples, fisher=fisher, rank=rank, or_else=or_else):
+            if name in layers:
+                groups, transposed = layers[name].groups, layers[name].transposed
+                found[name] = importance.channel_sums(check_finite(name, score), groups, transposed=transposed)
+        return {name: found[name] for name in layers if name in found}
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def _low_rank_parts(self, rank: int) -> Iterator[tuple[str, Tensor]]:
+        generator = self._generator()
         for name, matrix in self._as_matrices():
             part = importance.principal(check_finite(name, matrix), rank, generator)
             yield name, part.view(self.shapes[name])

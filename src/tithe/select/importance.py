@@ -54,9 +54,9 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.detach().float().abs()
 
 
-def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+def random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw uniform scores in [0, 1), the same on every device and rank; their largest k are a uniform draw of k."""
-    return torch.rand(weight.shape, generator=generator)
+    return torch.rand(shape, generator=generator)
 
 
 def principal(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -123,15 +123,19 @@ def as_matrix(weight: Tensor, *, convolution: bool) -> Tensor | None:
     return weight.flatten(0, 1) if weight.dim() == 3 and not convolution else weight.flatten(1)
 
 
-def channel_magnitude(weight: Tensor, groups: int, *, transposed: bool) -> Tensor:
-    """Return Σ |w| over the columns of each input channel, (I,), in float32.
+def channel_sums(score: Tensor, groups: int, *, transposed: bool) -> Tensor:
+    """Return the sum of a score over the weights of each input channel, (I,).
 
     Args:
-        weight: (O, I / G, *kernel), or (I, O / G, *kernel) when transposed.
+        score: (O, I / G, *kernel), or (I, O / G, *kernel) when transposed.
         groups: G.
         transposed: the input channels are axis 0.
+
+    Example:
+        >>> channel_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1, transposed=False)
+        tensor([4., 6.])
     """
-    size = weight.detach().abs().float()
     if transposed:
-        return size.flatten(1).sum(1)
-    return size.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1).sum(1)
+        return score.flatten(1).sum(1)
+    by_group = score.unflatten(0, (groups, -1))
+    return by_group.sum((1, *range(3, by_group.dim()))).flatten()

@@ -82,6 +82,59 @@ def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int])
     return {name: largest(check_finite(name, score).reshape(-1), counts[name]) for name, score in scores}
 
 
+def top_columns(
+    scores: Mapping[str, Tensor], weights: Mapping[str, int], k: int, parts: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Pick whole columns of at most k weights in all: the best of each matrix, then the best of the rest that fits.
+
+    Without `parts` the columns of all matrices are ranked by score per weight. With them matrices are filled evenly:
+    the j-th best column of a matrix, from 0, is ranked by j · weights / part. Ties go by order in `scores`, then by
+    column. Nothing that is left out would fit beside what is picked.
+
+    Args:
+        scores: name → score of each column, (I,).
+        weights: name → weights of a column.
+        k: the most that may be picked, in weights.
+        parts: name → a number in proportion to which matrices share k.
+
+    Returns:
+        Name → sorted columns, int64.
+
+    Example:
+        >>> scores = {"a": torch.tensor([1.0, 9.0, 6.0]), "b": torch.tensor([3.0, 2.0])}
+        >>> top_columns(scores, {"a": 2, "b": 1}, 5)
+        {'a': tensor([1, 2]), 'b': tensor([0])}
+    """
+    counts = [score.numel() for score in scores.values()]
+    orders = {name: torch.sort(score.double().cpu(), descending=True, stable=True) for name, score in scores.items()}
+    places = torch.cat([order.indices.argsort() for order in orders.values()])
+    sizes = torch.tensor([weights[name] for name in scores]).repeat_interleave(torch.tensor(counts))
+    if parts is None:
+        worth = torch.cat([score.double().cpu() for score in scores.values()]) / sizes
+    else:
+        shares = torch.tensor([parts[name] for name in scores]).repeat_interleave(torch.tensor(counts))
+        worth = -(places * sizes).double() / shares
+    order = torch.sort(worth, descending=True, stable=True).indices
+    best = places[order] == 0
+    first = _that_fit(order[best], sizes, k)
+    rest = _that_fit(order[~best], sizes, k - int(sizes[first].sum()))
+    picked = torch.zeros(len(sizes), dtype=torch.bool)
+    picked[torch.cat([first, rest])] = True
+    return {name: part.nonzero().flatten() for name, part in zip(scores, picked.split(counts), strict=True)}
+
+
+def _that_fit(order: Tensor, sizes: Tensor, limit: int) -> Tensor:
+    """The items of `order` that are taken one by one, where what does not fit any more is passed over."""
+    taken = [order[:0]]
+    while order.numel():
+        order = order[sizes[order] <= limit]
+        count = int((sizes[order].cumsum(0) <= limit).sum())
+        taken.append(order[:count])
+        limit -= int(sizes[order[:count]].sum())
+        order = order[count:]
+    return torch.cat(taken)
+
+
 def share(k: int, sizes: Mapping[str, int], most: Mapping[str, int] | None = None) -> dict[str, int]:
     """Split k in proportion to `sizes` by largest remainder, ties by order.
 
