@@ -27,20 +27,25 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from tithe.averages import History
 from tithe.batch import leaves, num_samples, take_samples
 from tithe.errors import TitheError
 from tithe.rules import Binding
 from tithe.schedule import Schedule
-from tithe.scoring import Loss, Passes, channel_norms, price_channels
+from tithe.scoring import STATISTICS, Loss, Passes, channel_norms, price_channels
 from tithe.select import bernoulli_masks, importance
 from tithe.select.channel_costs import Layer
+from tithe.select.topk import check_finite
 from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
 Start = Literal["mean", "last", "best"]
+
+DATA_FREE = ("magnitude", "random", "principal")
+"""The scores that read no data."""
 
 _ALIKE, _MOST = 256, 1 << 16
 """Samples of one size after which all are taken to be, and samples that are looked at in any case."""
@@ -269,28 +274,97 @@ class SelectionContext:
         self.sizes = {b.name: b.weight.numel() for b in bindings}
 
     def scores(
-        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", or_else: str = ""
+        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", rank: int = 32, or_else: str = ""
     ) -> Iterator[tuple[str, Tensor]]:
         """Stream the name and the score of each tensor; tables of which few rows were touched come last.
 
         Args:
-            kind: "fisher", "gradient", "magnitude" or "random".
+            kind: over the gradients g of single samples "fisher" (mean g²), "gradient" (|mean g|), "snr"
+                (|mean g| / √(mean g²)), "saliency" (|w · mean g|); without data "magnitude" (|w|), "random" (uniform),
+                "principal" (|low-rank part of w|, of `matrices` alone).
             samples: how many samples scores of gradients are taken over.
-            fisher: "empirical" or "true".
+            fisher: "empirical", or for the score "fisher" also "true".
+            rank: of the low-rank part.
             or_else: what could be done without gradients, as the error for scores that are all zero ends.
 
         Raises:
-            TitheError: when the score needs data or a loss and there is none, when a weight gets no gradient from any
-                of the data, or when every gradient is zero.
+            TitheError: when there is no such score, when it needs data or a loss and there is none, when a weight gets
+                no gradient from any of the data, or when every gradient is zero.
         """
-        if kind == "magnitude":
-            return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
-        if kind == "random":
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            return ((b.name, importance.random(b.weight, generator)) for b in self._bindings)
+        match kind:
+            case "magnitude":
+                return ((b.name, importance.magnitude(b.weight)) for b in self._bindings)
+            case "random":
+                generator = self._generator()
+                return ((name, importance.random(shape, generator)) for name, shape in self.shapes.items())
+            case "principal":
+                return self._low_rank_parts(rank)
+            case _ if kind not in STATISTICS:
+                raise TitheError(
+                    "scores",
+                    found=f"the score {kind!r}",
+                    expected="one of " + ", ".join(map(repr, (*STATISTICS, *DATA_FREE))),
+                    remedy="change its name",
+                )
+            case _:
+                pass
+        if fisher == "true" and kind != "fisher":
+            raise TitheError(
+                "scores",
+                found=f"the score {kind!r} over the model's own distribution, where the mean gradient is zero",
+                expected='fisher="empirical"',
+                remedy='leave fisher= out, or take the score "fisher"',
+            )
         loss, batches = self.require_data(f"for the score {kind!r}", or_else=', or use score="magnitude" or "random"')
         passes = Passes(self._model, self._bindings, loss, batches, samples, fisher, self._head)
-        return passes.scores("square" if kind == "fisher" else "sum", or_else)
+        return passes.scores(kind, or_else)
+
+    def channel_scores(
+        self, kind: str, *, samples: int = 1024, fisher: str = "empirical", rank: int = 32, or_else: str = ""
+    ) -> dict[str, Tensor]:
+        """Return the score of each input channel: the sum over its weights, (I,), by name, in the model's order.
+
+        Args:
+            kind: as of `scores`; "random" is one draw for each channel, times its weights.
+            samples: as of `scores`.
+            fisher: as of `scores`.
+            rank: as of `scores`.
+            or_else: as of `scores`.
+
+        Raises:
+            TitheError: as `scores`, as `layers`, or when a score is not finite.
+        """
+        layers = self.layers()
+        if kind == "random":
+            generator = self._generator()
+            return {n: importance.random((v.num_channels,), generator) * v.weights for n, v in layers.items()}
+        found: dict[str, Tensor] = {}
+        for name, score in self.scores(kind, samples=samples, fisher=fisher, rank=rank, or_else=or_else):
+            if name in layers:
+                groups, transposed = layers[name].groups, layers[name].transposed
+                found[name] = importance.channel_sums(check_finite(name, score), groups, transposed=transposed)
+        return {name: found[name] for name in layers if name in found}
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def _low_rank_parts(self, rank: int) -> Iterator[tuple[str, Tensor]]:
+        generator = self._generator()
+        for name, matrix in self._as_matrices():
+            part = importance.principal(check_finite(name, matrix), rank, generator)
+            yield name, part.view(self.shapes[name])
+
+    def _as_matrices(self) -> Iterator[tuple[str, Tensor]]:
+        kernels = {module._parameters["weight"] for module in self._model.modules() if isinstance(module, _ConvNd)}
+        for binding in self._bindings:
+            matrix = importance.as_matrix(binding.weight, convolution=binding.weight in kernels)
+            if matrix is not None:
+                yield binding.name, matrix
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Name → (m, n) of each tensor that has a low-rank part: (O, I·kh·kw); biases and scales have none."""
+        return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in self._as_matrices()}
 
     def layers(self, *, largest: bool = False) -> dict[str, Layer]:
         """Return the price list of input channels, for the shapes of the first batch or, where asked, of the largest.

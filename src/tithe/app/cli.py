@@ -293,9 +293,9 @@ def price(
     MODEL is a folder with a config.json, package:NAME/FOLDER, a transformers
     model type such as vit (its default size), an id of the Hugging Face hub
     that was downloaded, timm:NAME, package.module:callable, or RECIPE.toml.
-    What --method names is priced, or all but VR-PGE and TWA. Its names:
+    What --method names is priced, or all but VR-PGE, TWA and columns. Names:
     full, full+lean, full+ckpt, head, lora, lora+lean, lora+ckpt, qlora,
-    fish, fish+lean, trady, spiel, vrpge, twa.
+    fish, fish+lean, fish-columns, trady, spiel, vrpge, twa.
 
     \b
     Example:

@@ -106,6 +106,18 @@ _MASK_NOTE = (
     "Fisher masks gather in few columns and keep less."
 )
 
+
+def _fish_fits(section: Any) -> None:
+    exactly_one(section, "density", "k")
+    if section.fisher == "true" and section.score in ("gradient", "snr", "saliency"):
+        raise refuse(
+            "fisher",
+            found=f'fisher = "true" beside score = "{section.score}"',
+            expected='"empirical": over the model\'s own distribution the mean gradient is zero',
+            remedy='remove fisher, or write score = "fisher"',
+        )
+
+
 FISH = Entry(
     name="fish",
     section=derive(
@@ -118,11 +130,20 @@ FISH = Entry(
             "samples": _COUNT,
             "warmup": Annotated[int, Field(ge=0)],
         },
-        check=lambda section: exactly_one(section, "density", "k"),
+        check=_fish_fits,
     ),
     prices=(
         PriceRow(key="fish", name="FISH", make=lambda site: site.mask(), note=_MASK_NOTE),
         PriceRow(key="fish+lean", name="FISH + lean", make=lambda site: site.mask(), lean=True, note=_MASK_NOTE),
+        PriceRow(
+            key="fish-columns",
+            name="FISH columns",
+            make=lambda site: site.mask("column"),
+            lean=True,
+            on_request=True,
+            note="FISH columns are priced in a lean model, the same part of each matrix: Fisher information takes more "
+            "of some and less of others.",
+        ),
     ),
     demos=(
         DemoRow(

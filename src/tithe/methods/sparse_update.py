@@ -14,9 +14,9 @@ from typing import Any, cast
 from tithe.budget import written_as_percent
 from tithe.errors import TitheError
 from tithe.method import SelectionContext, SparseMethod
-from tithe.select.importance import channel_magnitude
+from tithe.select.importance import channel_sums, magnitude
 from tithe.select.topk import largest
-from tithe.selection import Channels, Coordinates, Selection
+from tithe.selection import Coordinates, Selection
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class SparseUpdate(SparseMethod):
                 raise _unknown(name, "a weight with input channels")
             layer = layers[name]
             count = max(1, round(ratio * layer.num_channels))
-            scores = channel_magnitude(context.weight(name), layer.groups, transposed=layer.transposed)
-            channels = largest(scores, count).cpu()
-            chosen[name] = Channels(layer.shape, channels, groups=layer.groups, transposed=layer.transposed)
+            scores = channel_sums(magnitude(context.weight(name)), layer.groups, transposed=layer.transposed)
+            chosen[name] = layer.select(largest(scores, count).cpu())
         for name in self.biases:
             if name not in context.shapes or name in chosen:
                 raise _unknown(name, "a parameter to choose from, named once")

@@ -127,10 +127,7 @@ class TraDy(SparseMethod):
             context.limit_inputs()
         taken = self._take(self._order(context, costs), costs, context.capacity)
         chosen = costs.split(taken)
-        return {
-            layer.name: Channels(layer.shape, chosen[layer.name], groups=layer.groups, transposed=layer.transposed)
-            for layer in costs.layers
-        }
+        return {layer.name: layer.select(chosen[layer.name]) for layer in costs.layers}
 
     def spending(self, context: SelectionContext, selections: Mapping[str, Selection]) -> Spending:
         """Return what a choice costs in the budget's measure; the whole buffer for θ is charged.
@@ -216,24 +213,12 @@ class TraDy(SparseMethod):
         norms = (
             context.channel_norms(self.samples, or_else=_WITHOUT)
             if self.score == "rgn"
-            else self._information(context, costs)
+            else context.channel_scores("fisher", samples=self.samples, or_else=_WITHOUT)
         )
         each = torch.tensor([layer.elements for layer in costs.layers], dtype=torch.float64)
         counts = torch.tensor([layer.num_channels for layer in costs.layers])
         values = torch.cat([norms[layer.name].double().cpu() for layer in costs.layers])
         return torch.sort(values / each.repeat_interleave(counts), descending=True, stable=True).indices
-
-    def _information(self, context: SelectionContext, costs: Costs) -> dict[str, Tensor]:
-        """Name → Fisher information of each channel, the sum over its weights."""
-        layers = {layer.name: layer for layer in costs.layers}
-        information: dict[str, Tensor] = {}
-        for name, score in context.scores("fisher", samples=self.samples, or_else=_WITHOUT):
-            if name in layers:
-                layer = layers[name]
-                every_one = torch.arange(layer.num_channels)
-                channels = Channels(layer.shape, every_one, groups=layer.groups, transposed=layer.transposed)
-                information[name] = channels.by_item(channels.gather(score)).sum(1)
-        return information
 
     def _take(self, order: Tensor, costs: Costs, capacity: int | None) -> Tensor:
         return under_budget(order, costs.weights, costs.kept, costs.unit, costs.limit, capacity)

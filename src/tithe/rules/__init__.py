@@ -14,7 +14,7 @@ from tithe.rules.lean import linear as lean_linear
 from tithe.rules.lean import norm as lean_norm
 from tithe.rules.lean.dispatch import Catch, Leanness, catch
 from tithe.rules.sparse import conv, conv_transpose, embedding, linear, norm
-from tithe.rules.sparse.probes import Probe, SquareProbe, SumProbe
+from tithe.rules.sparse.probes import MomentProbe, Probe, SquareProbe, SumProbe
 from tithe.rules.table import Row, Table, table
 from tithe.rules.theta import Binding, FlatTheta, SharedTheta, check_holds, digest, theta_dtype, theta_key
 
@@ -26,6 +26,7 @@ __all__ = [
     "Cost",
     "FlatTheta",
     "Leanness",
+    "MomentProbe",
     "Probe",
     "Row",
     "Rule",

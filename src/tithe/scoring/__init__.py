@@ -4,6 +4,15 @@ from tithe.scoring.causal import causal_loss
 from tithe.scoring.channels import channel_norms, price_channels
 from tithe.scoring.likelihood import Likelihood
 from tithe.scoring.loss import Loss, check_loss
-from tithe.scoring.passes import Passes
+from tithe.scoring.passes import STATISTICS, Passes
 
-__all__ = ["Likelihood", "Loss", "Passes", "causal_loss", "channel_norms", "check_loss", "price_channels"]
+__all__ = [
+    "STATISTICS",
+    "Likelihood",
+    "Loss",
+    "Passes",
+    "causal_loss",
+    "channel_norms",
+    "check_loss",
+    "price_channels",
+]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from tithe import distributed
 from tithe.batch import leaves, num_samples, slice_batch, take_samples
 from tithe.errors import TitheError
 from tithe.ledger import TransformError, measure
-from tithe.rules import Binding, Probe, SquareProbe, SumProbe
-from tithe.rules.sparse.probes import FoldProbe, Listener, deaf
+from tithe.rules import Binding, MomentProbe, Probe, SquareProbe, SumProbe
+from tithe.rules.sparse.probes import FoldProbe, Listener, PeakProbe, deaf
 from tithe.scoring.likelihood import Likelihood
 from tithe.scoring.loss import (
     Loss,
@@ -37,8 +37,7 @@ from tithe.scoring.loss import (
     say_sum,
 )
 from tithe.scoring.unlike import unlike
-
-Statistic = Literal["square", "sum"]
+from tithe.select import importance
 
 _MICRO, _LEAST = 8, 4
 """Most samples of the largest batch to a pass: enough for dense products; of shorter ones more fit. Fewer than the
@@ -60,6 +59,31 @@ _HEAPS = 0.75
 """How the number of distinct rows of a table grows with samples (Heaps' law has 0.4 to 0.7 for words)."""
 _NOISE = 1e-9
 """Squares below this part of the largest are rounding (a key's bias has no gradient but that), and never picked."""
+_ROUNDING, _GLANCE = 0.1, 4
+"""Gradients below this part of a unit in the last place of the largest are rounding where a ratio of two means would
+hide how small both are (keys' biases of MiniLM have 0.01 of it, all its other weights 300 and more); and samples with a
+gradient among which the largest is looked for."""
+
+
+class Statistic(NamedTuple):
+    """What is added up over samples, and the score that is made of it.
+
+    Args:
+        probe: adds up.
+        formula: weight, and the means of the probe's sums → score.
+    """
+
+    probe: type[SquareProbe] | type[SumProbe]
+    formula: Callable[..., Tensor]
+
+
+STATISTICS = {
+    "fisher": Statistic(SquareProbe, importance.fisher),
+    "gradient": Statistic(SumProbe, importance.gradient),
+    "snr": Statistic(MomentProbe, importance.snr),
+    "saliency": Statistic(SumProbe, importance.saliency),
+}
+"""The scores that are taken over data, by name."""
 
 
 class _Piece(NamedTuple):
@@ -124,46 +148,81 @@ class Passes:
         opaque = any(next(leaves(batch), None) is None for batch in self.batches)  # how unlike they are nobody can tell
         self._micro = micro if self.num_samples > _FEW and micro >= _LEAST and not opaque else 1
 
-    def scores(self, statistic: Statistic, or_else: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Yield name and score of each weight: mean squared per-sample gradient, or absolute mean gradient.
+    def scores(self, kind: str, or_else: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Yield name and score of each weight.
 
         Args:
-            statistic: "square" or "sum".
+            kind: a name of `STATISTICS`.
             or_else: what could be done without these scores, as the error for scores that are all zero ends.
 
         Raises:
-            TitheError: when a weight gets no gradient from any of the data, or no weight gets one that is not zero.
+            TitheError: when a weight gets no gradient from any of the data, no weight gets one that is not zero, or a
+                ratio of two means is asked for over one sample, where it is 1 whatever the gradient.
         """
         distributed.meet("the number of samples to score")
         total = distributed.sum_number(self.num_samples, self.bindings[0].weight.device)
+        made, formula = STATISTICS[kind]
+        ratio = issubclass(made, MomentProbe)
+        if ratio and total < 2:
+            raise TitheError(
+                "samples",
+                found="one sample",
+                expected=f"at least two, over which the score {kind!r} is a ratio of two means",
+                remedy="pass more data, and samples= of some hundreds",
+            )
         nothing = True
         with evaluation(self.model), self._listening():
-            if statistic == "sum":
+            if not issubclass(made, SquareProbe):
                 self._summed = adds_up(self.model, self.loss, self.batches)
-            for group in self._groups(statistic):
-                probes = self._squares(group) if statistic == "square" else self._sums(group)
+            peak = self._peak() if ratio else 0.0
+            for group in self._groups(made):
+                probes = self._squares(group, made) if issubclass(made, SquareProbe) else self._sums(group, made)
                 for name, probe in probes.items():
                     if probe.reached:
                         self._unreached.discard(name)
                 for binding in _tables_last(group, probes):
                     distributed.meet(f"the score of {binding.name}")  # not of the group: ranks may group otherwise
-                    score = distributed.sum_(probes.pop(binding.name).total()).div_(total)
-                    nothing = nothing and not bool(score.any())
-                    yield binding.name, score.abs_() if statistic == "sum" else score
+                    means = [distributed.sum_(t).div_(total) for t in probes.pop(binding.name).totals()]
+                    nothing = nothing and not any(bool(mean.any()) for mean in means)
+                    if ratio:
+                        unit = torch.finfo(binding.weight.dtype).eps
+                        means[-1].masked_fill_(means[-1] <= min((_ROUNDING * unit) ** 2, _NOISE) * peak, 0.0)
+                    yield binding.name, formula(binding.weight, *means)
             self._check_reached()
             if nothing:
-                raise self._all_zero(statistic, or_else)
+                raise self._all_zero(made, or_else)
 
-    def _groups(self, statistic: Statistic) -> list[list[Binding]]:
+    def _peak(self) -> float:
+        """The largest squared gradient of a few samples of every rank, against which rounding is told.
+
+        It does not depend on how weights are grouped, which free memory decides: so scores do not either.
+        """
+        probes = {b.name: PeakProbe(b.weight) for b in self.bindings}
+        seen, found = 0, 0.0
+        places = ((batch, n) for batch in self.batches for n in range(num_samples(batch)))
+        for whole, n in places:
+            if seen == _GLANCE:
+                break
+            self._backward(probes, slice_batch(whole, n, n + 1), whole)
+            found = max(probe.peak for probe in probes.values())
+            seen += found > 0
+        if distributed.world_size() > 1:
+            distributed.meet("the size of gradients")
+            largest = torch.tensor([found], dtype=torch.float64, device=self.bindings[0].weight.device)
+            found = float(distributed.gather(largest).max())
+        return found
+
+    def _groups(self, made: type[Probe]) -> list[list[Binding]]:
         """Return groups of weights whose sums fit into memory together, and need no more than they have to.
 
         All weights are one group where passes over single samples, or over few, are no cheaper than a loop that scores
         all of them at once. Where batches are, weights are dealt to as many groups as make up for it, if the sums would
         otherwise not fit beside a pass in what a training step on the same batch needs.
         """
-        need = {b.name: float(b.weight.numel() * _itemsize(b)) for b in self.bindings}
+        num_sums = 2 if issubclass(made, MomentProbe) else 1
+        need = {b.name: float(num_sums * b.weight.numel() * _itemsize(b)) for b in self.bindings}
         total = limit = sum(need.values())
-        if statistic == "square" and self._micro > 1 and self._num_affordable(0.0) > 1:
+        if issubclass(made, SquareProbe) and self._micro > 1 and self._num_affordable(0.0) > 1:
             listeners = {b.name: Listener(b.weight) for b in self.bindings}
             one = slice_batch(self._largest, 0, 1)
             try:
@@ -172,7 +231,7 @@ class Passes:
                 self._backward(listeners, one, self._largest)
                 saved = 0
             for name, listener in listeners.items():
-                need[name] = min(listener.held * self.num_samples**_HEAPS, need[name]) or need[name]
+                need[name] = min(num_sums * listener.held * self.num_samples**_HEAPS, need[name]) or need[name]
             size, total = num_samples(self._largest), sum(need.values())
             limit = max(saved * (_STEP * size - self._micro), total / 8)
             sizes = {name: self._weights[name].numel() for name in listeners}
@@ -208,14 +267,14 @@ class Passes:
         group = (self.num_samples + 2) * 2 * positions + num_passes * (_PASS + calls)
         return max(1, int(_SURE * self.num_samples * (2 * positions + _DENSE + calls / 2) / group))
 
-    def _sums(self, group: list[Binding]) -> dict[str, Probe]:
-        probes: dict[str, Probe] = {b.name: SumProbe(b.weight) for b in group}
+    def _sums(self, group: list[Binding], made: type[SumProbe]) -> dict[str, Probe]:
+        probes: dict[str, Probe] = {b.name: made(b.weight) for b in group}
         for batch in self.batches:
             self._backward(probes, batch)
         return probes
 
-    def _squares(self, group: list[Binding]) -> dict[str, Probe]:
-        probes = {b.name: SquareProbe(b.weight) for b in group}
+    def _squares(self, group: list[Binding], made: type[SquareProbe]) -> dict[str, Probe]:
+        probes = {b.name: made(b.weight) for b in group}
         first = self._pair if self._micro > 1 else []
         done = [_Piece(self._mixed, [n]) for n in first]
         losses = [self._backward(probes, piece.take(), self._mixed) for piece in done]
@@ -237,7 +296,7 @@ class Passes:
         anew: dict[str, SquareProbe] = {}
         for name, probe in probes.items():
             if probe.wrong:
-                anew[name] = SquareProbe(self._weights[name])
+                anew[name] = type(probe)(self._weights[name])
                 anew[name].reached, anew[name].by_rule = probe.reached, by_rule
         if anew:
             # A reentrant checkpoint gives nothing to a weight inside unless one below asks for a gradient too.
@@ -400,9 +459,9 @@ class Passes:
             remedy=f"leave it out: {setting}=[…, {out}]{also}; or, where samples are routed, score more of them",
         )
 
-    def _all_zero(self, statistic: Statistic, or_else: str) -> TitheError:
+    def _all_zero(self, made: type[Probe], or_else: str) -> TitheError:
         """Make the error for scores of which none is above zero, which would be picked by their order alone."""
-        if statistic == "square" and self._compares():
+        if issubclass(made, SquareProbe) and self._compares():
             return TitheError(
                 "loss",
                 found="no gradient of any sample alone, though there is one of a whole batch",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tithe.budget import Budget
+from tithe.selection import Channels
 
 _INDEX = 8
 """Bytes of a channel's number, int64."""
@@ -50,6 +51,10 @@ class Layer:
     def elements(self) -> float:
         """Return the paper's cost of a channel, C'·D² + H·W."""
         return self.weights + self.per_sample
+
+    def select(self, channels: Tensor) -> Channels:
+        """Return the selection of these channels, int64 and ascending, on the CPU."""
+        return Channels(self.shape, channels, groups=self.groups, transposed=self.transposed)
 
     def for_positions(self, positions: int) -> Layer:
         """Return the price for a batch with so many values of a channel's input, where that is more."""

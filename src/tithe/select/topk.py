@@ -82,18 +82,94 @@ def top_in_each(scores: Iterable[tuple[str, Tensor]], counts: Mapping[str, int])
     return {name: largest(check_finite(name, score).reshape(-1), counts[name]) for name, score in scores}
 
 
-def share(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Split k in proportion to `sizes` by largest remainder, ties by order; the shares add up to min(k, Σ sizes).
+def top_columns(
+    scores: Mapping[str, Tensor], weights: Mapping[str, int], k: int, parts: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Pick whole columns of at most k weights in all: the best of each matrix, then the best of the rest that fits.
+
+    Without `parts` the columns of all matrices are ranked by score per weight. With them matrices are filled evenly:
+    the j-th best column of a matrix, from 0, is ranked by j · weights / part. Ties go by order in `scores`, then by
+    column. Nothing that is left out would fit beside what is picked.
+
+    Args:
+        scores: name → score of each column, (I,).
+        weights: name → weights of a column.
+        k: the most that may be picked, in weights.
+        parts: name → a number in proportion to which matrices share k.
+
+    Returns:
+        Name → sorted columns, int64.
+
+    Example:
+        >>> scores = {"a": torch.tensor([1.0, 9.0, 6.0]), "b": torch.tensor([3.0, 2.0])}
+        >>> top_columns(scores, {"a": 2, "b": 1}, 5)
+        {'a': tensor([1, 2]), 'b': tensor([0])}
+    """
+    counts = [score.numel() for score in scores.values()]
+    orders = {name: torch.sort(score.double().cpu(), descending=True, stable=True) for name, score in scores.items()}
+    places = torch.cat([order.indices.argsort() for order in orders.values()])
+    sizes = torch.tensor([weights[name] for name in scores]).repeat_interleave(torch.tensor(counts))
+    if parts is None:
+        worth = torch.cat([score.double().cpu() for score in scores.values()]) / sizes
+    else:
+        shares = torch.tensor([parts[name] for name in scores]).repeat_interleave(torch.tensor(counts))
+        worth = -(places * sizes).double() / shares
+    order = torch.sort(worth, descending=True, stable=True).indices
+    best = places[order] == 0
+    first = _that_fit(order[best], sizes, k)
+    rest = _that_fit(order[~best], sizes, k - int(sizes[first].sum()))
+    picked = torch.zeros(len(sizes), dtype=torch.bool)
+    picked[torch.cat([first, rest])] = True
+    return {name: part.nonzero().flatten() for name, part in zip(scores, picked.split(counts), strict=True)}
+
+
+def _that_fit(order: Tensor, sizes: Tensor, limit: int) -> Tensor:
+    """The items of `order` that are taken one by one, where what does not fit any more is passed over."""
+    taken = [order[:0]]
+    while order.numel():
+        order = order[sizes[order] <= limit]
+        count = int((sizes[order].cumsum(0) <= limit).sum())
+        taken.append(order[:count])
+        limit -= int(sizes[order[:count]].sum())
+        order = order[count:]
+    return torch.cat(taken)
+
+
+def share(k: int, sizes: Mapping[str, int], most: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Split k in proportion to `sizes` by largest remainder, ties by order.
+
+    Args:
+        k: to split.
+        sizes: name → weight of its part.
+        most: name → the most that it can take, by default its size; what one cannot take goes to the others.
+
+    Returns:
+        Name → part; they add up to min(k, Σ most).
 
     Example:
         >>> share(3, {"a": 10, "b": 10})
         {'a': 2, 'b': 1}
+        >>> share(9, {"a": 10, "b": 10}, {"a": 2, "b": 20})
+        {'a': 2, 'b': 7}
     """
+    most = sizes if most is None else most
+    shares: dict[str, int] = {}
+    left, k = dict(sizes), min(k, sum(most.values()))
+    while left:
+        part = _in_proportion(k, left)
+        over = [name for name in left if part[name] > most[name]]
+        for name in over or left.copy():
+            shares[name] = min(part[name], most[name])
+            k -= shares[name]
+            del left[name]
+    return {name: shares[name] for name in sizes}
+
+
+def _in_proportion(k: int, sizes: Mapping[str, int]) -> dict[str, int]:
     total = sum(sizes.values())
-    k = min(k, total)
     exact = {name: k * size for name, size in sizes.items()}
-    shares = {name: value // total for name, value in exact.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(exact[name] % total))
+    shares = {name: value // max(total, 1) for name, value in exact.items()}
+    by_remainder = sorted(sizes, key=lambda name: -(exact[name] % max(total, 1)))
     for name in by_remainder[: k - sum(shares.values())]:
         shares[name] += 1
     return shares

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tithe
 from tithe.method import SelectionContext
-from tithe.select.topk import share
+from tithe.select.topk import share, top_columns
 
 _BLOCK = 1 << 17
 
@@ -18,19 +18,26 @@ _BLOCK = 1 << 17
 class Drawn(tithe.FISH):
     """A mask of the same size as FISH's, drawn uniformly, without a score for each weight.
 
-    It touches every column of a matrix, so a layer keeps all of its input: what a mask with structure keeps is less.
+    Of single weights it touches every column of a matrix, so a layer keeps all of its input: what a mask with structure
+    keeps is less. Of whole columns it takes the same part of each matrix, the first ones.
     """
 
     @property
     def needs_data(self) -> bool:
-        """Nothing is scored, so no data are read."""
-        return False
+        """Nothing is scored: no data are read but for the layout of columns."""
+        return self.unit == "column"
 
-    def choose(self, context: SelectionContext) -> dict[str, tithe.Coordinates]:
+    def choose(self, context: SelectionContext) -> dict[str, tithe.Selection]:
         """The same part of each tensor; of tensors of one shape, the same places."""
+        if self.unit == "column":
+            layers = context.layers()
+            weights = {name: layer.weights for name, layer in layers.items()}
+            level = {name: torch.zeros(layer.num_channels) for name, layer in layers.items()}
+            picked = top_columns(level, weights, self.num_selected(context), {n: context.sizes[n] for n in layers})
+            return {name: layers[name].select(columns) for name, columns in picked.items()}
         generator = torch.Generator().manual_seed(context.seed)
         counts = share(self.num_selected(context), context.sizes)
-        drawn: dict[tuple[tuple[int, ...], int], tithe.Coordinates] = {}
+        drawn: dict[tuple[tuple[int, ...], int], tithe.Selection] = {}
         for name, shape in context.shapes.items():
             if (shape, counts[name]) not in drawn:
                 places = draw(context.sizes[name], counts[name], generator)

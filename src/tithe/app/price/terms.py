@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,19 +128,22 @@ class Site:
                 memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
             return copy.deepcopy(self.model, memo)
 
-    def mask(self) -> Drawn:
+    def mask(self, unit: Literal["entry", "column"] = "entry") -> Drawn:
         """Make the mask that the budget allows.
+
+        Args:
+            unit: of single weights, or of as many in whole columns.
 
         Raises:
             TitheError: the budget counts operations, or leaves nothing beside the head.
         """
         budget, states = self.terms.budget, OPTIMIZERS[self.terms.optimizer].states
         if budget.fraction is not None:
-            return Drawn(density=budget.fraction)
+            return Drawn(density=budget.fraction, unit=unit)
         if budget.flops is not None:
             raise TitheError("budget", found="FLOPs", expected="a fraction, elements or bytes", remedy="--budget 1%")
         if budget.bytes is None:
-            return Drawn(k=int(budget.of(0)))
+            return Drawn(k=int(budget.of(0)), unit=unit)
         theta = tithe.rules.theta_dtype(self.subject.dtype).itemsize
         head = theta * sum(self.model.get_parameter(n).numel() for n in glob_names(self.model, self.subject.head))
         # A value, its gradient and states, and an index of 8 bytes.
@@ -152,7 +155,7 @@ class Site:
                 expected=f"more than the head's gradient and optimizer state, {head * (1 + states):,} bytes",
                 remedy="raise the budget",
             )
-        return Drawn(k=k)
+        return Drawn(k=k, unit=unit)
 
     def share(self) -> float:
         """Say the share of the operations that the budget keeps.

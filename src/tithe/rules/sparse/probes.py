@@ -74,6 +74,10 @@ class Probe(ABC):
             self._rows = None
         return dense
 
+    def totals(self) -> list[Tensor]:
+        """All sums that the probe holds, in the weight's shape."""
+        return [self.total()]
+
     def fold(self) -> Tensor:
         """The sums over each of the first two axes, enough to tell two sets of sums apart."""
         if self._dense is None and self._rows is not None:
@@ -385,6 +389,83 @@ class SumProbe(Probe):
         rows, place = ids.reshape(-1).unique(return_inverse=True)
         sums = torch.zeros(rows.numel(), self.shape[1], dtype=self.dtype, device=ids.device)
         self.add_rows(rows, sums.index_add_(0, place, gy.reshape(-1, self.shape[1]).to(self.dtype)))
+
+
+class MomentProbe(SquareProbe):
+    """Σ over samples of the gradient, and of its square, in the same passes.
+
+    The squares decide whether samples can be told apart; where they cannot, both sums are taken anew.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.sums = SumProbe(weight)
+        super().__init__(weight)
+
+    def clear(self) -> None:
+        """Forget both sums that were accumulated."""
+        super().clear()
+        self.sums.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both sums as they are held now."""
+        return super().num_bytes + self.sums.num_bytes
+
+    def totals(self) -> list[Tensor]:
+        """Return Σ g and Σ g², each in the weight's shape."""
+        return [self.sums.total(), self.total()]
+
+    def gradient(self, grad: Tensor) -> None:
+        """Add what torch's own operations found for one sample."""
+        super().gradient(grad)
+        self.sums.whole(grad)
+
+    def matrix(self, left: Tensor, right: Tensor) -> None:
+        """Add the product of each sample, and its square."""
+        super().matrix(left, right)
+        self.sums.matrix(left, right)
+
+    def vector(self, terms: Tensor) -> None:
+        """Add the terms of each sample, and the square of their sum."""
+        super().vector(terms)
+        self.sums.vector(terms)
+
+    def whole(self, grad: Tensor) -> None:
+        """Add the gradient of all samples together, and its square."""
+        super().whole(grad)
+        self.sums.whole(grad)
+
+    def stacked(self, grads: Tensor) -> None:
+        """Add gradients that come one a sample, and their squares."""
+        super().stacked(grads)
+        self.sums.stacked(grads)
+
+    def per_sample(self, grad: Callable[[slice], Tensor], num_rows: int) -> None:
+        """Add small gradients, and their squares."""
+        super().per_sample(grad, num_rows)
+        self.sums.per_sample(grad, num_rows)
+
+    def rows(self, ids: Tensor, gy: Tensor) -> None:
+        """Add the rows of a table, and the squares of each sample's."""
+        super().rows(ids, gy)
+        self.sums.rows(ids, gy)
+
+
+class PeakProbe(SquareProbe):
+    """The largest squared gradient of any one sample; nothing else is kept.
+
+    Attributes:
+        peak: the largest.
+    """
+
+    peak = 0.0
+
+    def end(self) -> None:
+        """Compare the pass's squares, one weight at a time."""
+        super().end()
+        held = [t for t in (self._dense, self._rows and self._rows[1]) if t is not None and t.numel()]
+        self.peak = max([self.peak, *(float(t.max()) for t in held)])
+        self.clear()
 
 
 class Listener(SumProbe):
