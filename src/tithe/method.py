@@ -40,7 +40,6 @@ from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
-Start = Literal["mean", "last", "best"]
 
 _ALIKE, _MOST = 256, 1 << 16
 """Samples of one size after which all are taken to be, and samples that are looked at in any case."""
@@ -150,8 +149,8 @@ class SubspaceMethod(ABC):
     """Bits a weight of the basis: 8, 4, 1; None takes the history's."""
     granularity: Granularity = "model"
     """Whether coefficients are shared by all weights, or each weight has its own."""
-    start: Start = "mean"
-    """Which point of the span training starts from."""
+    start: str = "mean"
+    """Which point of the span training starts from: "mean", "last", "best", or what `History.weights` knows."""
 
     def make_plan(self, maker: PlanMaker[Any, Any, SubspaceT]) -> SubspaceT:
         """Ask for a plan under which θ is shared."""
