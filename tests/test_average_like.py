@@ -469,9 +469,10 @@ def test_a_disk_that_fills_between_two_averages_leaves_neither(tmp_path: Path, m
         left[0] -= 1
         return left[0] >= 0 and inner(*settings)
 
-    with monkeypatch.context() as patched, pytest.warns(TitheWarning, match="no room for the checkpoint of step 30"):
+    with monkeypatch.context() as patched:
         patched.setattr(recorder, "_write", full)
-        assert not run.history.record(run.model, 30)
+        with pytest.warns(TitheWarning, match="no room for the checkpoint of step 30"):
+            assert not run.history.record(run.model, 30)
     assert History(tmp_path / "run").steps == run.history.steps == [20, 20]
     run.go(10)
     assert run.history.record(run.model, 40)

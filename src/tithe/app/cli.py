@@ -147,6 +147,12 @@ def train(
       epochs = 10                       # method = "mean" trains nothing
       lr = 2.0                          # on = "held_out": rows that the
                                         #    run itself does not see
+    End a constant rate with an average in the place of a decay:
+      [history]
+      every = 50
+      start = 0.8                       # the last fifth of the run
+      [average]
+      like = "cosine"                   # or "linear", "sqrt"
     A language model, on plain text or on chats:
       [data]
       task = "causal-lm"

@@ -141,8 +141,9 @@ def _cost(bench: Bench, settings: Settings) -> float:
     n, look = len(bench.history), bench.estimate_cost + bench.select_cost
     epochs = settings.epochs * len(rates(settings))
     trained = bench.step_cost(len(bench.samples["train"]) + len(bench.tuning)) * epochs + 2 * epochs * look
-    fixed = n * bench.select_cost + 2 * bench.estimate_cost + (n - 1) * look + bench.estimate_cost + look
-    return fixed + trained + len(METHODS) * (bench.select_cost + bench.test_cost)
+    named = settings.like is not None
+    fixed = n * bench.select_cost + (2 + named) * bench.estimate_cost + (n - 1) * look + bench.estimate_cost + look
+    return fixed + trained + (len(METHODS) + named) * (bench.select_cost + bench.test_cost)
 
 
 def _write(bench: Bench, output: Path, row: Row, state: dict[str, Tensor]) -> None:
