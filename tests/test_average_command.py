@@ -25,6 +25,7 @@ from tithe.app.average.ways import ema_weights
 from tithe.app.cli import app
 from tithe.app.train import read_recipe
 from tithe.app.train.data import to_device
+from tithe.averages.decay import decay_weights
 from tithe.forward import estimate_statistics
 from workplace import editor, fill, make_tiny, write_images
 
@@ -386,3 +387,35 @@ def test_ctrl_c_leaves_nothing(kitchen: Path, tmp_path: Path) -> None:
 
 def test_settings_have_the_papers_defaults() -> None:
     assert Settings() == Settings(method="auto", decay=0.9, bits=None, granularity="tensor", epochs=5, lr=None)
+
+
+@pytest.mark.parametrize("like", ["linear", "cosine", "sqrt"])
+def test_a_decay_is_one_more_way_and_is_written(like: str, kitchen: Path, tmp_path: Path) -> None:
+    words = ("--recipe", kitchen / "recipe.toml", "--like", like, "--last", 3, "--epochs", 1, "--lr", 0.01, "--json")
+    done = invoke(kitchen / "in", "-o", tmp_path / "out.safetensors", *words)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["written"] == like
+    assert len(told["rows"]) == len(METHODS) + 1
+    row = next(row for row in told["rows"] if row["method"] == like)
+    assert row["coefficients"]["all"] == pytest.approx(decay_weights(like, 4, last=3))
+    assert row["detail"] == "of the last 3"
+    bench = fresh(kitchen, tmp_path / "out.safetensors")
+    bench.put_checkpoint(0)
+    assert bench.test() == row["test"]
+
+
+def test_an_average_by_name_goes_with_no_other_way_to_say_it(kitchen: Path, tmp_path: Path) -> None:
+    for words, said in (
+        (("--like", "cosine", "--method", "ema"), "--like: found --method ema"),
+        (("--like", "cosine", "--weights", "0.5,0.5,0,0"), "--weights: found --like beside it"),
+        (("--last", 2), "add --like linear"),
+        (("--like", "cosin"), "'cosine', 'sqrt'"),
+        (("--like", "ema:0.08"), "ema=(0.05, 0.10)"),
+        (("--like", "cosine", "--last", 5), "4 checkpoints"),
+        (("--like", "cosine", "--lr", 1), "--lr: found nothing"),
+    ):
+        done = invoke(kitchen / "in", "-o", tmp_path / "out.safetensors", *words)
+        assert done.exit_code == 2, done.output
+        assert said in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "out.safetensors").exists()

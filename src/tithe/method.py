@@ -43,7 +43,6 @@ from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Granularity = Literal["model", "tensor"]
-Start = Literal["mean", "last", "best"]
 
 DATA_FREE = ("magnitude", "random", "principal")
 """The scores that read no data."""
@@ -204,8 +203,8 @@ class SubspaceMethod(ABC):
     """Bits a weight of the basis: 8, 4, 1; None takes the history's."""
     granularity: Granularity = "model"
     """Whether coefficients are shared by all weights, or each weight has its own."""
-    start: Start = "mean"
-    """Which point of the span training starts from."""
+    start: str = "mean"
+    """Which point of the span training starts from: "mean", "last", "best", or what `History.weights` knows."""
 
     def make_plan(self, maker: PlanMaker[Any, Any, SubspaceT]) -> SubspaceT:
         """Ask for a plan under which θ is shared."""

@@ -77,11 +77,28 @@ METHODS: dict[str, tuple[tuple[str, str], ...]] = {
     "deltas": (
         (FULL, 'name = "fish"\ndensity = 0.4\nsamples = 9\nwarmup = 1\nreselect = {every = 5, unit = "steps"}'),
     ),
+    "averages": (
+        ("[history]", "[history]\nevery = 2\nema = [0.05, 0.10]"),
+        ("epochs = 2", 'epochs = 2\nstart = "ema:0.08"'),
+    ),
     "narrow": (
         (FULL, 'name = "vrpge"\nkeep = 0.6\nstructure_lr = 0.3\nheld_out = 0.1\nfinetune = 0.5\nfinetune_lr = 0.01'),
         ("[history]", "[history]\nevery = 2"),
         ("epochs = 2", 'epochs = 5\non = "held_out"'),  # one step each
     ),
+}
+
+
+TRAINED = "epochs = 2\nlr = 0.5\n"
+LATE = ("[history]", "[history]\nevery = 2\nstart = 0.5")
+AVERAGES = ("[history]", "[history]\nevery = 2\nema = [0.05, 0.10]")
+ENDS = {
+    "linear": (LATE, (TRAINED, 'like = "linear"\n')),
+    "cosine": (LATE, (TRAINED, 'like = "cosine"\n')),
+    "coded": (LATE, ("every = 2", "every = 2\nbits = 8"), (TRAINED, 'like = "sqrt"\n')),
+    "averages": (AVERAGES, (TRAINED, 'like = "ema:0.08"\n')),
+    "deltas": (*METHODS["deltas"], LATE, (TRAINED, 'like = "cosine"\n')),
+    "narrow": (*METHODS["narrow"][:1], AVERAGES, (TRAINED, 'like = "ema:0.08"\n')),
 }
 
 
@@ -144,6 +161,89 @@ def test_the_mean_is_that_of_the_history_with_statistics_of_its_own(write: Edit,
     torch.testing.assert_close(model[1].running_mean, outputs.mean(1), rtol=1e-4, atol=1e-5)
     assert (model[1].running_mean - history[-1]["1.running_mean"]).abs().max() > 1e-2
     assert run(path, resume=True)["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_constant_rate_ends_with_an_average_that_nothing_trains(end: str, write: Edit, tmp_path: Path) -> None:
+    path, console = write(*ENDS[end], ("momentum = 0.9", 'momentum = 0.9\nschedule = "constant"')), quiet()
+    result = run(path, console=console)
+    history = tithe.History(tmp_path / "out" / "history")
+    assert result["steps"] == result["best_step"] == 12
+    assert result["history"] == list(range(2 if end == "averages" else 6, 13, 2))
+    assert history.partial or result["history"] == sorted(set(history.steps))
+    assert result["average"]["checkpoints"] == len(result["history"])
+    assert result["metrics"] == result["average"]["mean"]
+    name = result["average"]["name"]
+    made = Run(read_recipe(path, ["run.output=other"]), resume=False, console=quiet())
+    made.trainee.release()
+    rows = history.on({name: value.clone() for name, value in made.model.state_dict().items()})
+    made.model = model = tithe.apply(made.model, result["files"]["delta"])
+    weights = rows.weights(name)
+    for key, parameter in model.named_parameters():
+        if end == "narrow" or key in rows.rows.places:
+            continue  # of other shapes than in the model
+        torch.testing.assert_close(parameter.detach(), rows.average_tensor(key, weights), rtol=0, atol=1e-5)
+    assert f"average like {name} of {len(result['history'])} checkpoints" in shown(console)
+    table = quiet()
+    show(result, table)
+    assert f"like {name}" in shown(table)
+    assert max(map(len, shown(table).replace(str(tmp_path), "").splitlines())) <= 80
+    assert made.evaluate("test") == result["metrics"]["test"]
+    assert run(path, resume=True)["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("end", ["cosine", "averages", "narrow"])
+@pytest.mark.parametrize("crashes", [False, True])
+def test_such_a_run_resumes_as_if_never_stopped(end: str, crashes: bool, write: Edit, tmp_path: Path) -> None:
+    path = write(*ENDS[end], ("epochs = 4", "steps = 10\ncheckpoint_every = 3"))
+    whole = run(path, "run.output=whole")
+    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=quiet())
+
+    def asked() -> signal.Signals | None:
+        if made.position.step != 8:
+            return None
+        if crashes:  # what was recorded at steps 7 and 8 is not in the checkpoint of step 6
+            raise KeyboardInterrupt
+        return signal.SIGTERM
+
+    made._asked_to_stop = asked
+    with pytest.raises(KeyboardInterrupt if crashes else Interrupted):
+        made.fit()
+    _check_same(whole, run(path, "run.output=parts", resume=True), tmp_path)
+
+
+def test_a_run_that_was_stopped_while_it_averaged_averages_again(write: Edit, tmp_path: Path) -> None:
+    path = write(*ENDS["averages"])
+    whole = run(path, "run.output=whole")
+    made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=quiet())
+
+    def stopped(state: object) -> None:
+        raise KeyboardInterrupt
+
+    made._attach = stopped
+    with pytest.raises(KeyboardInterrupt):
+        made.fit()
+    _check_same(whole, run(path, "run.output=parts", resume=True), tmp_path)
+
+
+def test_ends_that_do_not_fit_together_are_refused(write: Edit) -> None:
+    for edits, said in (
+        (((TRAINED, 'like = "cosine"\nlr = 0.5\n'),), "like alone"),
+        (((TRAINED, 'like = "best"\n'),), "'ema:0.08'"),
+        (((TRAINED, 'like = "cosin"\n'),), "'cosine'"),
+        (((TRAINED, "like = 3\n"),), "like"),
+        (((TRAINED, 'like = "ema:0.08"\n'),), r"add \[history\] ema"),
+        ((AVERAGES, (TRAINED, 'like = "cosine"\n')), "remove ema"),
+        ((AVERAGES,), "remove ema"),
+        ((("[history]", "[history]\nema = [0.9]"), (TRAINED, 'like = "ema:0.08"\n')), "0.28"),
+        ((("[history]", "[history]\nema = 0.1"), (TRAINED, 'like = "ema:0.08"\n')), "ema"),
+        ((("[history]", "[history]\nema = [0.1]\nbits = 8"), (TRAINED, 'like = "ema:0.1"\n')), "remove bits"),
+        ((*METHODS["deltas"], AVERAGES, (TRAINED, 'like = "ema:0.08"\n')), "fish"),
+        ((("[history]", "[history]\nstart = 1.5"),), "start = 0.8"),
+        ((("[history]", "[history]\nstart = -1"),), "start = 0.8"),
+    ):
+        with pytest.raises(TitheError, match=said):
+            read_recipe(write(*edits))
 
 
 @pytest.mark.parametrize("stop", [5, 8, 10, 11])

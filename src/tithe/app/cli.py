@@ -147,6 +147,12 @@ def train(
       epochs = 10                       # method = "mean" trains nothing
       lr = 2.0                          # on = "held_out": rows that the
                                         #    run itself does not see
+    End a constant rate with an average in the place of a decay:
+      [history]
+      every = 50
+      start = 0.8                       # the last fifth of the run
+      [average]
+      like = "cosine"                   # or "linear", "sqrt"
     A language model, on plain text or on chats:
       [data]
       task = "causal-lm"
@@ -352,6 +358,11 @@ def average(
     ] = "auto",
     weights: Annotated[str | None, typer.Option(help="One a checkpoint, such as 0.2,0.8.", metavar="X,…")] = None,
     decay: Annotated[float | None, typer.Option(help="Of ema; 0.9 by itself.", metavar="X")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="A decay of the rate: linear, cosine, sqrt; or ema:0.08.", metavar="NAME"),
+    ] = None,
+    last: Annotated[int | None, typer.Option(help="Checkpoints that the decay covers.", metavar="N")] = None,
     bits: Annotated[int | None, typer.Option(help="Of TWA's basis: 8, 4 or 1.", metavar="N")] = None,
     granularity: Annotated[
         str | None, typer.Option(help="TWA's coefficients: tensor or model.", metavar="NAME")
@@ -371,17 +382,23 @@ def average(
     gives on the test split, which is not used for choosing, and the best
     on the validation split is written, or the one that --method names.
 
+    --like makes of checkpoints of a constant learning rate what a decay
+    over the last N of them would have: linear, cosine or sqrt. Of moving
+    averages that a run recorded it makes one of any width: ema:0.08.
+
     \b
     Example:
       tithe average runs/*.safetensors -o mean.safetensors
       tithe average run/checkpoint-* -o ema --method ema --decay 0.9
       tithe average one.pt two.pt -o both.pt --weights 0.2,0.8
+      tithe average run/history -o end.safetensors --like cosine --last 20
       tithe average tuned/* -o soup --recipe mrpc.toml --plot soup.png
     """  # noqa: D301
     with _guarded():
         from tithe.app import average as averages
 
-        told = {"method": method, "decay": decay, "bits": bits, "granularity": granularity, "epochs": epochs, "lr": lr}
+        told = {"method": method, "decay": decay, "like": like, "last": last}
+        told |= {"bits": bits, "granularity": granularity, "epochs": epochs, "lr": lr}
         result = averages.run(
             checkpoints,
             output,

@@ -8,21 +8,29 @@ stacked    side by side, some columns        safetensors_ranges  a file by range
 quantize   8, 4 or 1 bits a weight           basis        the differences from the mean
 averageable  what a mean stands for          weighted_sum  sums, a block at a time
 average    an average in the format that came in
+decay      weights that stand for a decay   tracks       moving averages of a model in training
+power_ema  any width of them from two
 """
 
 from tithe.averages.average import Averaged, average
 from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strips
+from tithe.averages.decay import DECAYS, EMA, ema_width
 from tithe.averages.history import History
 from tithe.averages.quantize import BLOCK
+from tithe.averages.tracks import check_widths
 
 __all__ = [
     "BLOCK",
+    "DECAYS",
+    "EMA",
     "Averaged",
     "Basis",
     "History",
     "Strip",
     "TensorColumns",
     "average",
+    "check_widths",
+    "ema_width",
     "orthonormal",
     "strips",
 ]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tithe.averages.averageable import check_averageable
+from tithe.averages.decay import decay_weights
 from tithe.averages.entry import Entry
 from tithe.averages.formats import DeltaEntry, FileEntry, PickleEntry, open_beside
 from tithe.averages.found import PIPELINE, find_checkpoints, open_pipeline
@@ -41,6 +42,7 @@ _Name = TypeVar("_Name")
 
 
 Weights = Sequence[float] | Callable[[int], Sequence[float]]
+"""One number a checkpoint, or a function that gives them for so many."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def average(
     output: str | Path,
     weights: Weights | None = None,
     *,
+    like: str | None = None,
+    last: int | None = None,
     skip_damaged: bool = False,
     progress: Progress | None = None,
     report: Callable[[Averaged], object] | None = None,
@@ -93,6 +97,9 @@ def average(
         output: the new file or folder; it must not exist.
         weights: one number a checkpoint; they sum to one within 0.001 and are divided by their sum. A checkpoint of
             weight 0 is not read. None gives all the same; a function is called with the number of checkpoints.
+        like: in the place of weights, the kind of average that `History.weights` knows: "linear", "cosine" or "sqrt",
+            the end of such a decay of the learning rate; "ema:0.08", a moving average of this relative width.
+        last: how many checkpoints a decay covers, from the end; None for all. It needs `like`.
         skip_damaged: leave out checkpoints that cannot be read, with a warning that names them.
         progress: called now and then with the bytes read, and how many there are to read.
         report: called with what was averaged, when it is written.
@@ -103,7 +110,8 @@ def average(
     Raises:
         TitheError: when a checkpoint is missing, damaged, of other tensors than the first, or has a value that is not
             finite; when a mean of its tensors means nothing: quantised weights, integers that differ, LoRA adapters;
-            when the weights are not as above, the output exists, or there is no room. Nothing is written then.
+            when the weights or `like` are not as above, the output exists, or there is no room. Nothing is written
+            then.
 
     Example:
         >>> import tempfile, safetensors.torch as st
@@ -115,18 +123,26 @@ def average(
         tensor([2.5000, 2.5000])
     """
     output = Path(output)
+    if (weights if like is not None else last) is not None:
+        raise TitheError(
+            "average",
+            found="weights beside like" if like is not None else "last without like",
+            expected="weights, or like and maybe last",
+            remedy="leave out one" if like is not None else "add like='linear' for the mean of the last ones",
+        )
     if not isinstance(checkpoints, History):
         given = [Path(checkpoints)] if isinstance(checkpoints, (str, Path)) else [Path(one) for one in checkpoints]
         if weights is None or callable(weights):
             _check_once(given)
         pipelines = [path for one in given for path in find_checkpoints(one).paths]
         if pipelines and all((path / PIPELINE).is_file() for path in pipelines):
-            told = _average_pipelines(pipelines, output, check_weights(weights, len(pipelines)), progress)
+            factors = weights if like is None else decay_weights(like, len(pipelines), last=last)
+            told = _average_pipelines(pipelines, output, check_weights(factors, len(pipelines)), progress)
             if report is not None:
                 report(told)
             return output
         checkpoints = History(checkpoints, skip_damaged=skip_damaged)
-    history, factors = weigh(checkpoints, weights)
+    history, factors = weigh(checkpoints, weights, like, last)
     rows = history.rows
     if isinstance(rows, DeltaRows):
         _check_deltas(rows.entries)
@@ -146,17 +162,22 @@ def average(
     return output
 
 
-def weigh(history: History, weights: Weights | None) -> tuple[History, list[float]]:
+def weigh(history: History, weights: Weights | None, like: str | None, last: int | None) -> tuple[History, list[float]]:
     """Return the checkpoints that count, and the weight of each.
 
     Args:
         history: the checkpoints, maybe with copies of some.
         weights: one for each; or one for each that is no copy of another; a function of the number of these; or None
             for the same of each of them.
+        like: the kind of average, as for `average`.
+        last: how many of them it covers.
 
     Raises:
         TitheError: when their number is another, or they do not sum to one.
     """
+    if like is not None:
+        history = history.distinct()
+        weights = history.weights(like, last=last)
     if weights is None or callable(weights) or len(weights) != len(history):
         history = history.distinct()
     return history, check_weights(weights, len(history))

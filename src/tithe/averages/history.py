@@ -6,19 +6,22 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from tithe.averages.averageable import check_averageable, check_numbers
 from tithe.averages.copies import copies
+from tithe.averages.decay import decay_weights, ema_width
 from tithe.averages.formats import FileEntry
 from tithe.averages.opened import none_left, open_found
+from tithe.averages.power_ema import Profile, reconstruct
 from tithe.averages.quantize import BLOCK
 from tithe.averages.recorder import Note, Recorder, begun, read_recorded, recorded, weights_of
 from tithe.averages.safetensors_ranges import FlatFile, Form
 from tithe.averages.stacked import CodedRows, DeltaRows, PlainRows, Rows
+from tithe.averages.tracks import Track, Tracks, check_widths, followed_tensors
 from tithe.errors import TitheError, TitheWarning
 
 COLUMNS: Final = 1 << 22
@@ -41,16 +44,23 @@ class History:
     With bits, a weight is coded as its step from the checkpoint before, computed in float32 (float64 of float64); what
     did not change takes no room, and what is shorter than its codes is kept whole. Buffers are always kept whole.
 
+    With `ema`, it records no weights as they were but moving averages of them, one file for each width: `update` after
+    every optimizer step keeps them up, one copy of the weights in memory for each, and `record` writes them. From
+    snapshots of two widths `weights("ema:0.08")` gives an average of any width near theirs.
+
     Args:
         path: a folder or file, or several.
         bits: how a recorded history stores its checkpoints after the first: None whole, 8, 4 or 1 bits a weight and 16
             more for each 256.
+        ema: relative widths of moving averages, such as (0.05, 0.10): the standard deviation of an average's profile
+            over the steps, as a share of the run so far. None records the weights themselves.
         skip_damaged: leave out checkpoints that cannot be read, with a warning that names them; of a coded history,
             also those after the first of them. Nothing is recorded then.
 
     Attributes:
         folder: the folder, or that of the first checkpoint.
         bits: of the codes that checkpoints are stored in; None when they are whole.
+        ema: widths of the moving averages that are recorded; None where weights are.
         skipped: what does not count though it looks like a checkpoint, links to others and states of a run → why.
 
     Raises:
@@ -70,7 +80,12 @@ class History:
     """
 
     def __init__(
-        self, path: str | Path | Sequence[str | Path], bits: int | None = None, *, skip_damaged: bool = False
+        self,
+        path: str | Path | Sequence[str | Path],
+        bits: int | None = None,
+        *,
+        ema: Sequence[float] | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         if bits not in (None, 8, 4, 1):
             raise TitheError("History", found=f"bits={bits}", expected="None, 8, 4 or 1", remedy="change bits")
@@ -79,6 +94,8 @@ class History:
             raise TitheError("History", found="no path", expected="at least one", remedy="pass the checkpoints")
         self.folder = paths[0].parent if paths[0].is_file() else paths[0]
         self.bits = bits
+        self.ema = None if ema is None else check_widths(ema, bits)
+        self._tracks: Tracks | None = None
         self._files: list[FlatFile] = []
         self._notes: list[Note] = []
         self._rows: Rows | None = None
@@ -92,12 +109,14 @@ class History:
             self._open_recorded(files, left_out if skip_damaged else None)
             self._read_only = "damaged checkpoints that were left out" if left_out else ""
         else:
-            if bits is not None:
+            if bits is not None or ema is not None:
                 raise TitheError(
                     str(paths[0]),
-                    found=f"bits={bits} for checkpoints that are written already",
-                    expected="bits for a history that is recorded",
-                    remedy="leave out bits= here; tithe.TWA(history, bits=…) codes the basis",
+                    found=f"{f'bits={bits}' if ema is None else f'ema={ema}'} for checkpoints that are written already",
+                    expected=f"{'bits' if ema is None else 'ema'} for a history that is recorded",
+                    remedy="leave out bits= here; tithe.TWA(history, bits=…) codes the basis"
+                    if ema is None
+                    else "leave out ema= here, or record into a new folder",
                 )
             self._rows, self._notes, self.skipped = open_found(paths, left_out if skip_damaged else None)
         for message in left_out:
@@ -206,28 +225,172 @@ class History:
                 remedy="record into a folder of its own",
             )
         weights, rest = weights_of(model)
+        write = self._write if self.ema is None else self._record_averages
+        written = write(weights, rest, step, score)
+        if not written and not self._full:
+            warnings.warn(
+                f"{self.folder}: no room for the checkpoint of step {step}; the {len(self)} before it are readable."
+                " Make room, and recording goes on with the next.",
+                TitheWarning,
+                stacklevel=2,
+            )
+        self._full = not written
+        return written
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take the model's weights after a step into the moving averages; `record` does it where it is not done.
+
+        Buffers of floating-point numbers are averaged too, so that running statistics stay near what they stand for.
+
+        Args:
+            model: as for `record`.
+            step: optimizer steps since the run began: later than the last one. Steps may be left out; the averages then
+                hold the next one's weights for them.
+
+        Raises:
+            TitheError: when the history records no moving averages, or as `record` does.
+        """
+        if self.ema is None or self._read_only:
+            raise TitheError(
+                str(self.folder),
+                found=self._read_only or "a history of weights as they are",
+                expected="one that records moving averages",
+                remedy="open a new folder with ema=(0.05, 0.10), or leave out update",
+            )
+        self._followed().update(followed_tensors(*weights_of(model)), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moving averages since the last `record`, for the checkpoint that a run resumes from.
+
+        Without it a run goes on from what was recorded last, and the averages have a gap, which their profiles tell.
+        """
+        return {} if self.ema is None else self._followed().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, exactly as if the run had never stopped.
+
+        Raises:
+            TitheError: when it is of other widths.
+        """
+        if self.ema is not None:
+            self._followed().load_state_dict(state)
+
+    def _followed(self) -> Tracks:
+        """The moving averages in memory; at first those that were recorded last."""
+        if self._tracks is None:
+            tracks: list[Track] = []
+            for width in self.ema or ():
+                last = max((at for at, note in enumerate(self._notes) if note.width == width), default=None)
+                if last is None:
+                    tracks.append(Track(width))
+                    continue
+                forms = self.rows.forms.items()
+                values = {name: self.rows.tensor(last, name) for name, form in forms if form.averaged}
+                tracks.append(Track(width, self._notes[last].steps, values))
+            self._tracks = Tracks(tracks)
+        return self._tracks
+
+    def _record_averages(
+        self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], step: int, score: float | None
+    ) -> bool:
+        """Append a snapshot, one file for each moving average; return whether there was room for all of them."""
+        tracks, followed = self._followed(), followed_tensors(weights, rest)
+        if tracks.step != step:
+            tracks.update(followed, step)
+        written = len(self._files)
+        for track in tracks.tracks:
+            track.check(followed)
+            own = {name: track.values[name] for name in weights}
+            others = {name: track.values.get(name, tensor) for name, tensor in rest.items()}
+            if not self._write(own, others, step, score, track.profile):
+                self._take_back(written)
+                return False
+        return True
+
+    def _take_back(self, count: int) -> None:
+        """Remove the last files, until there are so many."""
+        assert self._recorder is not None
+        while len(self._files) > count:
+            self._files.pop().path.unlink()
+            self._recorder.notes.pop()
+        self._notes, self._rows = list(self._recorder.notes), None
+
+    def _write(
+        self,
+        weights: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        step: int,
+        score: float | None,
+        profile: Profile | None = None,
+    ) -> bool:
+        """Append one checkpoint; return whether there was room."""
         if self._files:
-            self._check_model({name: Form.of(tensor) for name, tensor in (weights | rest).items()})
+            self._check_model({name: Form.of(tensor) for name, tensor in {**weights, **rest}.items()})
         if self._recorder is None:
             coded = self.rows if self._files else None
             self._recorder = Recorder(
                 self.folder, self.bits, self._notes, coded if isinstance(coded, CodedRows) else None
             )
-        written = self._recorder.record(weights, rest, step, score)
+        written = self._recorder.record(weights, rest, step, score, profile)
         if written is None:
-            if not self._full:
-                warnings.warn(
-                    f"{self.folder}: no room for the checkpoint of step {step}; the {len(self)} before it are readable."
-                    " Make room, and recording goes on with the next.",
-                    TitheWarning,
-                    stacklevel=2,
-                )
-            self._full = True
             return False
-        self._full = False
         self._files.append(FlatFile.open(written))
         self._notes, self._rows = list(self._recorder.notes), None
         return True
+
+    def weights(self, like: str, *, last: int | None = None) -> list[float]:
+        """Return the weights of the checkpoints for an average of a kind, one each, in sum 1.
+
+        "linear", "cosine" and "sqrt" make checkpoints of a constant learning rate the end of such a decay (WSM,
+        arXiv 2507.17634): c_j = w_j − w_{j+1} with w_j = f(j / n); "linear" is the uniform mean. "ema:0.08" makes
+        recorded moving averages one of relative width 0.08 at the last step (Karras et al., arXiv 2312.02696): the
+        least squares fit of their profiles, some of whose weights are negative.
+
+        Args:
+            like: the kind.
+            last: how many checkpoints a decay covers, from the end; None for all.
+
+        Raises:
+            TitheError: when there is no such kind, there are fewer checkpoints than `last`, they are not what the kind
+                is made of, or no sum of the moving averages comes near the one that is asked for.
+
+        Example:
+            >>> import tempfile
+            >>> model, folder = nn.Linear(1, 1), tempfile.mkdtemp()
+            >>> history = History(folder)
+            >>> all(history.record(model, step) for step in range(4))
+            True
+            >>> [round(weight, 3) for weight in history.weights("cosine")]
+            [0.146, 0.354, 0.354, 0.146]
+        """
+        width = ema_width(like)
+        profiles = [note.profile for note in self._notes]
+        averages = [profile for profile in profiles if profile is not None]
+        if width is None:
+            if averages:
+                raise TitheError(
+                    str(self.folder),
+                    found=f"moving averages of the weights, for like={like!r}",
+                    expected="the weights as they were",
+                    remedy="use like='ema:0.08', or record a history without ema=",
+                )
+            return decay_weights(like, len(self.rows), last=last)
+        if last is not None:
+            raise TitheError(
+                "average",
+                found=f"last={last} beside like={like!r}",
+                expected="all that was recorded: the width says how far back it reaches",
+                remedy="leave out last",
+            )
+        if not averages or len(averages) < len(self.rows):
+            raise TitheError(
+                str(self.folder),
+                found=f"the weights as they were, for like={like!r}",
+                expected="moving averages of two widths",
+                remedy="record them: tithe.History(path, ema=(0.05, 0.10)), with update after each step; or use"
+                " like='linear', 'cosine' or 'sqrt'",
+            )
+        return reconstruct(averages, Profile(width, averages[-1].runs))[0]
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean of each floating-point tensor, summed in float64; others are the last checkpoint's.
@@ -323,6 +486,15 @@ class History:
         if paths and not self._files:
             raise none_left(self.folder, left_out)
         if self._notes:
+            widths = tuple(dict.fromkeys(note.width for note in self._notes if note.width is not None))
+            if self.ema is not None and set(self.ema) != set(widths):
+                raise TitheError(
+                    str(self.folder),
+                    found=f"moving averages of widths {widths}" if widths else "weights as they were",
+                    expected=f"ema={self.ema}",
+                    remedy="leave out ema=, or record into a new folder",
+                )
+            self.ema = widths or None
             asked, self.bits = self.bits, self._notes[0].bits
             if asked is not None and self.bits != asked:
                 raise TitheError(

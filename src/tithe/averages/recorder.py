@@ -8,7 +8,7 @@ A checkpoint that is stored whole is an ordinary safetensors file under the mode
 `NAME#codes`, uint8 (blocks, bytes), with `NAME#scales`, bfloat16 (blocks,), for each weight that changed and whose
 codes are shorter than its numbers; whole the other weights that changed, and what is no weight: running statistics,
 counters. The metadata key `tithe_history` says step, score, bits, and the random name of the file before it, so that
-files of two runs are told apart.
+files of two runs are told apart. Of a moving average it also says the width, and the steps that were followed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from tithe.averages.power_ema import WIDEST, Profile, Runs
 from tithe.averages.quantize import BLOCK, CARRIED, decode, encode
 from tithe.averages.safetensors_ranges import FlatFile, FlatWriter, Form, check_plain
 from tithe.averages.stacked import CODES, SCALES, CodedRows, coded_shorter, computed_dtype
@@ -39,6 +40,7 @@ KEY: Final = "tithe_history"
 VERSION: Final = 2
 """Files of version 1 have no checksums."""
 
+_OF_TRACKS: Final = ("width", "steps")
 _NO_LINKS: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 
 
@@ -52,6 +54,8 @@ class Note:
         bits: of the codes; None when stored whole.
         name: random, of this file.
         after: name of the file before it; empty for the first.
+        width: of a moving average; None of weights as they were.
+        steps: that the moving average followed, as first, last and stride of ranges.
     """
 
     step: int
@@ -59,10 +63,18 @@ class Note:
     bits: int | None
     name: str
     after: str
+    width: float | None = None
+    steps: Runs = ()
+
+    @property
+    def profile(self) -> Profile | None:
+        """Return how much of each step's weights a moving average holds; None of weights as they were."""
+        return None if self.width is None else Profile(self.width, self.steps)
 
     def metadata(self) -> dict[str, str]:
         """Return the free strings of the file's header."""
-        return {KEY: json.dumps({"version": VERSION, **vars(self)})}
+        told = {key: value for key, value in vars(self).items() if self.width is not None or key not in _OF_TRACKS}
+        return {KEY: json.dumps({"version": VERSION, **told})}
 
     @classmethod
     def of(cls, file: FlatFile) -> Note | None:
@@ -83,6 +95,8 @@ class Note:
                     expected=f"version {VERSION}",
                     remedy="upgrade tithe",
                 )
+            if "steps" in told:
+                told["steps"] = tuple((first, last, stride) for first, last, stride in told["steps"])
             note = cls(**told)
             if version != (1 if file.pages is None else VERSION) or not note._plain():
                 raise ValueError(version)
@@ -100,9 +114,18 @@ class Note:
             "bits": (int, type(None)),
             "name": (str,),
             "after": (str,),
+            "width": (float, type(None)),
         }
         fine = all(type(getattr(self, name)) in kind for name, kind in kinds.items())
-        return fine and self.bits in (None, 8, 4, 1)
+        return fine and self.bits in (None, 8, 4, 1) and self._followed()
+
+    def _followed(self) -> bool:
+        """Whether the steps of a moving average ascend to its own."""
+        if self.width is None:
+            return self.steps == ()
+        ends = [number for first, last, _ in self.steps for number in (first, last)]
+        whole = all(type(number) is int and number > 0 for run in self.steps for number in run)
+        return 0 < self.width <= WIDEST and whole and ends == sorted(ends) and ends[-1:] == [self.step]
 
 
 def recorded(folder: Path) -> list[Path]:
@@ -237,7 +260,12 @@ class Recorder:
             stale.unlink(missing_ok=True)  # of a run that was killed while it wrote
 
     def record(
-        self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], step: int, score: float | None
+        self,
+        weights: Mapping[str, Tensor],
+        rest: Mapping[str, Tensor],
+        step: int,
+        score: float | None,
+        profile: Profile | None = None,
     ) -> Path | None:
         """Write one checkpoint; return None when the disk is full.
 
@@ -246,12 +274,15 @@ class Recorder:
             rest: name → what else the model's state holds.
             step: of the run.
             score: or None.
+            profile: of a moving average, of which those of other widths may have the same step.
 
         Raises:
             TitheError: when a weight is not finite, the step is not after the last one, another run writes here, or the
                 file cannot be written.
         """
-        if self.notes and step <= self.notes[-1].step:
+        same = [note.width for note in self.notes if note.step == step]
+        beside = profile is not None and profile.width not in same
+        if self.notes and step < self.notes[-1].step + (not beside):
             raise TitheError(
                 str(self.folder),
                 found=f"step {step} after step {self.notes[-1].step}",
@@ -269,7 +300,8 @@ class Recorder:
                 )
         tensors, last, errors = self._coded(weights) if self.bits is not None else (dict(weights), {}, {})
         after = self.notes[-1].name if self.notes else ""
-        note = Note(int(step), None if score is None else float(score), self.bits, secrets.token_hex(8), after)
+        told = (None, ()) if profile is None else (profile.width, profile.runs)
+        note = Note(int(step), None if score is None else float(score), self.bits, secrets.token_hex(8), after, *told)
         path = self.folder / f"{len(self.notes):06d}.safetensors"
         if not _write(path, {**tensors, **rest}, note):
             return None

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from tithe.averages import History
+from tithe.averages import DECAYS, EMA, History
 from tithe.errors import TitheError
-from tithe.method import Granularity, Start, SubspaceMethod
+from tithe.method import Granularity, SubspaceMethod
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TWA(SubspaceMethod):
         history: a `History`, or the path or paths of one.
         bits: None as the history is stored; 8, 4 or 1 for a coded basis.
         granularity: "model" or "tensor".
-        start: "mean", "last", or "best" by the scores told to `history.record`.
+        start: "mean", "last", or "best" by the scores told to `history.record`; or an average of `History.weights`:
+            "linear", "cosine" and "sqrt", where such a decay of the learning rate would have led, "ema:0.08".
 
     Raises:
         TitheError: when a setting is none of these.
@@ -47,13 +48,12 @@ class TWA(SubspaceMethod):
     history: History | str | Path | Sequence[str | Path]
     bits: int | None = None
     granularity: Granularity = "model"
-    start: Start = "mean"
+    start: str = "mean"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("bits", self.bits, (None, 8, 4, 1)),
             ("granularity", self.granularity, get_args(Granularity)),
-            ("start", self.start, get_args(Start)),
         ):
             if value not in choices:
                 raise TitheError(
@@ -62,3 +62,10 @@ class TWA(SubspaceMethod):
                     expected="one of " + ", ".join(map(repr, choices)),
                     remedy=f"change {name}",
                 )
+        if self.start not in ("mean", "last", "best", *DECAYS) and not self.start.startswith(EMA):
+            raise TitheError(
+                "TWA",
+                found=f"start={self.start!r}",
+                expected="one of 'mean', 'last', 'best', " + ", ".join(map(repr, DECAYS)) + ", or such as 'ema:0.08'",
+                remedy="change start",
+            )

@@ -33,11 +33,8 @@ class Places:
     rest: dict[str, Tensor]
 
     def start(self, name: str, weights: Sequence[float]) -> Tensor:
-        """Return the start value of a tensor of the rest; a counter is that of the checkpoint that weighs most."""
-        if self.rest[name].is_floating_point() or self.rest[name].is_complex():
-            return self.rows.average_tensor(name, weights)
-        most = max(range(len(weights)), key=lambda index: (weights[index], index))
-        return self.rows.rows.tensor(most, name)
+        """Return the start value of a tensor of the rest; a counter is that of the last checkpoint that counts."""
+        return self.rows.average_tensor(name, weights)
 
 
 def find_places(history: History, model: nn.Module, split: Split) -> Places:
@@ -113,11 +110,13 @@ def start_weights(history: History, start: str) -> list[float]:
     """Return the weight of each checkpoint in the start.
 
     Raises:
-        TitheError: when the best is asked for and none has a score.
+        TitheError: when the best is asked for and none has a score, or the history is not what the start is made of.
     """
     n = len(history)
     if start == "mean":
         return [1 / n] * n
+    if start not in ("last", "best"):
+        return history.weights(start)
     at = n - 1
     if start == "best":
         scores = [float("-inf") if score is None else score for score in history.scores]

@@ -85,19 +85,23 @@ def _fixed(
         fixed_weights(method, 1, decay=settings.decay)  # says what it needs
     told: list[Averaged] = []
     bar.phase("averaging")
-    given = partial(fixed_weights, method, decay=settings.decay) if weights is None else parse_weights(weights)
+    given = None
+    if settings.like is None:
+        given = partial(fixed_weights, method, decay=settings.decay) if weights is None else parse_weights(weights)
     with _told(console):
         average(
             list(checkpoints),
             output,
             given,
+            like=settings.like,
+            last=settings.last,
             skip_damaged=skip_damaged,
             progress=bar.to,
             report=told.append,
         )
     return Fixed(
         checkpoints=tuple(map(str, told[0].checkpoints)),
-        method=method if weights is None else "weights",
+        method=settings.like or (method if weights is None else "weights"),
         weights=told[0].weights,
         output=str(output),
         models=told[0].models,

@@ -49,7 +49,7 @@ def compare(recipe: Recipe, history: History, output: Path, settings: Settings, 
     chosen: tuple[Row, dict[str, Tensor]] | None = None
     for row in _rows(bench, settings, bar):
         rows.append(row)
-        asked = settings.method in ("auto", row.method)
+        asked = settings.written in ("auto", row.method)
         if asked and (chosen is None or row.merit > chosen[0].merit):
             chosen = row, bench.snapshot()
     assert chosen is not None
@@ -76,12 +76,16 @@ def _rows(bench: Bench, settings: Settings, bar: Bar) -> Iterator[Row]:
     best = max(range(n), key=scores.__getitem__)
     bench.put_checkpoint(best)
     yield _row(bench, "best", bench.history.rows.paths[best].name, started, one_hot(best, n))
-    for method, weights, detail in (
+    fixed: list[tuple[str, list[float], str]] = [
         ("mean", [1 / n] * n, f"of {n}"),
         ("ema", ema_weights(n, settings.decay), f"decay {settings.decay:g}"),
-    ):
+    ]
+    if settings.like is not None:
+        told = f"of the last {settings.last}" if settings.last else f"of {n}"
+        fixed.append((settings.like, bench.history.weights(settings.like, last=settings.last), told))
+    for method, weights, detail in fixed:
         started = time.monotonic()
-        bar.phase(METHODS[method])
+        bar.phase(METHODS.get(method, method))
         bench.put_average(weights)
         bench.estimate()
         yield _row(bench, method, detail, started, weights)
@@ -137,15 +141,16 @@ def _cost(bench: Bench, settings: Settings) -> float:
     n, look = len(bench.history), bench.estimate_cost + bench.select_cost
     epochs = settings.epochs * len(rates(settings))
     trained = bench.step_cost(len(bench.samples["train"]) + len(bench.tuning)) * epochs + 2 * epochs * look
-    fixed = n * bench.select_cost + 2 * bench.estimate_cost + (n - 1) * look + bench.estimate_cost + look
-    return fixed + trained + len(METHODS) * (bench.select_cost + bench.test_cost)
+    named = settings.like is not None
+    fixed = n * bench.select_cost + (2 + named) * bench.estimate_cost + (n - 1) * look + bench.estimate_cost + look
+    return fixed + trained + (len(METHODS) + named) * (bench.select_cost + bench.test_cost)
 
 
 def _write(bench: Bench, output: Path, row: Row, state: dict[str, Tensor]) -> None:
     """Write what a row says, in the format of the checkpoints."""
     history, weights = bench.history, row.coefficients.get("all")
     if bench.base is not None:
-        told = {"method": METHODS[row.method], "averaged": str(len(history))}
+        told = {"method": METHODS.get(row.method, row.method), "averaged": str(len(history))}
         base = {name: tensor.cpu() for name, tensor in bench.base.items()}
         tithe.diff(base, state, output, metadata=told)
     elif row.method == "best" and history.bits is None:

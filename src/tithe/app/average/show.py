@@ -29,7 +29,9 @@ def show(found: Fixed | Comparison, console: Console) -> None:
     for row in found.rows:
         mark = "*" if row.method == found.written else " "
         test = f"{row.test[metric]:.4f}" if row.test else "–"
-        table.add_row(f"{mark} {METHODS[row.method]}", f"{row.score:.4f}", test, row.detail, f"{row.seconds:.1f}")
+        table.add_row(
+            f"{mark} {METHODS.get(row.method, row.method)}", f"{row.score:.4f}", test, row.detail, f"{row.seconds:.1f}"
+        )
     console.print(table)
     sizes = found.splits
     told = f"chosen by {sizes['selection']:,} validation examples; TWA-v trained on {sizes['tuning']:,} others"

@@ -33,6 +33,8 @@ class Settings:
     Args:
         method: the way that is written: a key of `METHODS`, or "auto" for the best on the selection rows.
         decay: of EMA.
+        like: the way that is written, where it is one that `History.weights` knows; it is tried besides the others.
+        last: how many checkpoints the decay that it names covers.
         bits: of TWA's basis; None as the checkpoints are stored.
         granularity: of TWA's coefficients.
         epochs: TWA trains for.
@@ -44,6 +46,8 @@ class Settings:
 
     method: str = "auto"
     decay: float = 0.9
+    like: str | None = None
+    last: int | None = None
     bits: int | None = None
     granularity: Granularity = "tensor"
     epochs: int = 5
@@ -60,6 +64,22 @@ class Settings:
         ):
             if not fine:
                 raise TitheError(f"--{name}", found=str(getattr(self, name)), expected=expected, remedy="change it")
+        if self.like is not None and self.method != "auto":
+            raise TitheError(
+                "--like", found=f"--method {self.method} beside it", expected="one of the two", remedy="leave out one"
+            )
+        if self.like is None and self.last is not None:
+            raise TitheError(
+                "--last",
+                found="no --like",
+                expected="one, for the average that is meant",
+                remedy="add --like linear for the mean of the last ones, or cosine, sqrt, ema:0.08",
+            )
+
+    @property
+    def written(self) -> str:
+        """The way that is written: what `like` names or `method`, which may be "auto"."""
+        return self.like or self.method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +87,7 @@ class Row:
     """What one way gave.
 
     Args:
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or a name that `History.weights` knows.
         selection: metric → value on the rows that everything is chosen by.
         test: the same on rows that nothing is chosen by; empty where there are none.
         detail: what was chosen, in a few words.
@@ -99,7 +119,7 @@ class Fixed:
 
     Args:
         checkpoints: that were averaged.
-        method: "mean", "ema" or "weights".
+        method: "mean", "ema", "weights", or the name that `--like` gave.
         weights: one a checkpoint.
         output: the new file or folder.
         models: averaged besides the first model of the checkpoints.

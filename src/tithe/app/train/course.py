@@ -74,6 +74,10 @@ class Course(ABC):
     def records(self, step: int) -> bool:
         """Whether a checkpoint goes into the run's history after `step` finished ones."""
 
+    @abstractmethod
+    def follows(self, step: int) -> bool:
+        """Whether the run's moving averages take in the weights after `step` finished ones."""
+
     @property
     def _step_size(self) -> int:
         run = self.recipe.run
@@ -158,7 +162,14 @@ class OwnCourse(Course):
     def records(self, step: int) -> bool:
         """As `[history]` says, once widths are fixed: checkpoints of one history have the same shapes."""
         history = self.recipe.history
-        return history is not None and step >= self.fixed_from and history.due(step, self.steps_per_epoch)
+        if history is None or step < self.fixed_from:
+            return False
+        return history.due(step, self.steps_per_epoch, self.total_steps)
+
+    def follows(self, step: int) -> bool:
+        """Where `[history]` has moving averages, after each step from the first with these widths on."""
+        history = self.recipe.history
+        return history is not None and history.ema is not None and step >= max(self.fixed_from, 1)
 
 
 @final
@@ -215,5 +226,9 @@ class AverageCourse(Course):
         return rate(self.optimizer, lr, done, total, round(_WARM * total) if self.section.schedule == "cosine" else 0)
 
     def records(self, step: int) -> bool:
+        """The history is complete."""
+        return False
+
+    def follows(self, step: int) -> bool:
         """The history is complete."""
         return False

@@ -118,6 +118,7 @@ class Run:
         self._recording: Recording | None = None
         if recipe.history is not None and self.accelerator.is_main_process:
             self._recording = Recording(recipe, self.position.step, self.position.recorded)
+            self._recording.load_state_dict({} if state is None else state.get("history", {}))
         self._attach(state)
         self._begin()
         if state is not None:
@@ -234,6 +235,8 @@ class Run:
 
     def _average(self, reporter: Reporter) -> None:
         """Leave the run's own steps for the mean of what was recorded, on a fresh model, which further steps train."""
+        assert self.recipe.average is not None
+        self._recording = None  # the history is complete; moving averages need not stay in memory
         at, own, last = self.position, self.accounts(), self.scores()
         started, seconds = time.monotonic(), at.seconds
         self.wrapped = self.model  # lets the wrapper go
@@ -252,7 +255,9 @@ class Run:
         at.judge(merit(*next(iter(mean["validation"].items()))))
         reporter.log("mean", at.step, mean["validation"])
         told = "  ".join(f"{name} {value:.4f}" for name, value in mean["validation"].items())
-        reporter.say(f"step {at.step}/{self.total_steps}  mean of {count} checkpoints: {told}")
+        name = self.recipe.average.name
+        what = "mean" if name == "mean" else f"average like {name}"
+        reporter.say(f"step {at.step}/{self.total_steps}  {what} of {count} checkpoints: {told}")
         self.save()
 
     def _steps(self, reporter: Reporter) -> None:
@@ -393,9 +398,13 @@ class Run:
             reporter.say(f"step {at.step}/{self.total_steps}  {state}: {found}")
 
     def _record(self) -> None:
-        """Append the weights to the run's history where that is due."""
+        """Append the weights to the run's history where that is due, and follow them with its moving averages."""
         at = self.position
-        if self._recording is None or not self.course.records(at.step):
+        if self._recording is None:
+            return
+        if self.course.follows(at.step):
+            self._recording.follow(self.model, at.step)
+        if not self.course.records(at.step):
             return
         if self._recording.record(self.trainee, self.model, at.step):
             at.recorded.append(at.step)
@@ -505,6 +514,7 @@ class Run:
                 "optimizer": optimizer_state(self.optimizer, self.trainee),
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "random": everyone,
+                "history": {} if self._recording is None else self._recording.state_dict(),
             }
             self.checkpoints.save(self.position.step, state, self.position.best_step)
         self.accelerator.wait_for_everyone()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,17 +17,19 @@ from tithe.files import NotWrittenError, is_full, writing
 FOLDER = "history"
 
 
-def recorded_steps(recipe: Recipe) -> dict[int, Path]:
-    """The step of every checkpoint in a run's history, with its file, in order.
+def recorded_steps(recipe: Recipe) -> dict[int, list[Path]]:
+    """The step of every checkpoint in a run's history, with its file or, of moving averages, files; in order.
 
     Raises:
         TitheError: a file is damaged, or something else wrote it.
     """
     folder = recipe.output / FOLDER
     if recipe.method.records_deltas:
-        return {int(path.stem): path for path in sorted(folder.glob("[0-9]*.safetensors"))}
-    history = tithe.History(folder)
-    return dict(zip(history.steps, history.rows.paths, strict=True)) if len(history) else {}
+        return {int(path.stem): [path] for path in sorted(folder.glob("[0-9]*.safetensors"))}
+    history, found = tithe.History(folder), dict[int, list[Path]]()
+    for step, path in zip(history.steps, history.rows.paths if len(history) else (), strict=True):
+        found.setdefault(step, []).append(path)
+    return found
 
 
 class Recording:
@@ -46,7 +49,8 @@ class Recording:
         found = recorded_steps(recipe)
         lost = [at for at in found if at >= step and at not in steps]
         for later in reversed(lost):  # the last first: a kill leaves a history without a gap
-            found.pop(later).unlink()
+            for path in reversed(found.pop(later)):
+                path.unlink()
         if list(found) != list(steps):
             raise TitheError(
                 str(self.folder),
@@ -55,8 +59,26 @@ class Recording:
                 remedy="restore the folder, or start anew in another output folder",
             )
         section = recipe.history
-        bits = None if section is None else section.bits
-        self._history = None if recipe.method.records_deltas else tithe.History(self.folder, bits)
+        bits, ema = (None, None) if section is None else (section.bits, section.ema)
+        self._history = None if recipe.method.records_deltas else tithe.History(self.folder, bits, ema=ema)
+
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Take the present weights into the moving averages.
+
+        Raises:
+            TitheError: the model is another.
+        """
+        assert self._history is not None
+        self._history.update(model, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run resumes from besides the files: the moving averages."""
+        return {} if self._history is None else self._history.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        if self._history is not None and state:
+            self._history.load_state_dict(state)
 
     def record(self, trainee: tithe.Plan, model: nn.Module, step: int) -> bool:
         """Append the present weights; returns whether they were written: a full disk only warns.

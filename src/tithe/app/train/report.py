@@ -76,7 +76,9 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
             "kept_for_backward": None if at.ledger is None else at.ledger["kept"],
             "optimizer": own["optimizer"],
             "delta": delta.stat().st_size,
-            "history": sum(path.stat().st_size for path in recorded_steps(run.recipe).values()) if at.recorded else 0,
+            "history": sum(path.stat().st_size for paths in recorded_steps(run.recipe).values() for path in paths)
+            if at.recorded
+            else 0,
         },
         "ledger": at.ledger,
         "draws": at.draws,
@@ -98,8 +100,13 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
 
 
 def _average(run: Run, began: Mapping[str, Any]) -> dict[str, Any]:
-    """What averaging gave: metrics of the run's last weights, of their mean, and (`metrics` of the result) trained."""
+    """What averaging gave: metrics of the run's last weights, of their mean, and (`metrics` of the result) trained.
+
+    "mean" has the metrics of what "name" says, which need not be the mean.
+    """
+    assert run.recipe.average is not None
     return {
+        "name": run.recipe.average.name,
         "step": began["step"],
         "checkpoints": began["checkpoints"],
         "coefficients": sum(parameter.numel() for parameter in run.trainee.parameters()),
@@ -171,7 +178,8 @@ def _average_rows(average: Mapping[str, Any] | None) -> dict[str, str]:
     rows = {
         "averaged": f"{average['checkpoints']} checkpoints after step {average['step']}, {average['seconds']:.1f} s"
     }
-    for label, key in (("last weights", "last"), ("their mean", "mean")):
+    start = "their mean" if average["name"] == "mean" else f"like {average['name']}"
+    for label, key in (("last weights", "last"), (start, "mean")):
         told = [
             f"{split} " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             for split, values in average[key].items()
