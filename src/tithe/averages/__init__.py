@@ -8,12 +8,14 @@ stacked    side by side, some columns        safetensors_ranges  a file by range
 quantize   8, 4 or 1 bits a weight           basis        the differences from the mean
 averageable  what a mean stands for          weighted_sum  sums, a block at a time
 average    an average in the format that came in
+task_vectors  fine-tunings of one base, merged
 """
 
 from tithe.averages.average import Averaged, average
 from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strips
 from tithe.averages.history import History
 from tithe.averages.quantize import BLOCK
+from tithe.averages.task_vectors import merge_tasks
 
 __all__ = [
     "BLOCK",
@@ -23,6 +25,7 @@ __all__ = [
     "Strip",
     "TensorColumns",
     "average",
+    "merge_tasks",
     "orthonormal",
     "strips",
 ]
