@@ -204,13 +204,13 @@ def streams(records: Sequence[Record]) -> str:
 
 def merging(records: Sequence[Record]) -> str:
     """One row for each method and whose it is."""
-    header = ["", "seconds", "peak resident, GB", "largest difference of the weights"]
+    header = ["", "seconds", "peak resident, GB", "weights that differ"]
     rows = [
         [
             f"{r['method']}, {r['who']}",
             f"{r['seconds']:.1f}",
             f"{r['peak'] / 1e9:.2f}",
-            "—" if r["difference"] is None else f"{r['difference']:.1g}",
+            "—" if r["apart"] is None else f"{r['apart']:,}",
         ]
         for r in records
     ]
