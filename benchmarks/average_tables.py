@@ -24,6 +24,7 @@ def average(results: Path, docs: Path) -> str:
         ("span_step", "A step", step),
         ("span_memory", "What a step holds", memory),
         ("average_streams", "A stream", streams),
+        ("merge_tasks", "Merging tasks", merging),
     ):
         records = list(lines(results / f"{name}.jsonl"))
         if records:
@@ -199,3 +200,20 @@ def streams(records: Sequence[Record]) -> str:
         ["largest error, of half a last place", f"{r['error']:.2f}", "≤ 1"],
     ]
     return table(["", "measured", "to reach"], rows)
+
+
+def merging(records: Sequence[Record]) -> str:
+    """One row for each method and whose it is."""
+    header = ["", "seconds", "peak resident, GB", "weights that differ"]
+    rows = [
+        [
+            f"{r['method']}, {r['who']}",
+            f"{r['seconds']:.1f}",
+            f"{r['peak'] / 1e9:.2f}",
+            "—" if r["apart"] is None else f"{r['apart']:,}",
+        ]
+        for r in records
+    ]
+    first = records[0]
+    told = f"{first['tasks']} fine-tunings of a model of {first['weights'] / 1e6:.0f} million float32 weights."
+    return f"{told}\n\n{table(header, rows)}"

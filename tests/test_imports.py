@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "narrow": {"errors", "batch", "selection", "select", "coupling", "forward", "method"},
     "ledger": {"errors", "batch", "selection", "budget", "rules"},
     "delta": {"errors", "files", "batch", "selection", "budget", "rules", "forward"},
-    "averages": {"errors", "files", "batch", "selection", "budget", "rules", "delta"},
+    "averages": {"errors", "files", "batch", "selection", "budget", "rules", "select", "delta"},
     "scoring": {"forward", "errors", "batch", "selection", "budget", "rules", "select", "distributed", "ledger"},
     "method": {"errors", "batch", "selection", "budget", "rules", "schedule", "select", "scoring", "averages"},
     "ranking": {"errors", "files", "batch", "selection", "rules", "method", "plan", "scoring", "select"},

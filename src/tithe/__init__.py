@@ -1,7 +1,7 @@
 """Fine-tune a chosen part of a PyTorch network, and pay memory, compute and communication only for that part."""
 
 from tithe import rules, select
-from tithe.averages import History, average
+from tithe.averages import History, average, merge_tasks
 from tithe.budget import Budget
 from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
@@ -58,6 +58,7 @@ __all__ = [
     "lean",
     "measure",
     "merge",
+    "merge_tasks",
     "once",
     "rules",
     "select",

@@ -417,6 +417,50 @@ def average(
 
 
 @app.command()
+def merge_tasks(
+    base: Annotated[Path, typer.Argument(help="What all were fine-tuned from.", metavar="BASE")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="The fine-tuned models.", metavar="CKPT")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new folder or file.")],
+    method: Annotated[str, typer.Option(help="ties or iso-c.", metavar="NAME")] = "ties",
+    weights: Annotated[str | None, typer.Option(help="One a checkpoint; 1 by itself.", metavar="X,…")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Of ties: the share of changes kept, 0.2 by itself.", metavar="X")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Of the merged change.", metavar="X")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Merge fine-tunings of one base for several tasks into one model.
+
+    What each fine-tuning changed is merged, one tensor at a time, and
+    added to the base. ties keeps the largest changes of each and settles
+    conflicts of sign; iso-c gives all directions of the sum one strength.
+    Choose --scale by validation data: 0.5 to 1.5 is usual.
+
+    \b
+    Example:
+      tithe merge-tasks base tuned/sst2 tuned/mrpc -o both
+      tithe merge-tasks base tuned/* -o merged --method iso-c --scale 1.2
+    """  # noqa: D301
+    with _guarded():
+        from tithe.app import average as averages
+
+        result = averages.merge(
+            base,
+            checkpoints,
+            output,
+            method=method,
+            weights=weights,
+            density=density,
+            scale=scale,
+            console=terminal.console(stderr=True),
+        )
+        if as_json:
+            _print_json(result.as_dict())
+        else:
+            averages.show(result, terminal.console())
+
+
+@app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="The model that was fine-tuned: a folder, a file or an id.")],
     deltas: Annotated[list[Path], typer.Argument(help="Deltas made from it.")],

@@ -10,6 +10,7 @@ averageable  what a mean stands for          weighted_sum  sums, a block at a ti
 average    an average in the format that came in
 decay      weights that stand for a decay   tracks       moving averages of a model in training
 power_ema  any width of them from two
+task_vectors  fine-tunings of one base, merged
 """
 
 from tithe.averages.average import Averaged, average
@@ -17,6 +18,7 @@ from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strip
 from tithe.averages.decay import DECAYS, EMA, ema_width
 from tithe.averages.history import History
 from tithe.averages.quantize import BLOCK
+from tithe.averages.task_vectors import merge_tasks
 from tithe.averages.tracks import check_widths
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "average",
     "check_widths",
     "ema_width",
+    "merge_tasks",
     "orthonormal",
     "strips",
 ]

@@ -156,7 +156,7 @@ def average(
             check_averageable(PlainRows(entries), counted)
         return Stream(entries, factors, progress if first else None)
 
-    told = _write(history, output, summing)
+    told = write_merged(history, output, summing)
     if report is not None:
         report(replace(told, weights=tuple(factors)))
     return output
@@ -260,11 +260,21 @@ def write_like(history: History, output: str | Path, state: Mapping[str, Tensor]
                     remedy="average all of them without a recipe, or save the one model alone",
                 )
     given = Given(state)
-    _write(history, Path(output), lambda entries, first: given)
+    write_merged(history, Path(output), lambda entries, first: given)
     return Path(output)
 
 
-def _write(history: History, output: Path, summing: Summing) -> Averaged:
+def write_merged(history: History, output: Path, summing: Summing) -> Averaged:
+    """Write one checkpoint in the format of a history's, with values that `summing` makes.
+
+    Args:
+        history: the checkpoints; the configuration is the first one's, what has no sum the last one's.
+        output: the new file or folder; it must not exist.
+        summing: the source of the values of some checkpoints' models.
+
+    Raises:
+        TitheError: when the output exists, its name says another format, or there is no room.
+    """
     rows = history.rows
     check_output(output, history)
     skipped = {str(path): why for path, why in history.skipped.items()}

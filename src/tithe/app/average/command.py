@@ -60,7 +60,7 @@ def run(
             from tithe.app.average.compare import compare
             from tithe.app.train import read_recipe
 
-            with _told(console):
+            with warnings_to(console):
                 history = History(checkpoints, skip_damaged=skip_damaged)
             folder = [] if data is None else [f"data.folder={json.dumps(str(data.resolve()))}"]
             found = compare(read_recipe(recipe, folder), history, output, settings, bar)
@@ -88,7 +88,7 @@ def _fixed(
     given = None
     if settings.like is None:
         given = partial(fixed_weights, method, decay=settings.decay) if weights is None else parse_weights(weights)
-    with _told(console):
+    with warnings_to(console):
         average(
             list(checkpoints),
             output,
@@ -150,8 +150,8 @@ def _check(
 
 
 @contextlib.contextmanager
-def _told(console: Console) -> Generator[None]:
-    """Warnings of what is opened meanwhile, a line each."""
+def warnings_to(console: Console) -> Generator[None]:
+    """Print warnings of what is opened meanwhile, a line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TitheWarning)
         yield

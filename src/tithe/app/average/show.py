@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from rich.console import Console
 
 from tithe.app import terminal
 from tithe.app.average.ways import METHODS, Comparison, Fixed
+from tithe.averages.task_vectors import MergeMethod
 
 _WIDTH: Final = 44
 """Characters of names on a line of 80."""
@@ -43,10 +44,13 @@ def _lines(found: Fixed | Comparison) -> list[str]:
     """Say in a few lines what counts, what was kept, and what does not count."""
     names = [Path(path).name for path in found.checkpoints]
     count = f"{len(names)} checkpoint" + "s" * (len(names) != 1)
-    lines = [f"averaged {count}: {_list(names)}"]
-    if isinstance(found, Fixed):
-        lines += [f"other models in them, averaged too: {_list(found.models)}"] * bool(found.models)
-        lines += [f"kept from the last: {_list(found.kept)}"] * bool(found.kept)
+    if isinstance(found, Comparison):
+        lines = [f"averaged {count}: {_list(names)}"]
+    else:
+        done, base = ("merged", "base") if found.method in get_args(MergeMethod) else ("averaged", "last")
+        lines = [f"{done} {count}: {_list(names)}"]
+        lines += [f"other models in them, {done} too: {_list(found.models)}"] * bool(found.models)
+        lines += [f"kept from the {base}: {_list(found.kept)}"] * bool(found.kept)
         lines += [f"copied from the first: {_list(found.copied)}"] * bool(found.copied)
     return lines + [f"left out: {Path(path).name} ({why})" for path, why in found.skipped.items()]
 
