@@ -219,7 +219,7 @@ def test_more_than_all_weights_of_matrices_are_refused() -> None:
     model = CASES["mlp"].model()
     size = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     tithe.attach(model, FISH(k=size, score="principal")).release()
-    with pytest.raises(TitheError, match="those of matrices"):
+    with pytest.raises(TitheError, match="weights of matrices"):
         tithe.attach(model, FISH(k=size + 1, score="principal"))
 
 
