@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,3 +282,26 @@ def test_over_the_fine_tuning_of_a_narrow_network(tmp_path: Path) -> None:
     plan.bind(optimizer)
     _train(plan, case, optimizer, case.batches(2))
     plan.release()
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_it_starts_at_weights_that_are_given(granularity: Any, tmp_path: Path) -> None:
+    """Base plus 0.3 of each task vector, as AdaMerging starts."""
+    case = CASES["bert"]
+    base = case.model()
+    first, *tuned = [base, *checkpoints(base, 2)]
+    history = recorded(tmp_path / "run", [first, *tuned])
+    expected = flat(first) + sum(0.3 * (flat(model) - flat(first)) for model in tuned)
+    method = tithe.TWA(history, start=[0.4, 0.3, 0.3], granularity=granularity)
+    model = case.model()
+    plan = tithe.attach(model, method, loss=case.loss, data=case.batches(1))
+    assert torch.allclose(flat(model), expected, atol=1e-6)
+    plan.release()
+
+
+@pytest.mark.parametrize("start", [[0.5, 0.5, 0.5], [1.0], [float("nan"), 1.0, 0.0], []])
+def test_weights_that_are_no_start_are_refused(start: list[float], tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    history = recorded(tmp_path / "run", checkpoints(model, 3))
+    with pytest.raises(tithe.TitheError, match="weights"):
+        tithe.attach(model, tithe.TWA(history, start=start), loss=lambda m, x: m(x).sum(), data=[torch.randn(2, 3)])

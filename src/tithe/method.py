@@ -203,8 +203,9 @@ class SubspaceMethod(ABC):
     """Bits a weight of the basis: 8, 4, 1; None takes the history's."""
     granularity: Granularity = "model"
     """Whether coefficients are shared by all weights, or each weight has its own."""
-    start: str = "mean"
-    """Which point of the span training starts from: "mean", "last", "best", or what `History.weights` knows."""
+    start: str | Sequence[float] = "mean"
+    """Which point of the span training starts from: "mean", "last", "best", what `History.weights` knows, or the
+    weight of each checkpoint."""
 
     def make_plan(self, maker: PlanMaker[Any, Any, SubspaceT]) -> SubspaceT:
         """Ask for a plan under which θ is shared."""

@@ -13,7 +13,7 @@ power_ema  any width of them from two
 task_vectors  fine-tunings of one base, merged
 """
 
-from tithe.averages.average import Averaged, average
+from tithe.averages.average import Averaged, average, check_weights
 from tithe.averages.basis import Basis, Strip, TensorColumns, orthonormal, strips
 from tithe.averages.decay import DECAYS, EMA, ema_width
 from tithe.averages.history import History
@@ -31,6 +31,7 @@ __all__ = [
     "Strip",
     "TensorColumns",
     "average",
+    "check_weights",
     "check_widths",
     "ema_width",
     "merge_tasks",

@@ -35,7 +35,8 @@ class TWA(SubspaceMethod):
         bits: None as the history is stored; 8, 4 or 1 for a coded basis.
         granularity: "model" or "tensor".
         start: "mean", "last", or "best" by the scores told to `history.record`; or an average of `History.weights`:
-            "linear", "cosine" and "sqrt", where such a decay of the learning rate would have led, "ema:0.08".
+            "linear", "cosine" and "sqrt", where such a decay of the learning rate would have led, "ema:0.08"; or the
+            weight of each checkpoint, n numbers that sum to one within 0.001, of either sign.
 
     Raises:
         TitheError: when a setting is none of these.
@@ -48,7 +49,7 @@ class TWA(SubspaceMethod):
     history: History | str | Path | Sequence[str | Path]
     bits: int | None = None
     granularity: Granularity = "model"
-    start: str = "mean"
+    start: str | Sequence[float] = "mean"
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -62,10 +63,14 @@ class TWA(SubspaceMethod):
                     expected="one of " + ", ".join(map(repr, choices)),
                     remedy=f"change {name}",
                 )
+        if not isinstance(self.start, str):
+            return
         if self.start not in ("mean", "last", "best", *DECAYS) and not self.start.startswith(EMA):
             raise TitheError(
                 "TWA",
                 found=f"start={self.start!r}",
-                expected="one of 'mean', 'last', 'best', " + ", ".join(map(repr, DECAYS)) + ", or such as 'ema:0.08'",
+                expected="one of 'mean', 'last', 'best', "
+                + ", ".join(map(repr, DECAYS))
+                + ", such as 'ema:0.08', or a weight for each checkpoint",
                 remedy="change start",
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta
-from tithe.averages import History
+from tithe.averages import History, check_weights
 from tithe.delta.source import prefix_hint
 from tithe.errors import TitheError
 from tithe.plan.parameters import Split
@@ -106,13 +106,15 @@ def _check_constant(names: Iterable[str], history: History) -> None:
             )
 
 
-def start_weights(history: History, start: str) -> list[float]:
+def start_weights(history: History, start: str | Sequence[float]) -> list[float]:
     """Return the weight of each checkpoint in the start.
 
     Raises:
         TitheError: when the best is asked for and none has a score, or the history is not what the start is made of.
     """
     n = len(history)
+    if not isinstance(start, str):
+        return check_weights(start, n)
     if start == "mean":
         return [1 / n] * n
     if start not in ("last", "best"):
