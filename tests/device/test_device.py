@@ -179,8 +179,12 @@ def test_data_that_the_loss_moves(method: str, device: torch.device, tmp_path: P
 
 
 SCORES: dict[str, dict[str, object]] = {
-    **{score: {"score": score} for score in ("fisher", "gradient", "magnitude", "random")},
+    **{
+        score: {"score": score}
+        for score in ("fisher", "gradient", "snr", "saliency", "magnitude", "random", "principal")
+    },
     "true Fisher": {"fisher": "true"},
+    "columns": {"unit": "column", "scope": "tensor"},
 }
 
 

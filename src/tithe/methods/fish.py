@@ -70,9 +70,9 @@ class FISH(SparseMethod):
     fisher: Fisher = "empirical"
     score: Score = "fisher"
     scope: Scope = "global"
-    unit: Unit = "entry"
     warmup: int = 0
     reselect: Schedule | None = None
+    unit: Unit = "entry"
 
     def __post_init__(self) -> None:
         if (self.density is None) == (self.k is None):

@@ -1,6 +1,6 @@
 """Selectors score and then pick, with small pure functions of tensors.
 
-importance     the formulas of scores                           topk  exact picks, shares, budgets
+importance     the formulas of scores                           topk  exact picks of entries, of columns, of a share
 channel_costs  the price list of input channels                 bernoulli_masks  draws, policy gradient, projection
 """
 

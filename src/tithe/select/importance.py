@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from tithe.errors import TitheError
+
 _BLOCK = 1 << 22
 """Entries of a block of rows that is worked on in float32 at once."""
 
@@ -74,11 +76,16 @@ def principal(matrix: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     Returns:
         (m, n), float32, or float64 of a float64 matrix.
 
+    Raises:
+        TitheError: when the rank is below 1.
+
     References:
         Liu et al., LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused
         Supervised Fine-Tuning, ICML 2025, arXiv 2506.00772: the score. Halko, Martinsson, Tropp, Finding Structure
         with Randomness, 2011, algorithms 4.4 (two iterations, 2r columns) and 5.1.
     """
+    if rank < 1:
+        raise TitheError("rank", found=str(rank), expected="at least 1", remedy="try 32")
     matrix = matrix.detach()
     rows, columns = matrix.shape
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
