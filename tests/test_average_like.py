@@ -452,10 +452,14 @@ def test_moving_averages_that_cannot_be_kept_are_refused(tmp_path: Path) -> None
         History(tmp_path / "run", ema=(0.05,))
     with pytest.raises(TitheError, match="widths"):
         History(tmp_path / "other", ema=(0.05,)).load_state_dict(history.state_dict())
+    state = copy.deepcopy(history.state_dict())
+    history.record(model, 7)
+    with pytest.raises(TitheError, match="remove 000002"):
+        History(tmp_path / "run").load_state_dict(state)
     with torch.no_grad():
         model.weight[0, 0] = math.nan
     with pytest.raises(TitheError, match="not finite"):
-        history.record(model, 7)
+        history.record(model, 8)
 
 
 def test_a_disk_that_fills_between_two_averages_leaves_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
