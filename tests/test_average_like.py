@@ -145,6 +145,22 @@ def test_a_span_starts_where_the_decay_leads(decay: str, bits: int | None, tmp_p
     plan.release()
 
 
+def test_a_state_of_another_start_is_refused(tmp_path: Path) -> None:
+    case = CASES["resnet_basic"]
+    history = recorded(tmp_path / "run", walk(case.model(), 4))
+    plan = tithe.attach(case.model(), TWA(history, granularity="tensor", start="cosine"), loss=case.loss)
+    state = plan.state_dict()
+    table = plan.coefficients()
+    assert all(values.tolist() == pytest.approx(decay_weights("cosine", 4)) for values in table.values())
+    again = tithe.attach(case.model(), TWA(history, granularity="tensor", start="cosine"), loss=case.loss)
+    again.load_state_dict(state)
+    older = {key: value for key, value in state.items() if key != "start"}
+    other = tithe.attach(case.model(), TWA(history, granularity="tensor"), loss=case.loss)
+    other.load_state_dict(older)
+    with pytest.raises(TitheError, match="another start"):
+        other.load_state_dict(state)
+
+
 def test_deltas_average_along_a_decay(tmp_path: Path) -> None:
     case = CASES["resnet_basic"]
     model = case.model()
