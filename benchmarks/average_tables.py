@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import plots
+from benchmarks.average_decay import COURSE, EACH, GRIDS, WINDOWS
 from benchmarks.markdown import origin, table, with_spread
 from benchmarks.records import Record, lines
 
@@ -17,7 +18,9 @@ CODED = {8: 0.1, 4: 0.2, 1: 0.5}  # bits → points of accuracy that may be lost
 def average(results: Path, docs: Path) -> str:
     """Everything that is there."""
     parts: list[str] = []
+    decays = [r for r in lines(results / "average_head.jsonl") if (r["method"], r["epochs"]) == ("SGD", COURSE.epochs)]
     for name, title, section in (
+        ("average_decay", "In the place of a decay", lambda records: decay(records, decays)),
         ("average_head", "The second half of a run", head),
         ("average_tail", "After a constant rate", tail),
         ("average_soup", "Soups", soup),
@@ -32,7 +35,8 @@ def average(results: Path, docs: Path) -> str:
     records = list(lines(results / "average_head.jsonl"))
     if records:
         plots.accuracy_against_seconds(panels(records), docs / "average.png")
-        parts.insert(2, "![Test accuracy against CPU seconds](average.png)")
+        at = parts.index("## The second half of a run") + 2
+        parts.insert(at, "![Test accuracy against CPU seconds](average.png)")
     return "\n\n".join(parts)
 
 
@@ -54,6 +58,55 @@ def gaps(runs: Sequence[Record], others: Sequence[Record]) -> str:
         return "—"
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     return f"{statistics.fmean(found):+.1f}{spread}"
+
+
+def decay(records: Sequence[Record], decays: Sequence[Record]) -> str:
+    """Two tables for each set of images: what each end gives, and how the choices were made."""
+    parts: list[str] = []
+    for images in dict.fromkeys(r["set"] for r in records):
+        mine = [r for r in records if r["set"] == images]
+        tried = [r for r in mine if r["stage"] == "choice"]
+        rate = max((r for r in tried if r["method"] != "last"), key=lambda r: r["validation"])["rate"]
+        full = [r for r in decays if r["set"] == images]
+        first = max((r for r in full if r["seed"] == 0), key=lambda r: r["validation"])
+        full = [r for r in full if r["rate"] == first["rate"]]
+        rows = [["decay", f"{first['rate']:g}", "—", with_spread([r["test"] for r in full]), "", "", ""]]
+        for method in GRIDS:
+            runs = [r for r in mine if (r["method"], r["rate"], r["stage"]) == (method, rate, "chosen")]
+            if not runs:
+                continue
+            setting, part = runs[0]["setting"], _window(method, runs[0]["setting"])
+            rows.append(
+                [
+                    method if method == "last" else f"like {method}" if method != "EMA" else f"like ema:{setting:g}",
+                    f"{rate:g}",
+                    f"{part:.0%}" if part else "—",
+                    with_spread([r["test"] for r in runs]),
+                    gaps(runs, full),
+                    f"{statistics.fmean(r['beyond s'] for r in runs):.1f}",
+                    f"{part * statistics.fmean(r['steps s'] for r in runs):.0f}" if part else "",
+                ]
+            )
+        header = ["", "rate", "window", "test accuracy", "less decay", "averaging, CPU s", "steps of the window, CPU s"]
+        parts += [f"### {_shown(images)}", table(header, rows), _choices(tried)]
+    return "\n\n".join(parts)
+
+
+def _choices(tried: Sequence[Record]) -> str:
+    """Validation accuracy by rate, kind of average and length, with the first seed."""
+    rows: list[list[str]] = []
+    for method, grid in GRIDS.items():
+        for rate in sorted({r["rate"] for r in tried}):
+            found = {r["setting"]: r["validation"] for r in tried if (r["method"], r["rate"]) == (method, rate)}
+            cells = [f"{found[setting]:.1f}" for setting in grid if setting in found]
+            rows.append([method, f"{rate:g}", *cells, *[""] * (len(WINDOWS) - len(cells))])
+    lengths = [f"{_window('linear', n):.0%} / {width:g}" for n, width in zip(WINDOWS, GRIDS["EMA"], strict=True)]
+    return table(["validation, first seed", "rate", *lengths], rows)
+
+
+def _window(method: str, setting: float) -> float:
+    """The part of the run that an average reaches over; of a moving average that of a uniform one as wide."""
+    return 12**0.5 * setting if method == "EMA" else setting * EACH / COURSE.epochs
 
 
 HEAD = ("SGD", "mean", "TWA", "8 bits", "4 bits", "1 bits")

@@ -49,6 +49,7 @@ class Stretch:
     seconds: float = 0.0
     epochs: float = 0.0
     num_images: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent on
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,18 +72,28 @@ class Stretch:
         return len(self.split.train.y) // BATCH
 
     @contextmanager
-    def clock(self) -> Iterator[None]:
+    def clock(self, part: str = "steps") -> Iterator[None]:
         """Count what is done within."""
         start = time.process_time()
         yield
-        self.seconds += time.process_time() - start
+        spent = time.process_time() - start
+        self.seconds += spent
+        self.parts[part] = self.parts.get(part, 0.0) + spent
 
     def batches(self, epochs: float) -> Iterator[Batch]:
         """Training batches; those of a later stretch are others."""
         stream = training_batches(self.split.train, seed=1 + 100 * self.seed + round(self.epochs))
         return islice(stream, round(epochs * self.steps_per_epoch))
 
-    def train(self, epochs: float, rate: Rate, *, history: tithe.History | None = None, each: float = 0.5) -> None:
+    def train(
+        self,
+        epochs: float,
+        rate: Rate,
+        *,
+        history: tithe.History | None = None,
+        each: float = 0.5,
+        tracks: tithe.History | None = None,
+    ) -> None:
         """Train all weights; record a checkpoint after each part of an epoch.
 
         Args:
@@ -90,6 +101,7 @@ class Stretch:
             rate: learning rate at a part of the stretch.
             history: where checkpoints go.
             each: epochs between them.
+            tracks: where moving averages go, which follow every step; recorded once an epoch.
         """
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=MOMENTUM, weight_decay=DECAY)
         total, every = round(epochs * self.steps_per_epoch), round(each * self.steps_per_epoch)
@@ -100,8 +112,14 @@ class Stretch:
                 loss_of(self.model, batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                if history is not None and (step + 1) % every == 0:
+            if history is not None and (step + 1) % every == 0:
+                with self.clock("recording"):
                     history.record(self.model, step + 1)
+            if tracks is not None:
+                with self.clock("following"):
+                    tracks.update(self.model, step + 1)
+                    if (step + 1) % self.steps_per_epoch == 0:
+                        tracks.record(self.model, step + 1)
         self.epochs += epochs
 
     def twa(
@@ -130,7 +148,7 @@ class Stretch:
     def average(self, history: tithe.History, weights: Sequence[float]) -> None:
         """Take a fixed average of the checkpoints, and estimate its statistics."""
         batches = list(self.batches(NUM_STATISTICS / self.steps_per_epoch))
-        with self.clock():
+        with self.clock("averaging"):
             self.model.load_state_dict(history.average(weights))
             torch.optim.swa_utils.update_bn(batches, self.model)
 

@@ -145,6 +145,22 @@ def test_a_span_starts_where_the_decay_leads(decay: str, bits: int | None, tmp_p
     plan.release()
 
 
+def test_a_state_of_another_start_is_refused(tmp_path: Path) -> None:
+    case = CASES["resnet_basic"]
+    history = recorded(tmp_path / "run", walk(case.model(), 4))
+    plan = tithe.attach(case.model(), TWA(history, granularity="tensor", start="cosine"), loss=case.loss)
+    state = plan.state_dict()
+    table = plan.coefficients()
+    assert all(values.tolist() == pytest.approx(decay_weights("cosine", 4)) for values in table.values())
+    again = tithe.attach(case.model(), TWA(history, granularity="tensor", start="cosine"), loss=case.loss)
+    again.load_state_dict(state)
+    older = {key: value for key, value in state.items() if key != "start"}
+    other = tithe.attach(case.model(), TWA(history, granularity="tensor"), loss=case.loss)
+    other.load_state_dict(older)
+    with pytest.raises(TitheError, match="another start"):
+        other.load_state_dict(state)
+
+
 def test_deltas_average_along_a_decay(tmp_path: Path) -> None:
     case = CASES["resnet_basic"]
     model = case.model()
@@ -452,10 +468,14 @@ def test_moving_averages_that_cannot_be_kept_are_refused(tmp_path: Path) -> None
         History(tmp_path / "run", ema=(0.05,))
     with pytest.raises(TitheError, match="widths"):
         History(tmp_path / "other", ema=(0.05,)).load_state_dict(history.state_dict())
+    state = copy.deepcopy(history.state_dict())
+    history.record(model, 7)
+    with pytest.raises(TitheError, match="remove 000002"):
+        History(tmp_path / "run").load_state_dict(state)
     with torch.no_grad():
         model.weight[0, 0] = math.nan
     with pytest.raises(TitheError, match="not finite"):
-        history.record(model, 7)
+        history.record(model, 8)
 
 
 def test_a_disk_that_fills_between_two_averages_leaves_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

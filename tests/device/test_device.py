@@ -242,6 +242,7 @@ SPANS: dict[str, dict[str, object]] = {
     "8 bits": {"bits": 8},
     "1 bit": {"bits": 1},
     "each tensor": {"granularity": "tensor", "start": "last"},
+    "from a decay": {"start": "cosine"},
     "each tensor, 8 bits": {"granularity": "tensor", "bits": 8, "start": "best"},
 }
 
@@ -276,6 +277,28 @@ def test_histories(name: str, bits: int | None, device: torch.device, tmp_path: 
         tithe.average(history, place.folder / "average")
         written = {path.name: st.load_file(path) for path in sorted((place.folder / "average").glob("*.safetensors"))}
         return {"rows": list(again), "average": average, "written": written, "weights": state(model)}
+
+    on_both(run, name, device, tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moving_averages(name: str, device: torch.device, tmp_path: Path) -> None:
+    """They follow the weights where these are, and go on from files, which are read into the host's memory."""
+
+    def run(place: Place) -> Observed:
+        model, folder = place.model(), place.folder / "averages"
+        history = tithe.History(folder, ema=(0.05, 0.10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for step, batch in enumerate(place.batches(4), start=1):
+            place.case.loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            history.update(model, step)
+            if step == 2:
+                history.record(model, step)
+                history = tithe.History(folder)
+        history.record(model, 4)
+        return {"rows": list(history), "average": history.average(history.weights("ema:0.07"))}
 
     on_both(run, name, device, tmp_path)
 

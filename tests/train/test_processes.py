@@ -173,3 +173,37 @@ def test_two_ranks_record_one_history_and_share_out_its_average(
     assert set(deltas[0]) == set(deltas[1])
     for name, values in deltas[0].items():
         torch.testing.assert_close(values, deltas[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "end",
+    [
+        '[history]\nevery = 2\nstart = 0.5\n\n[average]\nlike = "cosine"\n',
+        '[history]\nevery = 2\nema = [0.05, 0.10]\n\n[average]\nlike = "ema:0.08"\n',
+    ],
+    ids=["decay", "moving average"],
+)
+def test_two_ranks_end_with_the_same_average_as_one(
+    end: str, edit: Callable[..., Path], workplace: Path, tiny: Path
+) -> None:
+    plain = without_dropout(workplace, tiny)
+    path = edit(
+        ('"tiny"', f'"{plain.name}"'),
+        (FISH, 'name = "full"'),
+        ("batch_size = 8", "batch_size = 4\naccumulate = 2"),
+        ("epochs = 2", "steps = 8"),
+        ("lr = 0.01", 'name = "sgd"\nlr = 0.1\nmomentum = 0.9\nschedule = "constant"'),
+        ("[run]", f"{end}\n[run]"),
+    )
+    two = on_two_ranks(path)
+
+    from tithe.app.train import read_recipe, train
+
+    one = train(read_recipe(path, ["run.output=one", "run.batch_size=8"]))
+    assert one["history"] == two["history"]
+    assert one["metrics"] == two["metrics"]
+    deltas = [load_file(result["files"]["delta"]) for result in (one, two)]
+    assert set(deltas[0]) == set(deltas[1])
+    for name, values in deltas[0].items():
+        torch.testing.assert_close(values, deltas[1][name], rtol=1e-3, atol=1e-4)

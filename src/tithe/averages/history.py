@@ -270,10 +270,20 @@ class History:
         """Go on from a `state_dict`, exactly as if the run had never stopped.
 
         Raises:
-            TitheError: when it is of other widths.
+            TitheError: when it is of other widths, or older than what was recorded last.
         """
-        if self.ema is not None:
-            self._followed().load_state_dict(state)
+        if self.ema is None:
+            return
+        tracks = self._followed()
+        tracks.load_state_dict(state)
+        later = [file.path.name for file, note in zip(self._files, self._notes, strict=True) if note.step > tracks.step]
+        if later:
+            raise TitheError(
+                str(self.folder),
+                found=f"averages of step {self._notes[-1].step}, and a state of step {tracks.step}",
+                expected="none that the run will record again",
+                remedy=f"remove {', '.join(later)}, or go on from a later state",
+            )
 
     def _followed(self) -> Tracks:
         """The moving averages in memory; at first those that were recorded last."""

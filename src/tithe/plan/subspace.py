@@ -48,6 +48,7 @@ class SubspacePlan(Plan):
         self.history = method.history if isinstance(method.history, History) else History(method.history)
         found = find_places(self.history, model, split)
         weights = start_weights(self.history, method.start)
+        self._mixed = torch.tensor(weights, dtype=torch.float64)
         self._required = {name: p.requires_grad for name, p in split.floats.items()}
         order = in_order({name: split.floats[name].numel() for name in found.moving})
         moving = {name: split.floats[name] for name in order}
@@ -235,14 +236,13 @@ class SubspacePlan(Plan):
         With granularity "model" there is one row, under "span". What a coded basis rounds is left out.
         """
         n = self.basis.num_vectors
-        start = torch.tensor(start_weights(self.history, self.method.start), dtype=torch.float64)
         rows = (
             {"span": self.theta} if self.theta.dim() == 1 else dict(zip(self._spans_by_name, self.theta, strict=True))
         )
         found: dict[str, Tensor] = {}
         for (name, values), span in zip(rows.items(), self._spans_by_name.values(), strict=False):
             moved = span.weights(values)
-            found[name] = start + moved - moved.sum() / n
+            found[name] = self._mixed + moved - moved.sum() / n
         return found
 
     def save(self, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -271,6 +271,7 @@ class SubspacePlan(Plan):
             "format": FORMAT,
             "span": self.theta.detach().clone(),
             "gram": self._gram.clone(),
+            "start": self._mixed.clone(),
             "head": {name: p.detach().clone() for name, p in self._head.items()},
             "buffers": {name: b.detach().clone() for name, b in self.model.named_buffers()},
             "num_steps": self.num_steps,
@@ -295,6 +296,14 @@ class SubspacePlan(Plan):
                 found="what was saved with another history, bits or granularity",
                 expected="the settings and checkpoints of the saved run",
                 remedy="attach with the same history and method, then load",
+            )
+        mixed = state.get("start", self._mixed)  # states of earlier versions do not say
+        if not torch.allclose(mixed, self._mixed, rtol=1e-6, atol=1e-9):
+            raise TitheError(
+                "plan state",
+                found="what was saved with another start",
+                expected=f"start={self.method.start!r}, of which θ says how far the weights are",
+                remedy="attach with the start of the saved run, then load",
             )
         if set(state["head"]) != set(self._head):
             raise TitheError(
