@@ -101,7 +101,31 @@ class Coupling:
         Returns:
             For each axis its live positions, sorted, int64, on the mask's device.
         """
-        return [live.nonzero().flatten() for live in self._spread(mask)]
+        at = self._values(mask).nonzero().flatten()
+        counts = torch.bincount(self._axis_of.to(at.device)[at], minlength=len(self.axes))
+        return list(self._position.to(at.device)[at].split(counts.tolist()))
+
+    def nested(self, mask: Tensor, wider: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Compare the positions that exist when the units of `mask` do with those when more units do.
+
+        Args:
+            mask: bool (n,).
+            wider: bool (n,), true where `mask` is.
+
+        Returns:
+            Four lists of numbers for each axis, sorted, int64, on the mask's device: its live positions under `mask`;
+            under `wider`; where among these the former are; and where the others are.
+        """
+        at = self._values(wider).nonzero().flatten()
+        inside = self._values(mask)[at]
+        axis_of, position = self._axis_of.to(at.device)[at], self._position.to(at.device)[at]
+        lengths, fewer = (torch.bincount(axis, minlength=len(self.axes)) for axis in (axis_of, axis_of[inside]))
+        place = torch.arange(len(at), device=at.device) - (lengths.cumsum(0) - lengths)[axis_of]
+        wide, narrow = lengths.tolist(), fewer.tolist()
+        others = [a - b for a, b in zip(wide, narrow, strict=True)]
+        parts = (position[inside], narrow), (position, wide), (place[inside], narrow), (place[~inside], others)
+        kept, existing, within, added = (list(values.split(each)) for values, each in parts)
+        return kept, existing, within, added
 
     def widths(self, s: Tensor) -> Tensor:
         """Return the expected number of live positions of each axis, (num_axes,) in the dtype of `s`.
@@ -174,8 +198,11 @@ class Coupling:
 
     def _spread(self, values: Tensor) -> tuple[Tensor, ...]:
         """For each axis the value of each of its positions; a position that always exists has one."""
-        flat = self._flat.to(values.device)
-        return _extended(values, 1)[flat].split([len(axis) for axis in self.axes])
+        return self._values(values).split([len(axis) for axis in self.axes])
+
+    def _values(self, values: Tensor) -> Tensor:
+        """The same of all axes, one after the other."""
+        return _extended(values, 1)[self._flat.to(values.device)]
 
     def _factors(self, terms: tuple[Term, ...], s: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients (T,) and widths (T, F); terms of fewer factors are filled up with ones."""
@@ -192,6 +219,11 @@ class Coupling:
         """For each position of `_flat` the index of its axis."""
         lengths = torch.tensor([len(axis) for axis in self.axes], dtype=torch.int64)
         return torch.arange(len(self.axes)).repeat_interleave(lengths)
+
+    @cached_property
+    def _position(self) -> Tensor:
+        """For each place in `_flat` the position along its axis."""
+        return torch.cat([*(torch.arange(len(axis)) for axis in self.axes), torch.empty(0, dtype=torch.int64)])
 
     @cached_property
     def _has_units(self) -> Tensor:

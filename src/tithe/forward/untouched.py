@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,6 +17,8 @@ from tithe.forward.modes import training
 from tithe.forward.rng import RandomStates
 
 _CONTAINERS = (list, dict, set, deque)
+_PLAIN = frozenset([bool, int, float, str, tuple, OrderedDict, type(None)])
+"""Most of what is in a module, and nothing that is copied: a step asks each of some thousand attributes."""
 
 
 @contextmanager
@@ -95,6 +97,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _generators_and_containers(module: nn.Module) -> Iterator[Callable[[], object]]:
     """What puts back each attribute of a module that a forward pass may change inside."""
     for key, value in vars(module).items():
+        if type(value) in _PLAIN:
+            continue
         if isinstance(value, torch.Generator):
             yield _bound(value.set_state, value.get_state())
         elif isinstance(value, random.Random):

@@ -1,6 +1,7 @@
 """Narrow networks: some channels of a model do not exist while it runs.
 
 stage      the model's own forward on smaller tensors    widths       what its modules say of their own width
+fit        what exists, cut out and padded
 live_weight  θ of a weight for the time of a step          build        from a model to a stage that works
 trial      whether it works, compared with zeros         remedy       what to leave whole, tried before it is offered
 inference  between steps: the likeliest network          subnet_loss  networks tried out on data

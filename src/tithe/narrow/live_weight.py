@@ -10,13 +10,14 @@ its bits, momentum and weight decay included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tithe.narrow.stage import Fit, Stage
+from tithe.narrow.fit import Fit, batches
+from tithe.narrow.stage import Stage
 from tithe.selection import Grid
 
 
@@ -34,52 +35,23 @@ class LiveWeight:
         self.theta = nn.Parameter(weight.detach(), requires_grad=self.trained)
         self.leaf: Tensor | None = None
         self._grid: Grid | None = None
-        self._fit: Fit | None = None
         self._received = False
         self._version = 0
         self._whole: dict[tuple[int, str], Tensor] = {}
         weight.requires_grad_(False)
         weight.grad = None
 
-    def open(self, fit: Fit) -> Tensor:
-        """Return the live part that modules read and autograd differentiates: the weight itself if all is live.
+    def open(self, grid: Grid, live: Tensor) -> None:
+        """Begin with `live`, what exists of the weight, padded: modules read it, and autograd differentiates it."""
+        self._grid, self.leaf = grid, nn.Parameter(live, self.trained)
 
-        A further micro-batch of the same step goes on with the same part, and with the gradient that θ has now.
-        """
-        if self.leaf is None:
-            self._fit, self._grid = fit, fit.grids[self.name]
-            weight = self.weight.detach()
-            if self._received:
-                live = fit.pad(self.name, self.theta.detach())
-            else:
-                live = weight if self._grid.full else fit.take(self.name, weight)
-            self.leaf = nn.Parameter(live, self.trained)
-        self.weight.requires_grad_(False)  # whatever set it meanwhile: θ is what is trained
-        grad = self.theta.grad
-        self.leaf.grad = None if grad is None else fit.pad(self.name, grad)
-        return self.leaf
-
-    def receive(self) -> None:
+    def receive(self, live: Tensor, grad: Tensor | None) -> None:
         """Turn θ into the live part with its gradient, after a backward pass."""
-        live, grad = self.stripped()
         if not self._received:
             self.theta.grad = None
             self.theta.data = live
             self._received, self._version = True, self.theta._version
         self.theta.grad = grad
-
-    def stripped(self) -> tuple[Tensor, Tensor | None]:
-        """Let go of what modules read, and return it and its gradient without padding.
-
-        One weight after the other, so that padded and unpadded parts of all of them never stand side by side.
-        """
-        assert self.leaf is not None
-        assert self._fit is not None
-        leaf, self.leaf = self.leaf, None
-        grad = None if leaf.grad is None else self._fit.strip(self.name, leaf.grad)
-        leaf.grad = None  # the graph of a loss that the caller keeps holds the leaf, but needs nothing of it any more
-        leaf.data = self.theta.data if self._received else self._fit.strip(self.name, leaf.data)
-        return leaf.data, grad
 
     @property
     def received(self) -> bool:
@@ -91,38 +63,27 @@ class LiveWeight:
         """Return whether the live part was changed since backward."""
         return self._received and self.theta._version != self._version
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Show the optimizer the live part of its state for this weight."""
-        if self._grid is None or self._grid.full:
-            return
-        state = optimizer.state.get(self.theta, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == self.weight.shape:
-                self._whole[id(optimizer), key] = value
-                state[key] = self._grid.gather(value)
+    @property
+    def narrow(self) -> bool:
+        """Return whether a step goes on in which a part is absent."""
+        return self._grid is not None and not self._grid.full
 
-    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the optimizer's state of the live part back into the whole state."""
-        if self._grid is None or self._grid.full:
-            return
-        state = optimizer.state.get(self.theta, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == self._grid.theta_shape:
-                whole = self._whole.pop((id(optimizer), key), None)
-                if whole is None:
-                    whole = value.new_zeros(self.weight.shape)
-                self._grid.scatter_(whole, value)
-                state[key] = whole
+    def show(self, optimizer: torch.optim.Optimizer, key: str, live: Tensor) -> None:
+        """Show the optimizer the live part of its state, and keep the whole meanwhile."""
+        state = optimizer.state[self.theta]
+        self._whole[id(optimizer), key] = state[key]
+        state[key] = live
 
-    def close(self) -> None:
-        """Write the live part into the weight, and make θ the whole again."""
-        if self._grid is not None and self._received and not self._grid.full:
-            self._grid.scatter_(self.weight.data, self.theta.detach())
-        self.forget()
+    def hide(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """Give the optimizer its whole state back, and return it: the live part is to be written into it."""
+        state = optimizer.state[self.theta]
+        whole = self._whole.pop((id(optimizer), key), None)
+        state[key] = state[key].new_zeros(self.weight.shape) if whole is None else whole
+        return state[key]
 
     def forget(self) -> None:
         """Make θ the whole again and discard the live part."""
-        self.leaf = self._grid = self._fit = None
+        self.leaf = self._grid = None
         self._received = False
         self.theta.grad = None
         self.theta.data = self.weight.data
@@ -137,11 +98,6 @@ class LiveWeight:
                     state[key] = grid.gather(value)
         self.theta.data = self.weight.data
 
-    def release(self) -> None:
-        """Give the weight its `requires_grad` flag back."""
-        self.close()
-        self.weight.requires_grad_(self.trained)
-
 
 class LiveWeights(dict[str, LiveWeight]):
     """The weights of a model that may be narrow, by name, and its running statistics, which no optimizer holds.
@@ -152,15 +108,31 @@ class LiveWeights(dict[str, LiveWeight]):
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__({name: LiveWeight(name, weight) for name, weight in weights.items()})
+        self._fit = Fit({}, {}, {}, {})
 
     def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
-        """Return the live tensors of a step, θ among them; micro-batches of one step share the same θ."""
+        """Return the live tensors of a step, which modules read: a weight itself if all of it is live.
+
+        A further micro-batch of the same step goes on with the same parts, and with the gradients that θ has now.
+        """
+        self._fit = fit
+        tensors, weights = stage.tensors, [part for part in self.values() if part.leaf is None]
+        going_on = {part.name: part.theta.detach() for part in weights if part.received}
+        begun = {name: tensor.detach() for name, tensor in tensors.items() if not fit.grids[name].full}
+        begun = {
+            n: tensor for n, tensor in begun.items() if n not in self or (self[n].leaf is None and n not in going_on)
+        }
+        found = {**fit.pad(going_on), **fit.take(begun)}
+        for part in weights:
+            part.open(fit.grids[part.name], found.pop(part.name, part.weight.detach()))
+        grads = fit.pad({part.name: part.theta.grad for part in self.values() if part.theta.grad is not None})
         live: dict[str, Tensor] = {}
-        for name, tensor in stage.tensors.items():
-            if name in self:
-                live[name] = self[name].open(fit)
-            else:
-                live[name] = tensor if fit.grids[name].full else fit.take(name, tensor)
+        for name, tensor in tensors.items():
+            leaf = self[name].leaf if name in self else None
+            live[name] = found.get(name, tensor) if leaf is None else leaf
+            if leaf is not None:
+                leaf.grad = grads.get(name)
+                self[name].weight.requires_grad_(False)  # whatever set it meanwhile: θ is what is trained
         return live
 
     def receive(self, stage: Stage, fit: Fit, live: dict[str, Tensor]) -> None:
@@ -176,17 +148,32 @@ class LiveWeights(dict[str, LiveWeight]):
     def rehearse(self, stage: Stage, fit: Fit, live: dict[str, Tensor]) -> list[Any]:
         """Do on shapes alone what `receive` does, with θ as it was; the result stands for what stays in memory."""
         kept: list[Any] = []
-        self._receive(stage, fit, live, lambda part: kept.append(part.stripped()))
+        self._receive(stage, fit, live, lambda _, values, grad: kept.append((values, grad)))
         return kept
 
-    def _receive(self, stage: Stage, fit: Fit, live: dict[str, Tensor], weight: Callable[[LiveWeight], None]) -> None:
-        for name, tensor in stage.tensors.items():
-            part = live.pop(name)
-            if name in self:
-                del part
-                weight(self[name])
-            elif part is not tensor:
-                fit.grids[name].scatter_(tensor, fit.strip(name, part))
+    def _receive(
+        self,
+        stage: Stage,
+        fit: Fit,
+        live: dict[str, Tensor],
+        receive: Callable[[LiveWeight, Tensor, Tensor | None], None],
+    ) -> None:
+        """Batch after batch, so that padded and unpadded parts of all weights never stand side by side."""
+        tensors = stage.tensors
+        for names in batches(live):
+            parts = {name: live.pop(name) for name in names}
+            weights = {name: self[name] for name in names if name in self}
+            grads = {name: grad for name in weights if (grad := parts[name].grad) is not None}
+            for name, weight in weights.items():
+                weight.leaf = parts[name].grad = None
+            grads = fit.strip(grads)
+            values = {name: part.data for name, part in parts.items() if part is not tensors[name]}
+            values = fit.strip({n: value for n, value in values.items() if n not in weights or not weights[n].received})
+            for name, weight in weights.items():
+                # The graph of a loss that the caller keeps holds the leaf, but needs nothing of it any more.
+                parts[name].data = here = values.pop(name, weight.theta.data)
+                receive(weight, here, grads.pop(name, None))
+            fit.scatter_({name: tensors[name] for name in values}, values)
 
     @property
     def received(self) -> bool:
@@ -200,18 +187,44 @@ class LiveWeights(dict[str, LiveWeight]):
 
     def close(self) -> None:
         """End the step by writing the live parts back."""
-        for part in self.values():
-            part.close()
+        self._close(self)
 
-    def before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Prepare every weight for an optimizer's step."""
+    def release(self) -> None:
+        """Write the live parts back, and give the weights their `requires_grad` flags."""
+        self.close()
         for part in self.values():
-            part.before_update(optimizer)
+            part.weight.requires_grad_(part.trained)
 
-    def after_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Write back what an optimizer holds, after its step."""
+    def _close(self, names: Collection[str]) -> None:
+        """Write live parts into the weights, and make θ the whole again."""
+        moved = [part for name in names if (part := self[name]).narrow and part.received]
+        self._fit.scatter_({p.name: p.weight.data for p in moved}, {p.name: p.theta.detach() for p in moved})
+        for name in names:
+            self[name].forget()
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Show an optimizer the live parts of its state."""
+        for key, whole in _by_key(optimizer, [part for part in self.values() if part.narrow]).items():
+            whole = {name: value for name, value in whole.items() if value.shape == self[name].weight.shape}
+            for name, live in self._fit.gather(whole).items():
+                self[name].show(optimizer, key, live)
+
+    def after_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put an optimizer's state of the live parts back into its whole state, and these into the weights."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for part in self.values():
-            if id(part.theta) in held:
-                part.after_update(optimizer)
-                part.close()
+        weights = {name: part.weight for name, part in self.items() if id(part.theta) in held}
+        for names in batches(weights):  # so that the live state of all weights never stands beside the whole
+            for key, live in _by_key(optimizer, [self[name] for name in names if self[name].narrow]).items():
+                live = {n: value for n, value in live.items() if value.dim() and value.shape == self[n].theta.shape}
+                self._fit.scatter_({name: self[name].hide(optimizer, key) for name in live}, live)
+            self._close(names)
+
+
+def _by_key(optimizer: torch.optim.Optimizer, parts: Iterable[LiveWeight]) -> dict[str, dict[str, Tensor]]:
+    """The tensors that an optimizer remembers: what of it → name of the weight → tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for part in parts:
+        for key, value in optimizer.state.get(part.theta, {}).items():
+            if isinstance(value, Tensor):
+                found.setdefault(key, {})[part.name] = value
+    return found

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 
 from tithe.coupling import Coupling, Group
 from tithe.forward import untouched
+from tithe.narrow.fit import Fit
 from tithe.narrow.shrinking import smaller
 from tithe.narrow.widths import Count, find_counts
 from tithe.selection import Grid
@@ -27,49 +27,6 @@ from tithe.selection import Grid
 _MISSING = object()
 _WIDE = 16
 """Units of a group from which on its widths are rounded."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The layout of a narrow network in memory: existing parts, and the tensors that modules read, padded with zeros.
-
-    The libraries of kernels compile a convolution for each new width, which takes longer than a narrow layer runs. So
-    widths are rounded up, and what is added is zero: it changes no result, no gradient and no statistic.
-
-    Args:
-        grids: what exists of each tensor.
-        read: that, and the positions of the zeros.
-        inner: what exists within what is read, for the tensors where that is more.
-    """
-
-    grids: Mapping[str, Grid]
-    read: Mapping[str, Grid]
-    inner: Mapping[str, Grid]
-
-    def fresh(self) -> Fit:
-        """Return a copy without cached results, for a count of bytes."""
-        grids, read, inner = (
-            {name: copy(grid) for name, grid in part.items()} for part in (self.grids, self.read, self.inner)
-        )
-        return Fit(grids, grids if self.read is self.grids else read, inner)
-
-    def take(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a copy of the existing part of a tensor, padded with zeros."""
-        return self.pad(name, self.grids[name].gather(tensor))
-
-    def pad(self, name: str, values: Tensor) -> Tensor:
-        """Pad `values` of the existing part to the shape that modules read."""
-        inner = self.inner.get(name)
-        if inner is None:
-            return values
-        padded = values.new_zeros(inner.shape)
-        inner.scatter_(padded, values)
-        return padded
-
-    def strip(self, name: str, values: Tensor) -> Tensor:
-        """Undo `pad`: remove the zeros again."""
-        inner = self.inner.get(name)
-        return values if inner is None else inner.gather(values)
 
 
 class Stage:
@@ -100,7 +57,10 @@ class Stage:
                 if tensor is not None and known[id(tensor)] in coupling.places:
                     self._tensors[known[id(tensor)]] = tensor
                     self._places.setdefault(known[id(tensor)], []).append((module, key))
-        self._cut = {name: sorted(coupling.places[name].items()) for name in self._tensors}
+        self._alike: dict[tuple[tuple[int, ...], tuple[tuple[int, int], ...]], list[str]] = {}
+        for name, tensor in self._tensors.items():  # one grid for a norm's weight, bias and statistics
+            cut = tuple(sorted(coupling.places[name].items()))
+            self._alike.setdefault((tuple(tensor.shape), cut), []).append(name)
         self._counts = [(model.get_submodule(count.path), count) for count in self.counts]
         rows = [(group.start, group.num_units, self._multiple(group)) for group in coupling.groups]
         self._starts, sizes, multiples = torch.tensor(rows, dtype=torch.int64).view(-1, 3).unbind(1)
@@ -137,27 +97,33 @@ class Stage:
 
     def grids(self, mask: Tensor) -> dict[str, Grid]:
         """Return the part of each tensor that exists when the units of `mask`, bool (n,), do."""
-        kept = self.coupling.kept(mask.cpu())
-        return {
-            name: Grid.trusted(tuple(tensor.shape), {axis: kept[at] for axis, at in self._cut[name]})
-            for name, tensor in self.tensors.items()
-        }
+        return self._grids(self.coupling.kept(mask.cpu()))
+
+    def _grids(self, kept: Sequence[Tensor]) -> dict[str, Grid]:
+        """The part of each tensor that is at some positions of each axis; those that are cut alike share one grid."""
+        found: dict[str, Grid] = {}
+        for (shape, cut), names in self._alike.items():
+            found |= dict.fromkeys(names, Grid.trusted(shape, {axis: kept[at] for axis, at in cut}))
+        return found
 
     def fit(self, mask: Tensor) -> Fit:
         """Return the layout of the network of `mask`, bool (n,); widths are rounded up if kernels need compiling."""
         mask = mask.cpu()
-        grids, read = self.grids(mask), mask | self._filling(mask)
+        read = mask | self._filling(mask)
         if torch.equal(mask, read):
-            return Fit(grids, grids, {})
-        before, after = self.coupling.kept(mask), self.coupling.kept(read)
-        within = [torch.searchsorted(wide, narrow) for narrow, wide in zip(before, after, strict=True)]
-        wide: dict[str, Grid] = {}
+            grids = self.grids(mask)
+            return Fit(grids, grids, {}, {})
+        kept, existing, within, added = self.coupling.nested(mask, read)
+        grids, wide = self._grids(kept), self._grids(existing)
         inner: dict[str, Grid] = {}
-        for name, tensor in self.tensors.items():
-            wide[name] = Grid.trusted(tuple(tensor.shape), {axis: after[at] for axis, at in self._cut[name]})
-            if wide[name].theta_shape != grids[name].theta_shape:
-                inner[name] = Grid.trusted(wide[name].theta_shape, {axis: within[at] for axis, at in self._cut[name]})
-        return Fit(grids, wide, inner)
+        zeros: dict[str, dict[int, Tensor]] = {}
+        for (_, cut), names in self._alike.items():
+            blank = {axis: added[at] for axis, at in cut if added[at].numel()}
+            if blank:
+                shape = wide[names[0]].theta_shape
+                inner |= dict.fromkeys(names, Grid.trusted(shape, {axis: within[at] for axis, at in cut}))
+                zeros |= dict.fromkeys(names, blank)
+        return Fit(grids, wide, inner, zeros)
 
     def _filling(self, mask: Tensor) -> Tensor:
         """The first absent units of each group, as many as make its number a multiple, bool (n,)."""
@@ -172,12 +138,12 @@ class Stage:
     @torch.no_grad()
     def live(self, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
         """Return the smaller tensors as copies without gradient."""
-        return {name: grids[name].gather(tensor) for name, tensor in self.tensors.items()}
+        return self.filled(Fit(grids, grids, {}, {}))
 
     @torch.no_grad()
     def filled(self, fit: Fit) -> dict[str, Tensor]:
         """Return the smaller tensors padded for that layout."""
-        return {name: fit.take(name, tensor) for name, tensor in self.tensors.items()}
+        return fit.take(self.tensors)
 
     def untouched(self) -> AbstractContextManager[None]:
         """Put back what further forward passes inside the block write."""

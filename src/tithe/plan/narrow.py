@@ -507,8 +507,7 @@ class NarrowPlan(Plan):
     def _let_go(self) -> None:
         self._inference.unhook()
         self._split.restore_left_out()
-        for part in self._parts.values():
-            part.release()
+        self._parts.release()
         for name, required in self._frozen_head.items():
             self._floats[name].requires_grad_(required)
 
