@@ -5,38 +5,28 @@ fit        what exists, cut out and padded
 live_weight  θ of a weight for the time of a step          build        from a model to a stage that works
 trial      whether it works, compared with zeros         remedy       what to leave whole, tried before it is offered
 inference  between steps: the likeliest network          subnet_loss  networks tried out on data
-structure  what decides which units exist: probabilities, which are learned, or cuts, by score; costs  of networks
-gates      what a unit is worth, from gradients          state        what is saved, checked
-copying    of modules that Python alone does not copy    shrinking    of a weight, with its gradient and its state
+probabilities  of units, learned                         state        what is saved, checked
+copying    of modules that Python alone does not copy
 """
 
 from tithe.narrow.build import make_stage
 from tithe.narrow.copying import copy_module
-from tithe.narrow.cuts import Cuts
-from tithe.narrow.gates import gate_gradients
 from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Probabilities
-from tithe.narrow.shrinking import check_state_shapes, shrink_parameter
 from tithe.narrow.stage import Stage
-from tithe.narrow.structure import Structure
 from tithe.narrow.subnet_loss import check_same_loss, loss_without_gradient, pick_best, sum_losses
 
 __all__ = [
-    "Cuts",
     "InferenceNetwork",
     "LiveWeight",
     "LiveWeights",
     "Probabilities",
     "Stage",
-    "Structure",
     "check_same_loss",
-    "check_state_shapes",
     "copy_module",
-    "gate_gradients",
     "loss_without_gradient",
     "make_stage",
     "pick_best",
-    "shrink_parameter",
     "sum_losses",
 ]

@@ -8,18 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from tithe.errors import TitheError
-from tithe.method import CutMethod, NarrowMethod
+from tithe.method import NarrowMethod
 from tithe.narrow.stage import Stage
 
 FORMAT = 1
 
 
 def check_state(
-    state: Mapping[str, Any],
-    method: NarrowMethod | CutMethod,
-    alive: Tensor,
-    stage: Stage,
-    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any], method: NarrowMethod, alive: Tensor, stage: Stage, tensors: Mapping[str, Tensor]
 ) -> None:
     """Compare a saved state with the plan that continues from it.
 

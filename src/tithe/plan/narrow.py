@@ -1,17 +1,10 @@
-"""A plan under which the unselected part does not exist: every step trains a narrow network.
-
-drawn: another network in each step, which `plan.backward` runs
+"""A plan under which the unselected part does not exist: every step trains another narrow network.
 
 step k ──> draw m_0, m_1 ~ s ──> loss of m_1, no gradient ──┐
                    │                                        ├─ (L_0 − L_1) ──> s ──> projected onto what is kept
                    └──> loss of m_0 and its gradient ───────┘
                              └──> θ.grad, of the live part ──> any torch.optim ──> the live part of the weights
 epoch's end: what has probability 0 is dropped for good, weights and optimizer state with it
-
-cut: all that is left, by an ordinary loop; the model's own parameters are θ
-
-step k ──> any forward, any backward ──> gate gradients ──> scores      any torch.optim ──> all of the weights
-at a cut:  what is worth least is dropped for good, weights, gradients and optimizer state with it
 """
 
 from __future__ import annotations
@@ -29,23 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from tithe import delta, distributed, ledger
-from tithe.coupling import Coupling
 from tithe.errors import TitheError
 from tithe.forward import estimate_statistics, tracked, training
-from tithe.method import CutMethod, Narrowing, NarrowMethod
+from tithe.method import Narrowing, NarrowMethod
 from tithe.narrow import (
     InferenceNetwork,
     LiveWeights,
+    Probabilities,
     Stage,
-    Structure,
     check_same_loss,
-    check_state_shapes,
     copy_module,
-    gate_gradients,
     loss_without_gradient,
     make_stage,
     pick_best,
-    shrink_parameter,
     sum_losses,
 )
 from tithe.narrow.state import FORMAT, check_state
@@ -63,15 +52,10 @@ from tithe.selection import Grid, Selection
 class NarrowPlan(Plan):
     """A model of which a drawn part exists and is trained in each step. Made by `attach`."""
 
+    needs_backward = True
     averages_gradients = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: NarrowMethod | CutMethod,
-        settings: Settings,
-        structure: Callable[[Coupling], Structure],
-    ) -> None:
+    def __init__(self, model: nn.Module, method: NarrowMethod, settings: Settings) -> None:
         super().__init__(model, settings)
         self.method, split = method, self._split
         loss, data = settings.loss, settings.data
@@ -94,27 +78,19 @@ class NarrowPlan(Plan):
         batch = next(iter(self._data), None)
         stage, self._inputs = make_stage(model, loss, batch, list(split.candidates), where=settings.where)
         self.stage = _agreed(stage)
-        self.structure = structure(self.stage.coupling)
+        self.probabilities = Probabilities(self.stage.coupling, method)
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
-        self._settled = self.structure.fixed
+        self._settled = False
         self._difference: float | None = None
         self._loss_scale = 1.0
         self._held = held_parameters(model)
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
-        drawn = self.stage.tensors if self.structure.draws else ()
-        self._parts = LiveWeights({name: split.floats[name] for name in drawn if name in split.floats})
-        self._gates: dict[int, Tensor] = {}
-        self._laid_out: Stage | None = None
-        self._inference = InferenceNetwork(self.stage, self.structure)
+        self._parts = LiveWeights({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
+        self._inference = InferenceNetwork(self.stage, self.probabilities)
         self._inference.hook()
         self._draw()
-
-    @property
-    def needs_backward(self) -> bool:
-        """Return whether a step has to go through `plan.backward`: two drawn networks are compared."""
-        return self.structure.draws
 
     # ------------------------------------------------------------------------------------------------ what is trained
 
@@ -137,8 +113,8 @@ class NarrowPlan(Plan):
                 yield name, parameter
 
     def structure_parameters(self) -> list[nn.Parameter]:
-        """Return the probability of each unit, one CPU tensor a group, which the plan itself trains; none of cuts."""
-        return self.structure.by_group()
+        """Return the probability of each unit, one CPU tensor a group; the plan itself trains them."""
+        return self.probabilities.by_group()
 
     @property
     def index_bytes(self) -> int:
@@ -147,17 +123,19 @@ class NarrowPlan(Plan):
 
     @property
     def attached_bytes(self) -> int:
-        """Bytes of the maps and of probabilities or scores: between steps θ is the weights' own memory."""
-        return self.index_bytes + self.structure.nbytes
+        """Bytes of the maps and of the probabilities: between steps θ is the weights' own memory."""
+        return self.index_bytes + sum(s.nbytes for s in self.structure_parameters())
 
     def narrowing(self) -> Narrowing:
         """Say how narrow the network is now."""
+        groups = self.structure_parameters()
+        names = [group.name for group in self.stage.coupling.groups]
         return Narrowing(
             cost=self.method.cost,
-            spent=self.structure.spent(),
-            units=self.structure.num_units,
+            spent=self.probabilities.spent(),
+            units=sum(int((s > 0).sum()) for s in groups),
             weights=sum(parameter.numel() for parameter in self.model.parameters()),
-            widths={name: round(width, 2) for name, width in self.structure.widths().items()},
+            widths={name: round(float(s.sum()), 2) for name, s in zip(names, groups, strict=True)},
         )
 
     def widths(self) -> dict[str, dict[str, int]]:
@@ -170,8 +148,7 @@ class NarrowPlan(Plan):
         """Run `closure` on two drawn networks, and backward on the first; returns its loss.
 
         The second has no gradient, the same random draws (dropout, augmentation), and leaves running statistics alone.
-        Where both draws are the same network it is left out, as under cuts, which an ordinary loop trains as well; on
-        several ranks gradients are averaged here.
+        Where both draws are the same network it is left out.
 
         Raises:
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
@@ -198,8 +175,8 @@ class NarrowPlan(Plan):
         return loss
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
-        """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""
-        if self.structure.draws and not elementwise:
+        """Refuse an optimizer that is not elementwise: θ is another part of its tensors in each step."""
+        if not elementwise:
             check_elementwise(optimizer)
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -208,9 +185,7 @@ class NarrowPlan(Plan):
         Raises:
             TitheError: when no part did, since backward ran without the plan.
         """
-        if not self.structure.draws:
-            self._hear(optimizer)
-        elif not self._parts.received:
+        if not self._parts.received:
             raise TitheError(
                 "plan",
                 found="an optimizer's step after no plan.backward(...)",
@@ -220,25 +195,9 @@ class NarrowPlan(Plan):
         self._parts.before_update(optimizer)
         self._loss_scale = loss_scale(optimizer)
 
-    def _hear(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gate gradients of the weights that an optimizer is about to move."""
-        check_same(self._held)
-        if self._settled:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        weights = {name: p for name, p in self.named_parameters() if id(p) in held and p.grad is not None}
-        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-        gates = gate_gradients(self.stage.coupling, self._fit.grids, weights, gradients)
-        scale = getattr(optimizer, "grad_scale", None)  # a fused kernel takes a scaler's factor out by itself
-        self._gates[id(optimizer)] = gates if scale is None else gates / float(scale)
-
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer update what took part in the step, and nothing else."""
         self._parts.after_update(optimizer)
-        if not self.structure.draws and self.num_steps == 0:
-            for name in self.stage.tensors:
-                if name in self._floats:
-                    check_state_shapes(name, self._floats[name], optimizer)
 
     def _commit(self) -> bool:
         moved = self._parts.moved
@@ -250,46 +209,29 @@ class NarrowPlan(Plan):
         """Count a finished step, learn from its two losses, and draw again."""
         self._parts.close()
         self._check_ranks(self._watched)
+        self._check_ranks(self._watched)
         if not self._settled:
             self._learn()
         self._difference = None
         self.num_steps += 1
-        self._cut()
         before = self._masks[0]
         self._draw()
         self._changed |= not torch.equal(before, self._masks[0])
 
     def _watched(self) -> Iterator[tuple[str, Tensor]]:
-        """What has to be the same on every rank: all weights, and what decides which units exist."""
+        """What has to be the same on every rank: all weights, and the probabilities that draws come from."""
         yield from self.named_parameters()
-        yield from self.structure.watched()
+        yield "probabilities", self.probabilities.s
 
     def _learn(self) -> None:
-        if self._gates:
-            self.structure.hear(torch.stack(list(self._gates.values())).sum(0))
-            self._gates.clear()
         difference = None if self._difference is None else self._difference / self._loss_scale
         if difference is not None and distributed.world_size() > 1:
             distributed.meet(f"the end of step {self.num_steps + 1}")
             difference = distributed.mean_number(difference, next(self.parameters()).device)
         if difference is None or not math.isfinite(difference):
-            self.structure.tighten(self.num_steps + 1)
+            self.probabilities.tighten(self.num_steps + 1)
         else:
-            self.structure.learn(*self._masks, difference, step=self.num_steps, pace=self._pace())
-
-    def _cut(self) -> None:
-        """Let units go for good where that is due."""
-        if self._settled or not self.structure.due(self.num_steps):
-            return
-        place = f"the cut after {self.num_steps} steps"
-        with distributed.together(place):
-            device = next(self.parameters()).device
-            self.structure.agree(lambda scores: distributed.first(scores.to(device)).to(scores.device))
-            alive = self.structure.stay(self.num_steps)
-        if not bool(alive.all()):
-            self._drop(alive)
-            self._changed = True
-        self._settled = self.structure.fixed
+            self.probabilities.learn(*self._masks, difference, step=self.num_steps, pace=self._pace())
 
     def _pace(self) -> float:
         """The present learning rate as a share of the highest, as far as a scheduler tells."""
@@ -297,15 +239,14 @@ class NarrowPlan(Plan):
         return max((g["lr"] / g["initial_lr"] for g in groups if g.get("initial_lr")), default=1.0)
 
     def _draw(self) -> None:
-        """Draw the networks of the coming step; where all that is left exists, it is the same until units go."""
-        everything = self._settled or not self.structure.draws
-        self._inference.follow(self.stage, None if everything else self.num_steps)
-        if not everything:
-            self._masks = self.structure.draw(self.seed, self.num_steps)
-            self._fit = self.stage.fit(self._masks[0])
-        elif self._laid_out is not self.stage:
+        """Draw the networks of the coming step."""
+        if self._settled:
             whole = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
-            self._masks, self._fit, self._laid_out = (whole, whole), self.stage.fit(whole), self.stage
+            self._masks = whole, whole
+        else:
+            self._masks = self.probabilities.draw(self.seed, self.num_steps)
+        self._fit = self.stage.fit(self._masks[0])
+        self._inference.follow(self.stage, None if self._settled else self.num_steps)
 
     def reselect(self) -> bool:
         """Do nothing, since every step draws; returns False."""
@@ -325,7 +266,11 @@ class NarrowPlan(Plan):
         self.num_epochs += 1
         if self._settled:
             return False
-        alive = self.structure.possible()
+        s = self.probabilities.s.detach()
+        alive = s > 0
+        for group in self.stage.coupling.groups:
+            if not bool(alive[group.start : group.stop].any()):
+                alive[group.start + int(s[group.start : group.stop].argmax())] = True
         if bool(alive.all()):
             return False
         self._drop(alive)
@@ -359,12 +304,12 @@ class NarrowPlan(Plan):
         self._parts.close()
         with distributed.together(f"settle(draws={draws}) after {self.num_steps} steps"):
             batches = list(self._data if batches is None else batches)
-            candidates = self.structure.candidates(self.seed, self.num_steps, draws)
+            candidates = self.probabilities.candidates(self.seed, self.num_steps, draws)
             totals = sum_losses(self.stage, candidates, self._loss, batches)
             distributed.meet(f"the losses of {len(candidates)} networks")
             loss, best = pick_best(distributed.sum_(totals))
             self._drop(candidates[best])
-            self.structure.fix()
+            self.probabilities.fix()
             self._settled = True
             self._draw()
             # Inside, norms see that they are trained.
@@ -384,10 +329,7 @@ class NarrowPlan(Plan):
         self.stage = self.stage.settle(alive)
         for name, part in self._parts.items():
             part.shrink(grids[name], self._optimizers.bound)
-        for name in grids.keys() - self._parts.keys() & self._floats.keys():
-            weight = self._floats[name]
-            shrink_parameter(weight, weight.data, grids[name], self._optimizers.bound)
-        self.structure.shrink(self.stage.coupling, alive)
+        self.probabilities.shrink(self.stage.coupling, alive)
         self._alive[self._alive.nonzero().flatten()[~alive]] = False
 
     # ------------------------------------------------------------------------------------------- what goes out and in
@@ -458,7 +400,7 @@ class NarrowPlan(Plan):
             parameter.requires_grad_(self._parts[name].trained if name in self._parts else parameter.requires_grad)
             parameter.grad = None
         if not self._settled:
-            likely = self.structure.likely(self.num_steps)
+            likely = self.probabilities.likely(self.num_steps)
             Stage(network, self.stage.coupling, self.stage.counts).settle(likely)
         if example is not None:
             check_same_loss(self.model, network, self._loss, example)
@@ -482,7 +424,7 @@ class NarrowPlan(Plan):
             "seed": self.seed,
             "settled": self._settled,
             "alive": self._alive.clone(),
-            "probabilities": self.structure.state(),
+            "probabilities": self.probabilities.state(),
             "tensors": {name: t.detach().clone() for name, t in delta.state_tensors(self.model).items()},
         }
 
@@ -499,7 +441,7 @@ class NarrowPlan(Plan):
         if not bool(alive.all()):
             self._drop(alive)
         self.model.load_state_dict(state["tensors"], strict=False)
-        self.structure.load(state["probabilities"])
+        self.probabilities.load(state["probabilities"])
         self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
         self._settled, self._difference, self._checked = state["settled"], None, True
         self._draw()
