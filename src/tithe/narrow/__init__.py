@@ -5,11 +5,12 @@ live_weight  θ of a weight for the time of a step          build        from a 
 trial      whether it works, compared with zeros         remedy       what to leave whole, tried before it is offered
 inference  between steps: the likeliest network          subnet_loss  networks tried out on data
 probabilities  of units, learned                         state        what is saved, checked
-copying    of modules that Python alone does not copy
+gates      what a unit is worth, from gradients          copying      of modules that Python alone does not copy
 """
 
 from tithe.narrow.build import make_stage
 from tithe.narrow.copying import copy_module
+from tithe.narrow.gates import gate_gradients
 from tithe.narrow.inference import InferenceNetwork
 from tithe.narrow.live_weight import LiveWeight, LiveWeights
 from tithe.narrow.probabilities import Probabilities
@@ -24,6 +25,7 @@ __all__ = [
     "Stage",
     "check_same_loss",
     "copy_module",
+    "gate_gradients",
     "loss_without_gradient",
     "make_stage",
     "pick_best",
