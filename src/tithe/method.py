@@ -39,6 +39,8 @@ from tithe.select.channel_costs import Layer
 from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
+Weights = Literal["trained", "frozen"]
+Init = Literal["uniform", "taylor", "wanda"]
 Granularity = Literal["model", "tensor"]
 Start = Literal["mean", "last", "best"]
 
@@ -120,6 +122,14 @@ class NarrowMethod(ABC):
     """What is counted: units, the forward pass's operations, or parameters."""
     structure_lr: float = 12e-3
     """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
+    weights: Weights = "trained"
+    """Whether the weights of the drawn network are trained too, or the structure alone."""
+    init: Init = "uniform"
+    """What the probabilities start from: one for all, or a metric of the units (`tithe.narrow.metrics`)."""
+    hold: int = 1
+    """For how many steps a draw is kept; the probabilities learn in the first of them."""
+    control_variate: bool = False
+    """Whether the estimate is handed a forecast of the difference: then `controlled_gradient` is asked."""
 
     def share(self, step: int) -> float:
         """Say which share of the cost is kept after `step` finished steps; by default always `keep`."""
@@ -135,6 +145,20 @@ class NarrowMethod(ABC):
             difference: loss with the first less the loss with the second, on the same batch.
         """
         return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0)
+
+    def controlled_gradient(
+        self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float, control: Tensor
+    ) -> Tensor:
+        """Estimate the same where `control_variate` is set; by default `policy_gradient` with that control.
+
+        Args:
+            s: probabilities (n,).
+            mask_0: the draw that the weights were trained with, bool (n,).
+            mask_1: the other draw; it may be the same.
+            difference: loss with the first less the loss with the second, on the same batch.
+            control: what each unit was seen to add to the loss in earlier steps, (n,).
+        """
+        return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, control=control)
 
     def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
         """Ask for a plan under which the rest does not exist."""

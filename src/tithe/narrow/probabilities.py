@@ -7,7 +7,8 @@ They live on the CPU whatever the model's device: the widths of the next kernels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tithe.coupling import Coupling, Term
 from tithe.errors import TitheError
 from tithe.method import NarrowMethod
+from tithe.narrow.control import ControlVariate
 from tithe.select import bernoulli_masks
 
 _NOUNS = {"channels": "units", "flops": "operations", "params": "parameters"}
@@ -41,9 +43,11 @@ class Probabilities:
     def __init__(self, coupling: Coupling, method: NarrowMethod) -> None:
         self.method = method
         self._coupling = coupling
-        self.total = self._cost(torch.ones(coupling.num_units, dtype=torch.float64))
+        ones = torch.ones(coupling.num_units, dtype=torch.float64)
+        self.total = self._cost(ones)
         self._check_floor()
-        self.s = nn.Parameter(self._uniform(self.total * method.share(0)), requires_grad=False)
+        self.s = nn.Parameter(self._filling(self.total * method.share(0), lambda t: ones * t), requires_grad=False)
+        self.control = ControlVariate(coupling.num_units) if method.control_variate else None
         self._adam = torch.optim.Adam([self.s], lr=method.structure_lr)
 
     @property
@@ -94,6 +98,24 @@ class Probabilities:
                 found.append(mask)
         return found
 
+    def start_from(self, metric: Tensor) -> None:
+        """Let the probabilities start from a metric of the units: the larger it is, the more probable.
+
+            s_i = t a_i / (t a_i + 1 − t),   one t in [0, 1] so that Σ cost_i s_i = keep · total
+
+        The odds s / (1 − s) are in proportion to a, the metric over its group's mean. A unit of none has a thousandth
+        of the mean's odds, so that data on which it was silent do not rule it out.
+
+        Args:
+            metric: float (n,), not negative.
+        """
+        metric = metric.double()
+        mean = torch.zeros(int(self.group.max()) + 1, dtype=torch.float64)
+        mean.scatter_reduce_(0, self.group, metric, "mean", include_self=False)
+        odds = torch.where(mean[self.group] > 0, metric / mean[self.group], 1.0).clamp(min=1e-3)
+        limit = self.total * self.method.share(0)
+        self.s.detach().copy_(self._filling(limit, lambda t: t * odds / (t * odds + (1 - t))))
+
     def learn(self, mask_0: Tensor, mask_1: Tensor, difference: float, *, step: int, pace: float) -> None:
         """Take one step: Adam on the estimated gradient, then the projection.
 
@@ -106,12 +128,32 @@ class Probabilities:
         """
         s = self.s.detach()
         dead = s == 0
-        self.s.grad = self.method.gradient(s, mask_0, mask_1, difference)
+        if self.control is None:
+            self.s.grad = self.method.gradient(s, mask_0, mask_1, difference)
+        else:
+            self.s.grad = self.method.controlled_gradient(s, mask_0, mask_1, difference, self.control.vector.to(s))
+            self.control.see(mask_0, mask_1, difference)
         for group in self._adam.param_groups:
             group["lr"] = self.method.structure_lr * pace
         self._adam.step()
         self.s.grad = None
         self._project(torch.where(dead, 0.0, s), self.total * self.method.share(step + 1))
+
+    def remember(self, mask_0: Tensor, mask_1: Tensor, difference: float | None, gates: Tensor | None) -> None:
+        """Keep of a finished step what foretells later ones, once it has been learned from.
+
+        Args:
+            mask_0: the draw that the weights were trained with.
+            mask_1: the other one.
+            difference: of their losses, or None where there was no second loss.
+            gates: gate gradients of the first draw, (n,), or None where weights have no gradient.
+        """
+        if self.control is None:
+            return
+        if gates is not None and bool(gates.isfinite().all()):
+            self.control.take(gates, mask_0)
+        elif gates is None and difference is not None and math.isfinite(difference):
+            self.control.fit(mask_0, mask_1, difference)
 
     def _project(self, z: Tensor, limit: float) -> None:
         s = self.s.detach()
@@ -130,6 +172,8 @@ class Probabilities:
         """Follow a coupling that some units have left for good; bool (n,) says which are alive."""
         moments = {key: value[alive] for key, value in self._moments().items()}
         self.s.data = self.s.data[alive]
+        if self.control is not None:
+            self.control.shrink(alive)
         self._coupling = coupling
         if moments:
             self._adam.state[self.s].update(moments)
@@ -143,8 +187,10 @@ class Probabilities:
         kept = self._adam.state.get(self.s, {})
         return {"s": self.s.detach().clone(), **{key: value.clone() for key, value in kept.items()}}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the result of `state`, for as many units."""
+    def load(self, state: Mapping[str, Tensor], control: Mapping[str, Tensor] | None) -> None:
+        """Take over the result of `state`, for as many units, and of the control variate's."""
+        if self.control is not None and control is not None:
+            self.control.load(control)
         self.s.detach().copy_(state["s"])
         kept: dict[str, Any] = {key: value.clone() for key, value in state.items() if key != "s"}
         self._adam.state.clear()
@@ -170,16 +216,15 @@ class Probabilities:
         price = self._coupling.shares(self._terms, s)
         return price, limit - (self._cost(s) - float((price * s).sum()))
 
-    def _uniform(self, limit: float) -> Tensor:
-        """The one probability of all units at which the limit is spent."""
-        ones = torch.ones(self._coupling.num_units, dtype=torch.float64)
-        if self._cost(ones) <= limit:
-            return ones
+    def _filling(self, limit: float, of: Callable[[float], Tensor]) -> Tensor:
+        """The probabilities on a path, from 0 at t = 0 to 1 at t = 1 and nowhere falling, that spend the limit."""
+        if self._cost(of(1.0)) <= limit:
+            return of(1.0)
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._cost(ones * middle) <= limit else (low, middle)
-        return ones * low
+            low, high = (middle, high) if self._cost(of(middle)) <= limit else (low, middle)
+        return of(low)
 
     def _check_floor(self) -> None:
         first = torch.zeros(self._coupling.num_units, dtype=torch.float64)

@@ -11,7 +11,8 @@ from tithe.errors import TitheError
 from tithe.method import NarrowMethod
 from tithe.narrow.stage import Stage
 
-FORMAT = 1
+FORMAT = 2
+"""1 had neither the draws, which are made anew then, nor a control variate, which starts from nothing."""
 
 
 def check_state(
@@ -30,15 +31,17 @@ def check_state(
         TitheError: naming the first difference.
     """
     keys = {"keep", "cost", "num_steps", "num_epochs", "seed", "settled", "alive", "probabilities", "tensors"}
-    if state.get("format") != FORMAT or not keys <= set(state):
+    if state.get("format") == FORMAT:
+        keys |= {"weights", "masks", "age", "control"}
+    if state.get("format") not in (1, FORMAT) or not keys <= set(state):
         raise TitheError(
             "plan state",
             found=f"format {state.get('format')!r} with {', '.join(sorted(set(state) & keys)) or 'no known key'}",
             expected="what plan.state_dict() of this method returns",
             remedy="save it with plan.state_dict() of this version and method",
         )
-    for setting in ("keep", "cost"):
-        if state[setting] != getattr(method, setting):
+    for setting in ("keep", "cost", "weights"):
+        if setting in state and state[setting] != getattr(method, setting):
             raise TitheError(
                 setting,
                 found=f"a state saved with {setting}={state[setting]!r}",

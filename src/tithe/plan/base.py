@@ -54,6 +54,7 @@ class Plan(ABC):
     Args:
         model: the model.
         settings: of `attach`.
+        frozen: whether the weights to choose from stay as they are.
     """
 
     method: Any
@@ -67,10 +68,10 @@ class Plan(ABC):
     ranks: RankChecks | None = None
     """What `attach` looks at the ranks with: told after each step, closed by `release`."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, *, frozen: bool = False) -> None:
         self.model, self.seed = model, settings.seed
         self._loss, self._data = settings.loss, settings.data
-        self._split = split_parameters(model, where=settings.where, head=settings.head)
+        self._split = split_parameters(model, where=settings.where, head=settings.head, frozen=frozen)
         self._alias, self._floats, self._head = self._split.alias, self._split.floats, self._split.head
         self._frozen_head = {name: p.requires_grad for name, p in self._head.items()}
         self.num_steps = self.num_epochs = 0

@@ -31,12 +31,17 @@ from tithe.narrow import (
     Probabilities,
     Stage,
     check_same_loss,
+    check_scalar,
     copy_module,
+    gate_gradients,
     loss_without_gradient,
     make_stage,
     pick_best,
+    run_frozen,
     sum_losses,
+    unit_metric,
 )
+from tithe.narrow.stage import Fit
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
 from tithe.plan.follow import check_same, held_parameters
@@ -56,7 +61,8 @@ class NarrowPlan(Plan):
     averages_gradients = True
 
     def __init__(self, model: nn.Module, method: NarrowMethod, settings: Settings) -> None:
-        super().__init__(model, settings)
+        self._frozen = method.weights == "frozen"
+        super().__init__(model, settings, frozen=self._frozen)
         self.method, split = method, self._split
         loss, data = settings.loss, settings.data
         if loss is None or data is None:
@@ -69,7 +75,7 @@ class NarrowPlan(Plan):
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         self._split.check_memory("may become narrow")
-        trained = {**split.candidates, **split.head}
+        trained = {**({} if self._frozen else split.candidates), **split.head}
         where = "such a plan trains the model's own tensors as they are"
         split.check_own_dtype(settings.dtype, trained, where)
         if settings.dtype is None:
@@ -82,15 +88,39 @@ class NarrowPlan(Plan):
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = False
         self._difference: float | None = None
+        self._ran = False
         self._loss_scale = 1.0
         self._held = held_parameters(model)
         self._checked = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
-        self._parts = LiveWeights({name: split.floats[name] for name in self.stage.tensors if name in split.floats})
+        narrow = {name: split.floats[name] for name in self.stage.tensors if name in split.floats}
+        self._parts = LiveWeights(narrow, frozen=self._frozen)
+        still = [p for p in split.candidates.values() if self._frozen and p.requires_grad]
+        self._still = [p for p in still if not any(p is part for part in narrow.values())]
+        for parameter in self._still:
+            parameter.requires_grad_(False)
+        self._age = 0
+        self._gates: Tensor | None = None
         self._inference = InferenceNetwork(self.stage, self.probabilities)
         self._inference.hook()
         self._draw()
+
+    def start(self) -> None:
+        """Let the probabilities start from the method's metric of the units, over the data.
+
+        Raises:
+            TitheError: as `tithe.narrow.metrics.unit_metric`.
+        """
+        super().start()
+        if self.method.init != "uniform":
+            metric = unit_metric(self.method.init, self.stage, self._loss, self._data)
+            if distributed.world_size() > 1:
+                distributed.meet(f"init={self.method.init!r}")
+                device = next(self.model.parameters()).device
+                metric = distributed.sum_(metric.to(device)).to(metric)
+            self.probabilities.start_from(metric)
+            self._draw()
 
     # ------------------------------------------------------------------------------------------------ what is trained
 
@@ -148,7 +178,8 @@ class NarrowPlan(Plan):
         """Run `closure` on two drawn networks, and backward on the first; returns its loss.
 
         The second has no gradient, the same random draws (dropout, augmentation), and leaves running statistics alone.
-        Where both draws are the same network it is left out.
+        Where both draws are the same network it is left out, and in all but the first step in which draws are held.
+        Of frozen weights the first has no gradient either, or none but the head's.
 
         Raises:
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
@@ -161,18 +192,50 @@ class NarrowPlan(Plan):
         other = None
         place = f"backward of step {self.num_steps + 1}"
         with distributed.telling(place):
-            if not torch.equal(*self._masks):
+            if self._age == 0 and not torch.equal(*self._masks):
                 other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
                 self._checked = True
-            live = self._parts.open(self.stage, self._fit)
-            with self.stage.run(self._fit.read, live):
-                loss = check_loss(closure(), finite=False)
-                loss.backward()
-            self._parts.receive(self.stage, self._fit, live)
-            mean_gradients(place, list(self.parameters()), tracked(self.model))  # ranks draw the same network
-        if other is not None:
-            self._difference = (self._difference or 0.0) + float(loss.detach()) - other
+            loss = self._loss_of_frozen(closure) if self._frozen else self._loss_and_gradient(closure)
+            self._ran = True
+            if any(True for _ in self.parameters()):
+                mean_gradients(place, list(self.parameters()), tracked(self.model))  # ranks draw the same network
+        if self._settled:
+            return loss
+        if self._age == 0 and (other is not None or self.method.control_variate):
+            difference = 0.0 if other is None else float(loss.detach()) - other
+            self._difference = (self._difference or 0.0) + difference
+        self._gates = self._gate_gradients()
         return loss
+
+    def _loss_and_gradient(self, closure: Callable[[], Tensor]) -> Tensor:
+        live = self._parts.open(self.stage, self._fit)
+        with self.stage.run(self._fit.read, live):
+            loss = check_loss(closure(), finite=False)
+            loss.backward()
+        self._parts.receive(self.stage, self._fit, live)
+        return loss
+
+    def _loss_of_frozen(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The loss of the first network, with a gradient for the head alone; what is frozen keeps its statistics."""
+        head = {id(parameter) for parameter in self._split.head.values()}
+        own = [m for m in self.model.modules() if any(id(p) in head for p in m.parameters(recurse=False))]
+        with run_frozen(self.stage, self._fit, but=own):
+            if not head:
+                with torch.no_grad():
+                    loss = closure()
+                check_scalar(loss)
+                return loss
+            loss = check_loss(closure(), finite=False)
+            loss.backward()
+        return loss
+
+    def _gate_gradients(self) -> Tensor | None:
+        """What the weight step so far says each drawn unit is worth, all micro-batches together."""
+        if self._frozen or not self.method.control_variate:
+            return None
+        parts = {name: part.theta for name, part in self._parts.items()}
+        gradients = {name: theta.grad for name, theta in parts.items() if theta.grad is not None}
+        return gate_gradients(self.stage.coupling, self._fit.grids, parts, gradients)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise: θ is another part of its tensors in each step."""
@@ -185,7 +248,7 @@ class NarrowPlan(Plan):
         Raises:
             TitheError: when no part did, since backward ran without the plan.
         """
-        if not self._parts.received:
+        if not self._parts.received and not (self._frozen and self._ran):
             raise TitheError(
                 "plan",
                 found="an optimizer's step after no plan.backward(...)",
@@ -212,10 +275,12 @@ class NarrowPlan(Plan):
         self._check_ranks(self._watched)
         if not self._settled:
             self._learn()
-        self._difference = None
+        self._difference, self._gates, self._ran = None, None, False
         self.num_steps += 1
+        self._age += 1
         before = self._masks[0]
-        self._draw()
+        if self._age >= self.method.hold or self._settled:
+            self._draw()
         self._changed |= not torch.equal(before, self._masks[0])
 
     def _watched(self) -> Iterator[tuple[str, Tensor]]:
@@ -227,22 +292,27 @@ class NarrowPlan(Plan):
         difference = None if self._difference is None else self._difference / self._loss_scale
         if difference is not None and distributed.world_size() > 1:
             distributed.meet(f"the end of step {self.num_steps + 1}")
-            difference = distributed.mean_number(difference, next(self.parameters()).device)
+            difference = distributed.mean_number(difference, next(self.model.parameters()).device)
+        gates = None if self._gates is None else self._gates / self._loss_scale
         if difference is None or not math.isfinite(difference):
             self.probabilities.tighten(self.num_steps + 1)
         else:
             self.probabilities.learn(*self._masks, difference, step=self.num_steps, pace=self._pace())
+        self.probabilities.remember(*self._masks, difference, gates)
 
     def _pace(self) -> float:
         """The present learning rate as a share of the highest, as far as a scheduler tells."""
         groups = [group for optimizer in self._optimizers.bound for group in optimizer.param_groups]
         return max((g["lr"] / g["initial_lr"] for g in groups if g.get("initial_lr")), default=1.0)
 
-    def _draw(self) -> None:
-        """Draw the networks of the coming step."""
+    def _draw(self, masks: Tensor | None = None) -> None:
+        """Draw the networks of the coming steps, or take those that were drawn before."""
+        self._age = 0
         if self._settled:
             whole = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
             self._masks = whole, whole
+        elif masks is not None:
+            self._masks = masks[0], masks[1]
         else:
             self._masks = self.probabilities.draw(self.seed, self.num_steps)
         self._fit = self.stage.fit(self._masks[0])
@@ -349,18 +419,19 @@ class NarrowPlan(Plan):
 
         def both(shapes: Any) -> Tensor:
             if again:
-                second = self.stage.fit(self._masks[1])
-                with torch.no_grad(), self.stage.untouched(), self.stage.run(second.read, self.stage.filled(second)):
-                    self._loss(self.model, shapes)
-                del second
-            live = self._parts.open(self.stage, first)
-            inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
+                self._loss_on_shapes(shapes, self.stage.fit(self._masks[1]))
+            if self._frozen and not self._split.head:
+                return self._loss_on_shapes(shapes, first)
+            live = self.stage.filled(first) if self._frozen else self._parts.open(self.stage, first)
+            if not self._frozen:
+                inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
             inside.enter_context(self.stage.run(first.read, live))
             return self._loss(self.model, shapes)
 
         try:
             with self.stage.untouched():
-                found = ledger.predict(self.model, both, batch, inside=inside)
+                backward = not self._frozen or bool(self._split.head)
+                found = ledger.predict(self.model, both, batch, inside=inside, backward=backward)
         finally:
             for part in self._parts.values():
                 part.forget()
@@ -373,6 +444,11 @@ class NarrowPlan(Plan):
         return dataclasses.replace(
             found, theta=copied, gradients=round(size - absent), optimizer=states * size, index=self.index_bytes
         )
+
+    def _loss_on_shapes(self, shapes: Any, fit: Fit) -> Tensor:
+        """The loss of a narrow network without a gradient; nothing of it is left behind."""
+        with torch.no_grad(), self.stage.untouched(), self.stage.run(fit.read, self.stage.filled(fit)):
+            return self._loss(self.model, shapes)
 
     def export(self, example: Any = None) -> nn.Module:
         """Return the narrow network as a plain module of the same class, without a trace of the library.
@@ -396,8 +472,10 @@ class NarrowPlan(Plan):
         inner = Lean.of(network)
         if inner is not None:
             inner.release()
+        still = {name for name, parameter in self._floats.items() if any(parameter is p for p in self._still)}
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(self._parts[name].trained if name in self._parts else parameter.requires_grad)
+            required = parameter.requires_grad or name in still
+            parameter.requires_grad_(self._parts[name].required if name in self._parts else required)
             parameter.grad = None
         if not self._settled:
             likely = self.probabilities.likely(self.num_steps)
@@ -422,7 +500,11 @@ class NarrowPlan(Plan):
             "num_steps": self.num_steps,
             "num_epochs": self.num_epochs,
             "seed": self.seed,
+            "weights": self.method.weights,
             "settled": self._settled,
+            "masks": torch.stack(self._masks),
+            "age": self._age,
+            "control": None if self.probabilities.control is None else self.probabilities.control.state(),
             "alive": self._alive.clone(),
             "probabilities": self.probabilities.state(),
             "tensors": {name: t.detach().clone() for name, t in delta.state_tensors(self.model).items()},
@@ -441,16 +523,19 @@ class NarrowPlan(Plan):
         if not bool(alive.all()):
             self._drop(alive)
         self.model.load_state_dict(state["tensors"], strict=False)
-        self.probabilities.load(state["probabilities"])
+        self.probabilities.load(state["probabilities"], state.get("control"))
         self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
         self._settled, self._difference, self._checked = state["settled"], None, True
-        self._draw()
+        self._draw(state.get("masks"))
+        self._age = state.get("age", 0)
 
     def _let_go(self) -> None:
         self._inference.unhook()
         self._split.restore_left_out()
         for part in self._parts.values():
             part.release()
+        for parameter in self._still:
+            parameter.requires_grad_(True)
         for name, required in self._frozen_head.items():
             self._floats[name].requires_grad_(required)
 
