@@ -123,7 +123,7 @@ class NarrowMethod(ABC):
     structure_lr: float = 12e-3
     """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
     weights: Weights = "trained"
-    """Whether the weights of the drawn network are trained too, or the structure alone."""
+    """Whether the weights of the drawn network are trained too, or, until it is fixed, the structure alone."""
     init: Init = "uniform"
     """What the probabilities start from: one for all, or a metric of the units (`tithe.narrow.metrics`)."""
     hold: int = 1

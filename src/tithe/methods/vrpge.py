@@ -40,8 +40,8 @@ class VRPGE(NarrowMethod):
         gradual: None, or the steps (start, stop) between which the share falls from 1 to `keep`, by a cube.
         cost: what is counted. "channels": each unit once, as in the paper. "flops", "params": the forward pass's
             operations, or the parameters, of the network of expected widths, fixed parts included.
-        weights: "trained", or "frozen": the structure alone is learned, from two forward passes without a gradient.
-            Of parameters only those of `head=` are trained then.
+        weights: "trained", or "frozen": until `plan.settle` the structure alone is learned, from two forward passes
+            without a gradient, and of parameters only those of `head=`.
         init: "uniform": one probability for all units. "taylor", "wanda": from a metric of each unit, over `data=`
             (`tithe.narrow.metrics`): s = t a / (t a + 1 − t), a the metric, one t so that Σ cost_i s_i = keep · total.
         hold: for how many steps a draw is kept; the second loss is evaluated in the first of them alone.

@@ -26,13 +26,11 @@ class LiveWeight:
     Args:
         name: the parameter's name in the model.
         weight: the model's own parameter; it gets no gradient while it is bound.
-        frozen: whether it is not trained, whatever its flag says.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, *, frozen: bool = False) -> None:
+    def __init__(self, name: str, weight: nn.Parameter) -> None:
         self.name, self.weight = name, weight
-        self.required = weight.requires_grad
-        self.trained = self.required and not frozen
+        self.trained = weight.requires_grad
         self.theta = nn.Parameter(weight.detach(), requires_grad=self.trained)
         self.leaf: Tensor | None = None
         self._grid: Grid | None = None
@@ -142,7 +140,7 @@ class LiveWeight:
     def release(self) -> None:
         """Give the weight its `requires_grad` flag back."""
         self.close()
-        self.weight.requires_grad_(self.required)
+        self.weight.requires_grad_(self.trained)
 
 
 class LiveWeights(dict[str, LiveWeight]):
@@ -150,11 +148,10 @@ class LiveWeights(dict[str, LiveWeight]):
 
     Args:
         weights: every parameter of the model that may be narrow.
-        frozen: whether none of them is trained.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], *, frozen: bool = False) -> None:
-        super().__init__({name: LiveWeight(name, weight, frozen=frozen) for name, weight in weights.items()})
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__({name: LiveWeight(name, weight) for name, weight in weights.items()})
 
     def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
         """Return the live tensors of a step, θ among them; micro-batches of one step share the same θ."""

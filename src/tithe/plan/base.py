@@ -272,12 +272,16 @@ class Plan(ABC):
         self._check_live()
         self._optimizers.finish()
         if not self._optimizers.seen:
-            self._optimizers.search()
+            self._search_optimizers()
             updated = self._commit()
             if updated or not self._optimizers.bound:
                 self.finish_step()
         changed, self._changed = self._changed, False
         return changed
+
+    def _search_optimizers(self) -> None:
+        """Look among the objects of this process for the optimizers of a loop that bound none."""
+        self._optimizers.search()
 
     def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
         """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.

@@ -61,8 +61,7 @@ class NarrowPlan(Plan):
     averages_gradients = True
 
     def __init__(self, model: nn.Module, method: NarrowMethod, settings: Settings) -> None:
-        self._frozen = method.weights == "frozen"
-        super().__init__(model, settings, frozen=self._frozen)
+        super().__init__(model, settings, frozen=method.weights == "frozen")
         self.method, split = method, self._split
         loss, data = settings.loss, settings.data
         if loss is None or data is None:
@@ -75,7 +74,7 @@ class NarrowPlan(Plan):
             )
         self._loss, self._data = loss, list(itertools.islice(data, 1)) if isinstance(data, Iterator) else data
         self._split.check_memory("may become narrow")
-        trained = {**({} if self._frozen else split.candidates), **split.head}
+        trained = {name: p for name, p in split.candidates.items() if p.requires_grad} | split.head
         where = "such a plan trains the model's own tensors as they are"
         split.check_own_dtype(settings.dtype, trained, where)
         if settings.dtype is None:
@@ -95,16 +94,29 @@ class NarrowPlan(Plan):
         for parameter in split.head.values():
             parameter.requires_grad_(True)
         narrow = {name: split.floats[name] for name in self.stage.tensors if name in split.floats}
-        self._parts = LiveWeights(narrow, frozen=self._frozen)
-        still = [p for p in split.candidates.values() if self._frozen and p.requires_grad]
-        self._still = [p for p in still if not any(p is part for part in narrow.values())]
-        for parameter in self._still:
-            parameter.requires_grad_(False)
+        self._parts = LiveWeights(narrow)
+        whole = {name: p for name, p in split.candidates.items() if name not in narrow and p.requires_grad}
+        self._still = whole if method.weights == "frozen" else {}
+        self._freeze()
         self._age = 0
         self._gates: Tensor | None = None
         self._inference = InferenceNetwork(self.stage, self.probabilities)
         self._inference.hook()
         self._draw()
+
+    @property
+    def _searching(self) -> bool:
+        """Whether the structure alone is learned, of weights that are frozen until it is fixed."""
+        return self.method.weights == "frozen" and not self._settled
+
+    def _freeze(self) -> None:
+        """Keep gradients from the weights that are always whole while the structure alone is learned."""
+        for parameter in self._still.values():
+            parameter.requires_grad_(not self._searching)
+
+    def _notes(self) -> list[str]:
+        still = ["the weights are frozen until plan.settle(); the probabilities alone are learned"]
+        return [*super()._notes(), *(still if self._searching else [])]
 
     def start(self) -> None:
         """Let the probabilities start from the method's metric of the units, over the data.
@@ -139,7 +151,7 @@ class NarrowPlan(Plan):
             part = self._parts.get(name)
             if part is not None and part.trained:
                 yield name, part.theta
-            elif part is None and parameter.requires_grad:
+            elif part is None and (parameter.requires_grad or name in self._still):
                 yield name, parameter
 
     def structure_parameters(self) -> list[nn.Parameter]:
@@ -179,7 +191,7 @@ class NarrowPlan(Plan):
 
         The second has no gradient, the same random draws (dropout, augmentation), and leaves running statistics alone.
         Where both draws are the same network it is left out, and in all but the first step in which draws are held.
-        Of frozen weights the first has no gradient either, or none but the head's.
+        While weights are frozen the first has no gradient either, or none but the head's.
 
         Raises:
             TitheError: when the loss is not a scalar that a gradient flows through, or is not the same twice.
@@ -195,10 +207,11 @@ class NarrowPlan(Plan):
             if self._age == 0 and not torch.equal(*self._masks):
                 other = loss_without_gradient(self.stage, self._masks[1], closure, twice=not self._checked)
                 self._checked = True
-            loss = self._loss_of_frozen(closure) if self._frozen else self._loss_and_gradient(closure)
+            loss = self._loss_of_frozen(closure) if self._searching else self._loss_and_gradient(closure)
             self._ran = True
-            if any(True for _ in self.parameters()):
-                mean_gradients(place, list(self.parameters()), tracked(self.model))  # ranks draw the same network
+            reached = list(self.parameters() if not self._searching else self._split.head.values())
+            if reached:
+                mean_gradients(place, reached, tracked(self.model))  # ranks draw the same network
         if self._settled:
             return loss
         if self._age == 0 and (other is not None or self.method.control_variate):
@@ -231,7 +244,7 @@ class NarrowPlan(Plan):
 
     def _gate_gradients(self) -> Tensor | None:
         """What the weight step so far says each drawn unit is worth, all micro-batches together."""
-        if self._frozen or not self.method.control_variate:
+        if self._searching or not self.method.control_variate:
             return None
         parts = {name: part.theta for name, part in self._parts.items()}
         gradients = {name: theta.grad for name, theta in parts.items() if theta.grad is not None}
@@ -248,7 +261,7 @@ class NarrowPlan(Plan):
         Raises:
             TitheError: when no part did, since backward ran without the plan.
         """
-        if not self._parts.received and not (self._frozen and self._ran):
+        if not self._parts.received and not (self._searching and self._ran):
             raise TitheError(
                 "plan",
                 found="an optimizer's step after no plan.backward(...)",
@@ -267,6 +280,10 @@ class NarrowPlan(Plan):
         if moved:
             self._parts.close()
         return moved
+
+    def _search_optimizers(self) -> None:
+        if not self._searching:  # nothing needs one then, and to look for it takes longer than a small step
+            super()._search_optimizers()
 
     def finish_step(self) -> None:
         """Count a finished step, learn from its two losses, and draw again."""
@@ -353,7 +370,7 @@ class NarrowPlan(Plan):
         return self._settled
 
     def settle(self, batches: Iterable[Any] | None = None, *, draws: int = 10) -> float:
-        """Fix the structure to the best of some drawn networks; from now on its weights are trained.
+        """Fix the structure to the best of some drawn networks; from now on its weights are trained, frozen ones too.
 
         The likeliest network takes part beside the draws. Losses are those of training (batch statistics, the same
         random draws for each); then running statistics are estimated anew, as means over the same batches.
@@ -381,6 +398,7 @@ class NarrowPlan(Plan):
             self._drop(candidates[best])
             self.probabilities.fix()
             self._settled = True
+            self._freeze()
             self._draw()
             # Inside, norms see that they are trained.
             with self.stage.run(self._fit.read, self._parts.open(self.stage, self._fit)):
@@ -416,26 +434,26 @@ class NarrowPlan(Plan):
         again = not torch.equal(*self._masks)
         inside = contextlib.ExitStack()  # backward runs in the narrow network too
         received: list[Any] = []
+        backward = not self._searching or bool(self._split.head)
 
         def both(shapes: Any) -> Tensor:
             if again:
                 self._loss_on_shapes(shapes, self.stage.fit(self._masks[1]))
-            if self._frozen and not self._split.head:
+            if not backward:
                 return self._loss_on_shapes(shapes, first)
-            live = self.stage.filled(first) if self._frozen else self._parts.open(self.stage, first)
-            if not self._frozen:
+            live = self.stage.filled(first) if self._searching else self._parts.open(self.stage, first)
+            if not self._searching:
                 inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
             inside.enter_context(self.stage.run(first.read, live))
             return self._loss(self.model, shapes)
 
         try:
             with self.stage.untouched():
-                backward = not self._frozen or bool(self._split.head)
                 found = ledger.predict(self.model, both, batch, inside=inside, backward=backward)
         finally:
             for part in self._parts.values():
                 part.forget()
-        whole = dict(self.named_parameters())
+        whole = {name: p for name, p in self.named_parameters() if not self._searching or name in self._head}
         live = {name: grid for name, grid in first.grids.items() if name in whole}
         size = sum(parameter.nbytes for parameter in whole.values())
         absent = sum((1 - grid.size / grid.num_weights) * whole[name].nbytes for name, grid in live.items())
@@ -472,10 +490,9 @@ class NarrowPlan(Plan):
         inner = Lean.of(network)
         if inner is not None:
             inner.release()
-        still = {name for name, parameter in self._floats.items() if any(parameter is p for p in self._still)}
         for name, parameter in network.named_parameters():
-            required = parameter.requires_grad or name in still
-            parameter.requires_grad_(self._parts[name].required if name in self._parts else required)
+            required = parameter.requires_grad or name in self._still
+            parameter.requires_grad_(self._parts[name].trained if name in self._parts else required)
             parameter.grad = None
         if not self._settled:
             likely = self.probabilities.likely(self.num_steps)
@@ -526,6 +543,7 @@ class NarrowPlan(Plan):
         self.probabilities.load(state["probabilities"], state.get("control"))
         self.num_steps, self.num_epochs, self.seed = state["num_steps"], state["num_epochs"], state["seed"]
         self._settled, self._difference, self._checked = state["settled"], None, True
+        self._freeze()
         self._draw(state.get("masks"))
         self._age = state.get("age", 0)
 
@@ -534,7 +552,7 @@ class NarrowPlan(Plan):
         self._split.restore_left_out()
         for part in self._parts.values():
             part.release()
-        for parameter in self._still:
+        for parameter in self._still.values():
             parameter.requires_grad_(True)
         for name, required in self._frozen_head.items():
             self._floats[name].requires_grad_(required)

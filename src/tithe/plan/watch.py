@@ -153,7 +153,7 @@ class Optimizers:
         if plan is None or self.bound:
             return
         ours = {id(parameter) for _, parameter in plan.named_parameters()}
-        for optimizer in _find(ours) if ours else ():  # to look through all objects takes longer than a small step
+        for optimizer in _find(ours):
             if not loaded or STATE_KEY in optimizer.state:  # pyright: ignore
                 self.bind(optimizer)
 
