@@ -131,7 +131,7 @@ class NarrowPlan(Plan):
                 distributed.meet(f"init={self.method.init!r}")
                 device = next(self.model.parameters()).device
                 metric = distributed.sum_(metric.to(device)).to(metric)
-            self.probabilities.start_from(metric)
+            self.probabilities.start_from(metric, between=self.method.init == "taylor")
             self._draw()
 
     # ------------------------------------------------------------------------------------------------ what is trained
