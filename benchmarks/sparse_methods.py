@@ -26,6 +26,7 @@ SETTLED = 0.3  # part of the course after which the structure is fixed
 FALLEN = 0.9  # part of that part over which the share that is kept falls to the ratio
 STRUCTURE_RATE = 0.05
 DRAWS = 10  # masks among which the best is kept in the end
+CUT = 0.05  # part of the course after which the last cut is made: where the learning rate is at its highest
 VIRTUAL = 10_000  # steps of a course that ends after some seconds, where a schedule asks for steps
 
 Trained = tuple[nn.Module, float]  # a network, its FLOPs as a part of the dense network's
@@ -208,6 +209,20 @@ def ours(course: Course, architecture: Architecture, ratio: float) -> Trained:
     return narrow, flops(narrow, first[0][:1]) / architecture.flops(architecture.widths)
 
 
+def cuts(course: Course, architecture: Architecture, ratio: float) -> Trained:
+    """Tithe's cuts: the whole network for a few steps, then what is worth least goes, in five cuts."""
+    model = started(architecture, architecture.widths, course)
+    first = next(evaluation_batches(apart(course.split.train)[1], 2))
+    with course.clock():
+        assert course.epochs is not None
+        stop = round(CUT * course.epochs * course.steps_per_epoch)
+        structure = tithe.TaylorPruning(keep=ratio, stop=stop)
+        plan = tithe.attach(model, structure, loss=loss_of, data=[first], seed=course.seed)
+    course.train(model)
+    narrow = plan.export(first)
+    return narrow, flops(narrow, first[0][:1]) / architecture.flops(architecture.widths)
+
+
 @dataclass(frozen=True)
 class Method:
     """A name, how it trains, and the learning rates that it may choose from."""
@@ -226,5 +241,6 @@ METHODS = {
         Method("L1 after dense", magnitude),
         Method("masks", masked),
         Method("Tithe", ours),
+        Method("cuts", cuts),
     )
 }

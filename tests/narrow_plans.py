@@ -106,7 +106,7 @@ def plain(plan: NarrowPlan, case: Case) -> nn.Module:
 
 def drawn(plan: NarrowPlan) -> tuple[Tensor, Tensor]:
     """The two networks of the coming step, bool (n,)."""
-    return plan.probabilities.draw(plan.seed, plan.num_steps)
+    return plan.structure.draw(plan.seed, plan.num_steps)
 
 
 def live_entries(plan: NarrowPlan, mask: Tensor) -> dict[str, Tensor]:

@@ -91,9 +91,9 @@ def test_a_long_run_is_that_of_masks_on_dense_tensors(name: str) -> None:
         batch = case.batch(6, seed=number, dtype=torch.float64)
         step(plan, opt, case, batch)
         reference.step([batch])
-        used |= plan.probabilities.control.scale > 0
+        used |= plan.structure.control.scale > 0
     assert used
-    torch.testing.assert_close(plan.probabilities.s.detach(), reference.s, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(plan.structure.s.detach(), reference.s, rtol=1e-6, atol=1e-8)
 
 
 def test_this_step_is_not_in_its_own_forecast() -> None:
@@ -105,10 +105,10 @@ def test_this_step_is_not_in_its_own_forecast() -> None:
         opt = bound(plan, sgd)
         for batch in case.batches(LONG, dtype=torch.float64):
             step(plan, opt, case, batch)
-        used.append(plan.probabilities.control.vector.clone())
+        used.append(plan.structure.control.vector.clone())
         batch = case.batch(dtype=torch.float64)
         plan.backward(lambda plan=plan, batch=batch, factor=factor: factor * case.loss(plan.model, batch))
-        torch.testing.assert_close(plan.probabilities.control.vector, used[-1], rtol=0, atol=0)
+        torch.testing.assert_close(plan.structure.control.vector, used[-1], rtol=0, atol=0)
     torch.testing.assert_close(used[0], used[1], rtol=0, atol=0)
     assert bool(used[0].any())
 
@@ -120,13 +120,13 @@ def test_units_that_are_dropped_are_forgotten(name: str) -> None:
     opt = bound(plan, adamw)
     for batch in case.batches(4):
         step(plan, opt, case, batch)
-    before = plan.probabilities.control.units
+    before = plan.structure.control.units
     alive = torch.ones(len(before), dtype=torch.bool)
     for group in plan.stage.coupling.groups:
         alive[group.start + 1 : group.stop : 2] = False
-        plan.probabilities.s.detach()[group.start + 1 : group.stop : 2] = 0.0
+        plan.structure.s.detach()[group.start + 1 : group.stop : 2] = 0.0
     assert plan.end_epoch()
-    assert torch.equal(plan.probabilities.control.units, before[alive])
+    assert torch.equal(plan.structure.control.units, before[alive])
     for batch in case.batches(2):
         step(plan, opt, case, batch)
 
@@ -136,7 +136,7 @@ def test_without_it_the_estimate_is_the_papers_and_old_states_are_read() -> None
     case, method = FAMILIES["vgg"], VRPGE(0.5, control_variate=False)
     plan = attach(case, method=method)
     opt = bound(plan, sgd)
-    assert plan.probabilities.control is None
+    assert plan.structure.control is None
     for batch in case.batches(3):
         step(plan, opt, case, batch)
     state = plan.state_dict()
@@ -164,8 +164,8 @@ def test_a_method_of_ones_own_has_it_when_it_asks() -> None:
             opt = bound(plan, sgd)
             for batch in case.batches(LONG):
                 step(plan, opt, case, batch)
-        assert torch.equal(pair[0].probabilities.s, pair[1].probabilities.s)
-    assert not torch.equal(plans[0].probabilities.s, asked[0].probabilities.s)
+        assert torch.equal(pair[0].structure.s, pair[1].structure.s)
+    assert not torch.equal(plans[0].structure.s, asked[0].structure.s)
 
 
 # --- draws that are held
@@ -193,7 +193,7 @@ def test_a_draw_is_held_and_the_second_loss_is_evaluated_once() -> None:
     calls: list[int] = []
     learned: list[bool] = []
     for number in range(7):
-        before, count = plan.probabilities.s.clone(), 0
+        before, count = plan.structure.s.clone(), 0
         drawn = plan._masks
 
         batch = case.batch(6, seed=number)
@@ -208,7 +208,7 @@ def test_a_draw_is_held_and_the_second_loss_is_evaluated_once() -> None:
         opt.zero_grad()
         changed = plan.step()
         calls.append(count)
-        learned.append(not torch.equal(before, plan.probabilities.s))
+        learned.append(not torch.equal(before, plan.structure.s))
         assert (plan._masks is drawn) == (number % 3 != 2)
         assert changed == (number % 3 == 2)
     assert calls == [3, 1, 1, 2, 1, 1, 2]  # the very first is run twice, to see that the loss is the same
@@ -232,8 +232,8 @@ def test_stopping_while_a_draw_is_held_equals_never_stopping(name: str, stop: in
     opt.load_state_dict(saved["opt"])
     run(resumed, opt, case, stop, 9)
     assert equal_bits(bits(straight.model), bits(resumed.model)) == []
-    assert torch.equal(straight.probabilities.s, resumed.probabilities.s)
-    assert torch.equal(straight.probabilities.control.vector, resumed.probabilities.control.vector)
+    assert torch.equal(straight.structure.s, resumed.structure.s)
+    assert torch.equal(straight.structure.control.vector, resumed.structure.control.vector)
 
 
 # --- two ranks
@@ -257,7 +257,7 @@ def _on_two_ranks(rank: int, method: VRPGE) -> tuple[Tensor, Tensor]:
             opt.zero_grad()
         plan.step()
     plan.settle()
-    s = plan.probabilities.s.detach().clone()
+    s = plan.structure.s.detach().clone()
     return s, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

@@ -41,10 +41,10 @@ def test_nothing_trains_but_the_probabilities(name: str) -> None:
     flags, before = [p.requires_grad for p in model.parameters()], bits(model)
     plan = attach(case, model, FROZEN)
     assert all(theta.grad is None for theta in plan.parameters())
-    s = plan.probabilities.s.clone()
+    s = plan.structure.s.clone()
     search(plan, case, stop=2)
     assert equal_bits(before, bits(model)) == []
-    assert not torch.equal(plan.probabilities.s, s)
+    assert not torch.equal(plan.structure.s, s)
     assert plan.num_steps == 2
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     plan.release()
@@ -179,7 +179,7 @@ def test_a_search_that_is_stopped_goes_on(method: VRPGE, stop: int, tmp_path: Pa
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = attach(case, case.model(seed=9), method, seed=3, state=state)
     search(resumed, case, stop, 7)
-    assert torch.equal(straight.probabilities.s, resumed.probabilities.s)
+    assert torch.equal(straight.structure.s, resumed.structure.s)
     assert equal_bits(bits(straight.model), bits(resumed.model)) == []
 
 
@@ -204,7 +204,7 @@ def test_a_search_moves_towards_the_units_that_matter(control: bool) -> None:
     for _ in range(120):
         plan.backward(lambda: loss(model, x))
         plan.step()
-    s = plan.probabilities.s
+    s = plan.structure.s
     assert float(s[:8].sum()) > 1.3 * float(s[8:].sum())
     plan.settle([x])
     with torch.no_grad():
@@ -228,11 +228,11 @@ def test_the_start_spends_what_is_kept_in_the_order_of_the_metric(name: str, cos
     assert torch.equal(torch.rand(3), expected)
     assert equal_bits(before, bits(model)) == []
     assert all(p.grad is None for p in model.parameters())
-    assert plan.probabilities.spent() == pytest.approx(0.6, rel=1e-6)
+    assert plan.structure.spent() == pytest.approx(0.6, rel=1e-6)
     plan._inference.unhook()
     metric = unit_metric(init, plan.stage, case.loss, case.batches(2))
     assert bool((metric >= 0).all())
-    s = plan.probabilities.s.detach()
+    s = plan.structure.s.detach()
     for group in plan.stage.coupling.groups:
         inside = slice(group.start, group.stop)
         order = metric[inside].argsort()

@@ -3,6 +3,7 @@
                   what is not selected …            a method says
 SparseMethod      stays frozen at its value         num_selected, choose
 NarrowMethod      does not exist in a step          keep; share, gradient
+CutMethod         goes for good, in a few steps     keep, share; accumulate, worth
 SubspaceMethod    moves with the rest, in a span    history
 
 Everything else has a default. A method is a subclass, most simply a frozen dataclass; `tithe.attach` makes its plan:
@@ -61,6 +62,10 @@ class PlanMaker(Protocol[SparseT, NarrowT, SubspaceT]):
 
     def narrow(self, method: NarrowMethod) -> NarrowT:
         """Make a plan under which what is not drawn does not exist."""
+        ...
+
+    def cut(self, method: CutMethod) -> NarrowT:
+        """Make a plan under which what is worth least goes for good, in a few steps."""
         ...
 
     def subspace(self, method: SubspaceMethod) -> SubspaceT:
@@ -163,6 +168,50 @@ class NarrowMethod(ABC):
     def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
         """Ask for a plan under which the rest does not exist."""
         return maker.narrow(self)
+
+
+class CutMethod(ABC):
+    """Lets channels, hidden units and heads go for good, in a few steps; what is left is always computed and trained.
+
+    What a unit is worth follows from the weights' own gradients, so that a step costs what an ordinary one does. A
+    choice is a pure function of them: nothing is drawn.
+    """
+
+    keep: float
+    """The share of the cost that is kept in the end, in (0, 1]."""
+    cost: Cost = "flops"
+    """What is counted: units, the forward pass's operations, or parameters."""
+    floor: float = 0.0
+    """No group gets below this part of the width that it would have if all were equally narrow, in [0, 1]."""
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """Say which share of the cost is kept after `step` finished steps: units go in each step in which it falls.
+
+        Below `keep` it does not fall, and where it gets there, the structure is fixed.
+        """
+
+    def accumulate(self, scores: Tensor, gates: Tensor) -> Tensor:
+        """Take a step's gate gradients into the scores; by default Σ c² over the steps so far.
+
+        Args:
+            scores: float64 (n,), zero before the first step.
+            gates: c_i = ∂L/∂m_i of a gate m_i = 1 on unit i's output, float64 (n,).
+        """
+        return scores + gates.square()
+
+    def worth(self, scores: Tensor, prices: Tensor) -> Tensor:
+        """Say what units are worth at a cut, (n,); those of least worth go; by default scores over prices.
+
+        Args:
+            scores: float64 (n,).
+            prices: of each unit, in the measure of `cost`, beside neighbours as wide as they are, float64 (n,).
+        """
+        return scores / prices
+
+    def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
+        """Ask for a plan under which units go for good."""
+        return maker.cut(self)
 
 
 class SubspaceMethod(ABC):

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tithe.coupling import Coupling, Group
 from tithe.selection import Grid
@@ -63,6 +63,27 @@ def gate_gradients(
         return torch.zeros(coupling.num_units)
     each = torch.cat(values).cpu()  # all at once: a device is waited for once
     return each.new_zeros(coupling.num_units).index_add_(0, torch.cat(units), each * torch.cat(shares).to(each))
+
+
+def gates_of_step(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    coupling: Coupling,
+    grids: Mapping[str, Grid],
+) -> Tensor:
+    """Return `gate_gradients` of the weights that an optimizer is about to move, (n,).
+
+    Args:
+        optimizer: before its step.
+        named: the model's parameters, by name; those that the optimizer does not hold are left out.
+        coupling: which positions are of which unit.
+        grids: what exists of each tensor.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    gradients = {name: p.grad for name, p in named.items() if id(p) in held and p.grad is not None}
+    gates = gate_gradients(coupling, grids, {name: named[name] for name in gradients}, gradients)
+    scale = getattr(optimizer, "grad_scale", None)  # a fused kernel takes a gradient scaler's factor out by itself
+    return gates if scale is None else gates / float(scale)
 
 
 def _readers(coupling: Coupling, weights: Mapping[str, Tensor]) -> dict[tuple[str, int], list[tuple[Group, int]]]:

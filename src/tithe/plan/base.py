@@ -59,8 +59,6 @@ class Plan(ABC):
 
     method: Any
     """The method that asked for the plan, of the contract that belongs to the plan's kind."""
-    needs_backward: ClassVar[bool] = False
-    """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
     averages_gradients: ClassVar[bool] = False
     """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
     shares_work: ClassVar[bool] = False
@@ -151,6 +149,11 @@ class Plan(ABC):
             TitheError: as `attach`.
         """
         self._check_live()
+
+    @property
+    def needs_backward(self) -> bool:
+        """Return whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
+        return False
 
     @property
     def released(self) -> bool:

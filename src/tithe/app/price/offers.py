@@ -255,7 +255,7 @@ class _Maker:
         with warnings.catch_warnings():  # half precision, which is asked for here, is no news
             warnings.filterwarnings("ignore", message=".*rounds small updates away", category=TitheWarning)
             plan = tithe.attach(model, method, loss=loss, data=[batch], head=subject.head)
-        drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
+        drawn, _ = plan.structure.draw(plan.seed, plan.num_steps)
         shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
         return Setup(
             model=model,
