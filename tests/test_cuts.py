@@ -16,6 +16,7 @@ import tithe
 from models import CASES, Batch, Case
 from narrow_plans import FAMILIES, Optimizer, every
 from oracles import adamw, bits, equal_bits, sgd, train
+from ranks import play, refused
 from test_gates import gated, loss_with
 from tithe import NarrowPlan, TaylorPruning, TitheError
 from tithe.select.cut_order import cut_order
@@ -455,3 +456,50 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any], found: str) -> N
 def test_less_than_one_unit_of_each_group_is_refused_when_attaching() -> None:
     with pytest.raises(TitheError, match="keep"):
         attach(FAMILIES["vgg"], method=TaylorPruning(1e-4, stop=3, cuts=1))
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def _half(batch: Batch, rank: int) -> Batch:
+    return {key: value[4 * rank : 4 * rank + 4] for key, value in batch.items()}
+
+
+def _together(rank: int) -> dict[str, Tensor]:
+    """Half of each batch a rank, through the plan, which averages gradients."""
+    case = CASES["mlp"]
+    plan = attach(case)
+    opt = sgd(plan.parameters())
+    for batch in case.batches(8, 8):
+        plan.backward(lambda batch=batch: case.loss(plan.model, _half(batch, rank)))
+        opt.step()
+        opt.zero_grad()
+    assert plan.settled
+    return bits(plan.model)
+
+
+def _apart(rank: int) -> None:
+    """Gradients that nobody averages."""
+    case = CASES["mlp"]
+    plan = attach(case)
+    opt = sgd(plan.parameters())
+    try:
+        case.loss(plan.model, _half(case.batch(8), rank)).backward()
+        opt.step()
+        opt.zero_grad()
+    finally:
+        plan.release()
+
+
+def test_two_ranks_are_cut_alike_as_one_with_both_halves(tmp_path: Any) -> None:
+    found = play(tmp_path, _together, _apart)
+    first, second = found["_together"]
+    assert equal_bits(first, second) == []
+    case = CASES["mlp"]
+    plan = attach(case)
+    opt = sgd(plan.parameters())
+    for batch in case.batches(8, 8):
+        step(plan, opt, case, batch)
+    for name, value in bits(plan.model).items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    refused(found["_apart"], "gradients", "plan.backward")
