@@ -26,7 +26,7 @@ SETTLED = 0.3  # part of the course after which the structure is fixed
 FALLEN = 0.9  # part of that part over which the share that is kept falls to the ratio
 STRUCTURE_RATE = 0.05
 DRAWS = 10  # masks among which the best is kept in the end
-LAST_CUT = 60  # steps before the last of five cuts: about a twentieth of the shortest courses
+LAST_CUT = 300  # steps before the last of five cuts: about a sixth of a course
 VIRTUAL = 10_000  # steps of a course that ends after some seconds, where a schedule asks for steps
 
 Trained = tuple[nn.Module, float]  # a network, its FLOPs as a part of the dense network's

@@ -239,6 +239,21 @@ def stage_grids(stage: Any, alive: Tensor, before: dict[str, Tensor]) -> dict[st
     }
 
 
+@pytest.mark.parametrize("case", every(("vgg", "bert")))
+def test_a_step_takes_what_was_predicted_and_less_after_the_cuts(case: Case) -> None:
+    plan = attach(case)
+    opt = sgd(plan.parameters())
+    peaks: list[int] = []
+    for batch in case.batches(8):
+        predicted = plan.predict(batch)
+        measured = tithe.measure(lambda batch=batch: case.loss(plan.model, batch).backward(), model=plan.model)
+        assert (predicted.peak, predicted.kept) == (measured.peak, measured.kept)
+        peaks.append(measured.peak)
+        opt.step()
+        opt.zero_grad()
+    assert peaks[-1] < peaks[0]
+
+
 def test_a_loss_that_is_still_held_does_no_harm() -> None:
     """It keeps autograd's node alive that knows the old shape."""
     case = FAMILIES["vgg"]
@@ -451,6 +466,13 @@ def test_an_overflow_is_not_heard() -> None:
 def test_values_out_of_range_are_refused(wrong: dict[str, Any], found: str) -> None:
     with pytest.raises(TitheError, match=found):
         TaylorPruning(**({"keep": 0.5, "stop": 10} | wrong))
+
+
+def test_a_state_of_another_kind_of_method_is_refused() -> None:
+    case = FAMILIES["vgg"]
+    saved = attach(case, method=tithe.VRPGE(0.45, cost="flops")).state_dict()
+    with pytest.raises(TitheError, match="the state of another kind of method"):
+        attach(case, state=saved)
 
 
 def test_less_than_one_unit_of_each_group_is_refused_when_attaching() -> None:

@@ -457,7 +457,7 @@ class NarrowPlan(Plan):
         self.stage = self.stage.settle(alive)
         for name, part in self._parts.items():
             part.shrink(grids[name], self._optimizers.bound)
-        for name in grids.keys() - self._parts.keys() & self._floats.keys():
+        for name in (grids.keys() & self._floats.keys()) - self._parts.keys():
             weight = self._floats[name]
             shrink_parameter(weight, weight.data, grids[name], self._optimizers.bound)
         self.structure.shrink(self.stage.coupling, alive)
