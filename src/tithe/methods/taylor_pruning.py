@@ -40,7 +40,8 @@ class TaylorPruning(CutMethod):
 
     Args:
         keep: the share of the cost that is kept in the end, in (0, 1].
-        stop: step after which the last cut is made.
+        stop: step after which the last cut is made; of fresh weights at least a few hundred steps, since the units that
+            score highest at first do much the same (`docs/taylor-pruning.md`).
         start: step from which on cuts are counted; the first comes (stop − start) / cuts steps later.
         cuts: how many there are.
         cost: what is counted. "flops", "params": the forward pass's operations, or the parameters, fixed parts
@@ -78,7 +79,7 @@ class TaylorPruning(CutMethod):
                 "TaylorPruning",
                 found=f"start={self.start}, stop={self.stop}",
                 expected="two counts of steps, the first smaller",
-                remedy="stop after a twentieth of all steps: stop = round(0.05 * num_steps)",
+                remedy="stop after a sixth of all steps: stop = num_steps // 6",
             )
         if not 1 <= self.cuts <= self.stop - self.start:
             raise TitheError(
