@@ -1,15 +1,16 @@
-"""The loss of a narrow network whose weights are frozen while its structure is learned."""
+"""The loss of a narrow network whose weights have no gradient, as they have none while the structure is learned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tithe.narrow import Stage, check_scalar, run_frozen
 from tithe.narrow.stage import Fit
-from tithe.scoring import check_loss
+from tithe.scoring import Loss, check_loss
 
 
 def loss_of_frozen(stage: Stage, fit: Fit, closure: Callable[[], Tensor], head: Sequence[nn.Parameter]) -> Tensor:
@@ -35,3 +36,9 @@ def loss_of_frozen(stage: Stage, fit: Fit, closure: Callable[[], Tensor], head: 
         loss = check_loss(closure(), finite=False)
         loss.backward()
     return loss
+
+
+def loss_without_trace(stage: Stage, fit: Fit, loss: Loss, batch: Any) -> Tensor:
+    """Return the loss of a network on a batch without a gradient; the model stays as it was."""
+    with torch.no_grad(), stage.untouched(), stage.run(fit.read, stage.filled(fit)):
+        return loss(stage.model, batch)

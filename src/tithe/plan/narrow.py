@@ -47,15 +47,13 @@ from tithe.narrow import (
     pick_best,
     shrink_parameter,
     sum_losses,
-    unit_metric,
 )
-from tithe.narrow.stage import Fit
 from tithe.narrow.state import FORMAT, check_state
 from tithe.plan.base import Plan, Settings
 from tithe.plan.follow import check_same, held_parameters
-from tithe.plan.frozen import loss_of_frozen
+from tithe.plan.frozen import loss_of_frozen, loss_without_trace
 from tithe.plan.optimizers import check_elementwise, num_states
-from tithe.plan.rank_means import agreed_stage, mean_gradients, mean_statistics
+from tithe.plan.rank_means import agreed_stage, mean_gradients, mean_statistics, summed_metric
 from tithe.plan.ties import check_untied
 from tithe.plan.watch import clear, loss_scale
 from tithe.rules.lean.model import Lean
@@ -151,11 +149,7 @@ class NarrowPlan(Plan):
         """
         super().start()
         if self.structure.init != "uniform":
-            metric = unit_metric(self.structure.init, self.stage, self._loss, self._data)
-            if distributed.world_size() > 1:
-                distributed.meet(f"init={self.structure.init!r}")
-                device = next(self.model.parameters()).device
-                metric = distributed.sum_(metric.to(device)).to(metric)
+            metric = summed_metric(self.structure.init, self.stage, self._loss, self._data)
             self.structure.start_from(metric, between=self.structure.init == "taylor")
             self._draw()
 
@@ -481,9 +475,9 @@ class NarrowPlan(Plan):
 
         def both(shapes: Any) -> Tensor:
             if again:
-                self._loss_on_shapes(shapes, self.stage.fit(self._masks[1]))
+                loss_without_trace(self.stage, self.stage.fit(self._masks[1]), self._loss, shapes)
             if not backward:
-                return self._loss_on_shapes(shapes, first)
+                return loss_without_trace(self.stage, first, self._loss, shapes)
             live = self.stage.filled(first) if self._searching else self._parts.open(self.stage, first)
             if not self._searching:
                 inside.callback(lambda: received.append(self._parts.rehearse(self.stage, first, live)))
@@ -505,11 +499,6 @@ class NarrowPlan(Plan):
         return dataclasses.replace(
             found, theta=copied, gradients=round(size - absent), optimizer=states * size, index=self.index_bytes
         )
-
-    def _loss_on_shapes(self, shapes: Any, fit: Fit) -> Tensor:
-        """The loss of a narrow network without a gradient; nothing of it is left behind."""
-        with torch.no_grad(), self.stage.untouched(), self.stage.run(fit.read, self.stage.filled(fit)):
-            return self._loss(self.model, shapes)
 
     def export(self, example: Any = None) -> nn.Module:
         """Return the narrow network as a plain module of the same class, without a trace of the library.

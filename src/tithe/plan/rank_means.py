@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from tithe import distributed
-from tithe.narrow import Stage
+from tithe.narrow import Stage, unit_metric
+from tithe.scoring import Loss
 
 
 def mean_gradients(place: str, parameters: Sequence[nn.Parameter], norms: Sequence[_NormBase] = ()) -> None:
@@ -91,3 +93,16 @@ def agreed_stage(stage: Stage) -> Stage:
         for term, each in zip(coupling.flops, zip(*costs, strict=True), strict=True)
     )
     return Stage(stage.model, dataclasses.replace(coupling, flops=flops), stage.counts, stage.written)
+
+
+def summed_metric(name: str, stage: Stage, loss: Loss, data: Iterable[Any]) -> Tensor:
+    """Return a metric of the units, (n,), summed over the ranks' data.
+
+    Raises:
+        TitheError: as `tithe.narrow.metrics.unit_metric`.
+    """
+    metric = unit_metric(name, stage, loss, data)
+    if distributed.world_size() > 1:
+        distributed.meet(f"init={name!r}")
+        metric = distributed.sum_(metric.to(next(stage.model.parameters()).device)).to(metric)
+    return metric
