@@ -7,6 +7,9 @@ variance over independent Bernoulli draws an exact sum; only the mean of real dr
     ours        (L_0 - L_1) / 2 · (z_0 - z_1)       two losses
     REINFORCE   L (m - s) / (s (1 - s))             one loss, no baseline
     the same, preconditioned by (s (1 - s))^½: L z
+    controlled  ours, for the loss L - cᵀ m         c from the gradients of the weight steps so far
+
+The control variate looks on while the network trains by our estimate, so that both are compared on the same networks.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from torch import Tensor, nn
 import tithe
 from benchmarks.records import Record, Store, parse
 from tithe.app.demo.digits import NUM_CLASSES, Batch, Task, tasks
+from tithe.narrow.control import ControlVariate
 
 WIDTH, NUM_UNITS = 6, 12
 KEEP = 0.5
 SEEDS = (0, 1, 2)
 STEPS = (0, 200, 1000)
+CONTROL_SEEDS, CONTROL_STEPS = (0, 1, 2, 3, 4), (50, 100, 200, 500, 1000)
 ALPHAS = (0.25, 0.5, 1.0)
 LIMITS = (0.5, 0.1, 0.01, 0.001, 0.9, 0.99, 0.999)
 MIDWAY = 200
@@ -53,16 +58,31 @@ class Small(nn.Module):
         return self.head((F.relu(self.second(x)) * second).flatten(1))
 
 
-def train(seed: int, epochs: Iterator[list[Batch]]) -> Iterator[tuple[int, Small, Tensor]]:
-    """The network and s after each number of STEPS: a draw, a weight step, a second loss, a structure step."""
+def gates(net: Small) -> Tensor:
+    """∂L/∂m_i of a gate on each channel, from the gradients of the two layers that read them."""
+    second, head = net.second.weight, net.head.weight
+    assert second.grad is not None
+    assert head.grad is not None
+    read = (second * second.grad).sum((0, 2, 3)), (head * head.grad).sum(0).view(WIDTH, -1).sum(1)
+    return torch.cat(read).detach()
+
+
+def train(
+    seed: int, epochs: Iterator[list[Batch]], at: tuple[int, ...]
+) -> Iterator[tuple[int, Small, Tensor, ControlVariate]]:
+    """The network, s and the control variate after these numbers of steps.
+
+    A step is a draw, a weight step, a second loss, a structure step by our estimate.
+    """
     torch.manual_seed(seed)
     net, s = Small(), nn.Parameter(torch.full((NUM_UNITS,), KEEP))
     generator = torch.Generator().manual_seed(seed)
+    control = ControlVariate(NUM_UNITS)
     weights, structure = torch.optim.Adam(net.parameters(), lr=3e-3), torch.optim.Adam([s], lr=12e-3)
     batches = itertools.chain.from_iterable(epochs)
-    for step in range(max(STEPS) + 1):
-        if step in STEPS:
-            yield step, copy.deepcopy(net), s.detach().clone()
+    for step in range(max(at) + 1):
+        if step in at:
+            yield step, copy.deepcopy(net), s.detach().clone(), control
         x, y = next(batches)
         mask_0, mask_1 = (tithe.select.bernoulli_masks.draw(s, GROUP, generator) for _ in range(2))
         loss_0 = F.cross_entropy(net(x, mask_0), y)
@@ -71,6 +91,8 @@ def train(seed: int, epochs: Iterator[list[Batch]]) -> Iterator[tuple[int, Small
         s.grad = tithe.select.bernoulli_masks.policy_gradient(s, mask_0, mask_1, loss_0, loss_1)
         weights.zero_grad()
         loss_0.backward()
+        control.see(mask_0, mask_1, float(loss_0.detach() - loss_1))
+        control.take(gates(net), mask_0)
         weights.step()
         structure.step()
         s.data = tithe.select.bernoulli_masks.project(s, KEEP * NUM_UNITS)
@@ -110,7 +132,9 @@ def variances(s: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ours, plain, plain / h
 
 
-def sampled(s: Tensor, losses: Tensor, alpha: float, *, floor: bool) -> tuple[Tensor, Tensor]:
+def sampled(
+    s: Tensor, losses: Tensor, alpha: float, *, floor: bool, control: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean over NUM_PAIRS pairs of real draws, and its standard error, each (12,).
 
     Without the floor the units of a draw are one group, which has one more unit that is always there.
@@ -125,7 +149,9 @@ def sampled(s: Tensor, losses: Tensor, alpha: float, *, floor: bool) -> tuple[Te
         drawn = tithe.select.bernoulli_masks.draw(units.repeat(2 * CHUNK), groups, generator).view(2, CHUNK, -1)
         masks = drawn[..., :NUM_UNITS]
         loss = losses[(masks * place).sum(-1)][..., None]
-        found = tithe.select.bernoulli_masks.policy_gradient(s, masks[0], masks[1], loss[0], loss[1], alpha)
+        found = tithe.select.bernoulli_masks.policy_gradient(
+            s, masks[0], masks[1], loss[0], loss[1], alpha, control=control
+        )
         total, square = total + found.sum(0), square + found.square().sum(0)
     mean = total / NUM_PAIRS
     return mean, ((square / NUM_PAIRS - mean**2) / NUM_PAIRS).sqrt()
@@ -175,10 +201,39 @@ def limit(s: Tensor, losses: Tensor, value: float) -> Record:
     return {"ours": ours, "preconditioned": preconditioned, "plain": plain, "bound": bound}
 
 
+def controlled(s: Tensor, losses: Tensor, control: ControlVariate) -> Record:
+    """The variance without and with the control variate, summed as in `spread`."""
+    uncertain = (s > 0) & (s < 1)
+    inner, c = s.clamp(1e-6, 1 - 1e-6), control.vector
+    ours, less = (float(variances(inner, left)[0][uncertain].sum()) for left in (losses, losses - MASKS @ c))
+    return {"ours": ours, "controlled": less, "scale": control.scale}
+
+
+def mean_controlled(s: Tensor, losses: Tensor, control: ControlVariate) -> Record:
+    """How far the sampled mean is from H^½ ∇F, in standard errors, with the control variate and without: same draws."""
+    exact, found = (s * (1 - s)).sqrt() * gradient(s, losses), list[float]()
+    for c in (control.vector, None):
+        mean, error = sampled(s, losses, 0.5, floor=False, control=c)
+        found.append(float(((mean - exact) / error).abs().max()))
+    return {"pairs": NUM_PAIRS, "standard_errors": found[0], "standard_errors_without": found[1]}
+
+
+def measure_control(seed: int, task: Task) -> Iterator[Record]:
+    """What the control variate takes off, while one network trains."""
+    batch = (task.train[0][:128], task.train[1][:128])
+    for steps, net, s, control in train(seed, task.epochs(64, seed), CONTROL_STEPS):
+        key: Record = {"table": "control", "seed": seed, "steps": steps, "alpha": 0.5, "floor": False, "s": None}
+        losses = losses_of(net, batch)
+        record = controlled(s.double(), losses, control)
+        if steps == MIDWAY:
+            record |= mean_controlled(s.double().clamp(0.1, 0.9), losses, control)
+        yield {**key, **record}
+
+
 def measure(seed: int, task: Task) -> Iterator[Record]:
     """All that is recorded of one trained network."""
     batch = (task.train[0][:128], task.train[1][:128])
-    for steps, net, found in train(seed, task.epochs(64, seed)):
+    for steps, net, found, _ in train(seed, task.epochs(64, seed), STEPS):
         s, losses = found.double(), losses_of(net, batch)
         key: Record = {"table": "trained", "seed": seed, "steps": steps, "alpha": 0.5, "floor": False, "s": None}
         yield {**key, **spread(s, losses)}
@@ -196,6 +251,11 @@ def main(args: argparse.Namespace) -> None:
     for seed in SEEDS:
         if store.find(table="trained", seed=seed, steps=STEPS[-1], alpha=0.5, floor=False, s=None) is None:
             for record in list(measure(seed, tasks()[0])):
+                store.add(record)
+    for seed in CONTROL_SEEDS:
+        last = {"table": "control", "seed": seed, "steps": CONTROL_STEPS[-1], "alpha": 0.5, "floor": False, "s": None}
+        if store.find(**last) is None:
+            for record in list(measure_control(seed, tasks()[0])):
                 store.add(record)
 
 

@@ -13,7 +13,8 @@ def estimator(results: Path, docs: Path) -> str:
     records = list(lines(results / "estimator.jsonl"))
     if not records:
         return ""
-    means, limits, trained = ([r for r in records if r["table"] == name] for name in ("mean", "limit", "trained"))
+    kinds = ("mean", "limit", "trained", "control")
+    means, limits, trained, control = ([r for r in records if r["table"] == name] for name in kinds)
     parts = [
         "## The mean",
         _means(means),
@@ -21,6 +22,8 @@ def estimator(results: Path, docs: Path) -> str:
         _limits(limits),
         "## The variance while the network trains",
         _trained(trained),
+        "## With the control variate",
+        _controlled(control),
         origin(records),
     ]
     return "\n\n".join(parts)
@@ -75,6 +78,36 @@ def _trained(records: list[Record]) -> str:
         for r in sorted(records, key=lambda r: (r["steps"], r["seed"]))
     ]
     return table([*header, "of ours", "of ours, mean² = 1"], rows)
+
+
+def _controlled(records: list[Record]) -> str:
+    header = [
+        "steps",
+        "variance of ours, by seed",
+        "controlled, of ours",
+        "mean",
+        "β",
+        "largest error of the mean (without)",
+    ]
+    rows: list[list[str]] = []
+    for steps in sorted({r["steps"] for r in records}):
+        here = sorted((r for r in records if r["steps"] == steps), key=lambda r: r["seed"])
+        ratios = [r["controlled"] / r["ours"] for r in here]
+        rows.append(
+            [
+                f"{steps}",
+                ", ".join(f"{r['ours']:.2g}" for r in here),
+                ", ".join(f"{ratio:.2f}" for ratio in ratios),
+                f"{sum(ratios) / len(ratios):.2f}",
+                ", ".join(f"{r['scale']:.1f}" for r in here),
+                ", ".join(
+                    f"{r['standard_errors']:.1f} ({r['standard_errors_without']:.1f})"
+                    for r in here
+                    if "standard_errors" in r
+                ),
+            ]
+        )
+    return table(header, rows)
 
 
 def _times(ratio: float) -> str:

@@ -89,7 +89,7 @@ def train(way: Way, keep: float, rate: float, seed: int, data: Path) -> Record:
         "test": test,
         "train_seconds": spent,
         "last_epoch_seconds": sum(seconds[-per_epoch:]),
-        "operations": plan.probabilities.spent(),
+        "operations": plan.structure.spent(),
         "parameters": num_parameters(narrow),
         "heads": widths(narrow, "attention.self.query"),
         "units": widths(narrow, "intermediate.dense"),

@@ -4,6 +4,9 @@ CIFAR-10 at 16², VGG-7 and ResNet-20 from fresh weights. Tithe trains for 8 epo
 many CPU seconds of one thread as Tithe took with the same seed, the dense network for 8 epochs. Each method chooses its
 own learning rate for each network and ratio: the highest accuracy on the validation images, first seed, in full length.
 
+Cuts came later, on another machine: beside each of their runs a uniformly narrow network trains once more for as many
+seconds, run after run, at the rate that it had chosen.
+
 `--workers 2` trains two networks at a time, one thread each; `--networks` and `--ratios` do a part.
 """
 
@@ -28,7 +31,8 @@ SEEDS = (0, 1, 2)
 RATIOS = (0.36, 0.1)
 NETWORKS = {a.name: a for a in (VGG7, resnet(3, SIDE))}
 KEY = ("network", "ratio", "method", "rate", "seed", "end")
-PACE, DENSE = METHODS["Tithe"], METHODS["dense"]
+PACE, DENSE, CUTS, EVEN = METHODS["Tithe"], METHODS["dense"], METHODS["cuts"], METHODS["uniformly narrow"]
+AGAIN = "seconds, beside cuts"  # the end of a uniformly narrow network's run on the machine that cuts ran on
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,15 @@ class Cell:
             return
         limits = [record["seconds"] for record in self.seeds(PACE)]
         for method in METHODS.values():
-            if method not in (PACE, DENSE):
+            if method not in (PACE, DENSE, CUTS):
                 self.seeds(method, limits)
+        for seed, limit in enumerate(limits):
+            self.beside(seed, limit)
+
+    def beside(self, seed: int, limit: float) -> tuple[Record, Record]:
+        """Cuts, and then a uniformly narrow network, for as many seconds."""
+        mine = self.run(CUTS, self.best(CUTS, limit), seed, limit)
+        return mine, self.run(EVEN, self.best(EVEN, limit), seed, limit, AGAIN)
 
     def seeds(self, method: Method, limits: Sequence[float | None] = (None,) * len(SEEDS)) -> list[Record]:
         """The method at its best rate, with every seed."""
@@ -57,13 +68,15 @@ class Cell:
         return [self.run(method, rate, seed, limit) for seed, limit in zip(SEEDS, limits, strict=True)]
 
     def best(self, method: Method, limit: float | None) -> float:
-        """The rate of highest validation accuracy."""
+        """The rate of highest validation accuracy; of one there is no choice."""
+        if len(method.rates) == 1:
+            return method.rates[0]
         return max(method.rates, key=lambda rate: self.run(method, rate, SEEDS[0], limit)["validation"])
 
-    def run(self, method: Method, rate: float, seed: int, limit: float | None = None) -> Record:
+    def run(self, method: Method, rate: float, seed: int, limit: float | None = None, end: str = "seconds") -> Record:
         """The record of a run: found, or made now."""
         fields = {"network": self.network, "ratio": self.ratio, "method": method.name, "rate": rate, "seed": seed}
-        fields["end"] = "epochs" if limit is None else "seconds"
+        fields["end"] = "epochs" if limit is None else end
         store = Store(self.results / "sparse.jsonl", key=KEY)
         found = store.find(**fields)
         if found is not None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from benchmarks import narrow_plots
 from benchmarks.markdown import origin, table, with_spread
 from benchmarks.records import Record, lines, mean_and_spread
-from benchmarks.sparse import NETWORKS, PACE, RATIOS, SEEDS
+from benchmarks.sparse import AGAIN, CUTS, EVEN, NETWORKS, PACE, RATIOS, SEEDS
 from benchmarks.sparse_methods import METHODS
 
 LEVEL = 0.95  # of the dense network's validation accuracy: to be reached in the fewest seconds
 WITHIN = 0.5  # points of the dense network's test accuracy, at the first ratio
+BESIDE = {0.36: 0.5, 0.1: 1.5}  # points of a uniformly narrow network's test accuracy, for cuts
+ABOVE = 3.0  # points that cuts are to have more than the estimator
 
 
 class Runs:
@@ -41,15 +43,21 @@ def sparse(results: Path, docs: Path) -> str:
     records = list(lines(results / "sparse.jsonl"))
     if not records:
         return ""
-    runs = Runs(records)
+    runs = Runs([r for r in records if r["end"] != AGAIN and r["method"] != CUTS.name])
     settings = [(network, ratio) for network in NETWORKS for ratio in RATIOS if runs.of(network, ratio, PACE.name)]
     parts = [part for setting in settings for part in (_title(*setting), accuracy_table(runs, *setting))]
     panels = {
-        _title(*setting).removeprefix("## "): {m: curve(runs.of(*setting, m)) for m in METHODS} for setting in settings
+        _title(*setting).removeprefix("## "): {m: curve(runs.of(*setting, m)) for m in METHODS if m != CUTS.name}
+        for setting in settings
     }
     narrow_plots.curves(panels, docs / "sparse.png")
     parts += ["## Accuracy against seconds", "![Accuracy against seconds](sparse.png)"]
-    parts += ["## To reach", reach_table(runs, settings), "## Rates tried: validation accuracy", rates_table(records)]
+    parts += ["## To reach", reach_table(runs, settings), "## Rates tried: validation accuracy"]
+    parts += [rates_table(runs.records)]
+    mine = [r for r in records if r["method"] == CUTS.name]
+    if mine:
+        beside = [r for r in records if r["end"] == AGAIN]
+        parts += ["## Cuts", cuts_table(mine, beside, runs), origin(mine), "## All other tables"]
     return "\n\n".join([*parts, origin(records)])
 
 
@@ -69,7 +77,7 @@ def accuracy_table(runs: Runs, network: str, ratio: float) -> str:
     """One row a method."""
     dense = runs.of(network, ratio, "dense")
     level = LEVEL * statistics.fmean(r["validation"] for r in dense) if dense else 100.0
-    chosen = [(name, runs.of(network, ratio, name)) for name in METHODS]
+    chosen = [(name, runs.of(network, ratio, name)) for name in METHODS if name != CUTS.name]
     rows = [
         [
             name,
@@ -107,7 +115,7 @@ def reach_table(runs: Runs, settings: Sequence[tuple[str, float]]) -> str:
     """The figures to reach."""
     rows: list[list[str]] = []
     for network, ratio in settings:
-        means = {m: runs.of(network, ratio, m) for m in METHODS}
+        means = {m: runs.of(network, ratio, m) for m in METHODS if m != CUTS.name}
         scores = {m: statistics.fmean(r["test"] for r in found) for m, found in means.items() if found}
         dense, mine = scores.pop("dense", None), scores.pop(PACE.name)
         title = _title(network, ratio).removeprefix("## ")
@@ -119,6 +127,32 @@ def reach_table(runs: Runs, settings: Sequence[tuple[str, float]]) -> str:
             gap = mine - dense
             rows.append([f"{title}: less dense", f"{gap:+.1f}", f"≥ −{WITHIN}", "yes" if gap >= -WITHIN else "no"])
     return table(["points of test accuracy", "measured", "to reach", "reached"], rows)
+
+
+def cuts_table(mine: Sequence[Record], beside: Sequence[Record], runs: Runs) -> str:
+    """Cuts and a uniformly narrow network in turn, as many seconds each, and the estimator of the tables above."""
+    rows: list[list[str]] = []
+    for network in NETWORKS:
+        for ratio in RATIOS:
+            cuts = [r for r in mine if (r["network"], r["ratio"]) == (network, ratio)]
+            even = [r for r in beside if (r["network"], r["ratio"]) == (network, ratio)]
+            if not cuts:
+                continue
+            learned = statistics.fmean(r["test"] for r in runs.of(network, ratio, PACE.name))
+            rows.append(
+                [
+                    f"{network}, {100 * ratio:g} %",
+                    f"{100 * statistics.fmean(r['flops'] for r in cuts):.1f}",
+                    f"{statistics.fmean(r['seconds'] for r in cuts):.0f}",
+                    str(len(cuts)),
+                    with_spread([r["test"] for r in cuts]),
+                    with_spread([r["test"] for r in even]) if even else "—",
+                    f"{difference(cuts, even)} (≥ −{BESIDE[ratio]})",
+                    f"{statistics.fmean(r['test'] for r in cuts) - learned:+.1f} (≥ +{ABOVE:g})",
+                ]
+            )
+    header = ["", "FLOPs, %", "CPU s", "seeds", "cuts", EVEN.name, "cuts less that (to reach)", "less Tithe (to reach)"]
+    return table(header, rows)
 
 
 def rates_table(records: Sequence[Record]) -> str:

@@ -106,7 +106,7 @@ def plain(plan: NarrowPlan, case: Case) -> nn.Module:
 
 def drawn(plan: NarrowPlan) -> tuple[Tensor, Tensor]:
     """The two networks of the coming step, bool (n,)."""
-    return plan.probabilities.draw(plan.seed, plan.num_steps)
+    return plan.structure.draw(plan.seed, plan.num_steps)
 
 
 def live_entries(plan: NarrowPlan, mask: Tensor) -> dict[str, Tensor]:
@@ -138,6 +138,8 @@ class Masked:
         self.s = torch.full((self.n,), self.method.share(0), dtype=torch.float64)
         self.moments = torch.zeros(2, self.n, dtype=torch.float64)
         self.num_steps = self.num_learned = 0
+        self.gates: list[tuple[Tensor, Tensor]] = []
+        self.pairs: list[tuple[float, float]] = []
 
     def step(self, parts: Sequence[Batch], *, clip: float | None = None, pace: float = 1.0) -> None:
         """One step on the mean of the micro-batches' losses."""
@@ -152,6 +154,7 @@ class Masked:
             loss = self.case.loss(masked, part) / len(parts)
             loss.backward()
             difference += loss.item()
+        gates = self._gates_of(masked, first)
         weights = dict(self.model.named_parameters())
         for name, parameter in masked.named_parameters():
             grad = parameter.grad
@@ -163,6 +166,32 @@ class Masked:
             here = self.model.get_buffer(name)
             here.copy_(torch.where(live[name], buffer, here) if name in live else buffer)
         self._learn(first, second, difference, pace)
+        self.gates.append((first, gates))
+
+    def _gates_of(self, masked: nn.Module, mask: Tensor) -> Tensor:
+        """∂L/∂m_i of a gate on each unit: weight times gradient in the columns that read it."""
+        found = torch.zeros(self.n + 1, dtype=torch.float64)
+        for name, parameter in masked.named_parameters():
+            for axis, at in self.coupling.places.get(name, {}).items():
+                if (name, axis) in self.coupling.reads and parameter.grad is not None:
+                    product = (parameter.detach() * parameter.grad).double().transpose(0, axis).flatten(1).sum(1)
+                    found.index_add_(0, self.coupling.axes[at] % (self.n + 1), product)
+        return torch.where(mask, found[:-1], 0.0)
+
+    def _control(self) -> tuple[Tensor, float]:
+        """What earlier steps say that units are worth, and by how much that is to be multiplied."""
+        worth, count = torch.zeros(2, self.n, dtype=torch.float64)
+        for mask, gates in self.gates:
+            worth = torch.where(mask, 0.98 * worth + gates, worth)
+            count = torch.where(mask, 0.98 * count + 1, count)
+        x, y = torch.tensor(self.pairs, dtype=torch.float64).view(-1, 2).unbind(1)
+        weight = 0.98 ** torch.arange(len(x) - 1, -1, -1, dtype=torch.float64)
+        xy, xx, yy = ((weight * product).sum() for product in (x * y, x * x, y * y))
+        scale = 0.0
+        if len(x) > 1 and xx > 0 and xy != 0:
+            r2 = xy**2 / (xx * yy)
+            scale = float(xy / xx * (1 - (1 - r2) / ((weight.sum() - 1) * r2)).clamp(min=0))
+        return torch.where(count > 0, worth / count, 0.0), scale
 
     @torch.no_grad()
     def _update(self, live: dict[str, Tensor]) -> None:
@@ -181,14 +210,19 @@ class Masked:
                     value.copy_(torch.where(live[name], value, states[name].get(key, torch.zeros_like(value))))
 
     def _learn(self, first: Tensor, second: Tensor, difference: float, pace: float) -> None:
-        """Adam, written out, and the projection; two draws of the same network teach nothing."""
+        """Adam, written out, and the projection; without control two draws of the same network teach nothing."""
         self.num_steps += 1
         moved = self.s
-        if not torch.equal(first, second):
+        if self.method.control_variate or not torch.equal(first, second):
             self.num_learned += 1
-            scale = (self.s * (1 - self.s)) ** (1 - self.method.alpha)
-            z = [(mask.double() - self.s) / scale for mask in (first, second)]
-            g = torch.where((self.s > 0) & (self.s < 1), difference / 2 * (z[0] - z[1]), 0.0)
+            h = self.s * (1 - self.s)
+            z = [(mask.double() - self.s) / h ** (1 - self.method.alpha) for mask in (first, second)]
+            worth, scale = self._control() if self.method.control_variate else (torch.zeros_like(self.s), 0.0)
+            told = float(worth @ (first.double() - second.double()))
+            g = (difference - scale * told) / 2 * (z[0] - z[1]) + scale * worth * h**self.method.alpha
+            g = torch.where((self.s > 0) & (self.s < 1), g, 0.0)
+            if not torch.equal(first, second):
+                self.pairs.append((told, difference))
             self.moments[0].mul_(0.9).add_(0.1 * g)
             self.moments[1].mul_(0.999).add_(0.001 * g * g)
             mean, square = (m / (1 - b**self.num_learned) for m, b in zip(self.moments, (0.9, 0.999), strict=True))

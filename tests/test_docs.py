@@ -122,9 +122,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), f"{page.name}: {path}#{anchor}"
 
 
-@pytest.mark.parametrize("method", [tithe.FISH, tithe.TraDy])
+@pytest.mark.parametrize("method", [tithe.FISH, tithe.TraDy, tithe.TaylorPruning])
 def test_the_method_card_lists_every_option_with_its_default(method: type) -> None:
-    card = (ROOT / "docs" / f"{method.__name__.lower()}.md").read_text("utf-8")
+    page = "taylor-pruning" if method is tithe.TaylorPruning else method.__name__.lower()
+    card = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
     for option in dataclasses.fields(method):
         if not option.init:
             continue

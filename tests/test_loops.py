@@ -17,7 +17,7 @@ import tithe
 from loops import Setting
 from tithe import TitheError
 
-METHODS = ("FISH", "FISH, again", "FISH, warm-up", "TraDy", "TraDy, static", "VR-PGE", "TWA")
+METHODS = ("FISH", "FISH, again", "FISH, warm-up", "TraDy", "TraDy, static", "VR-PGE", "cuts", "TWA")
 
 KERNELS: dict[str, Callable[[object], torch.optim.Optimizer]] = {
     "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
@@ -63,6 +63,8 @@ REFUSED = {
     ("VR-PGE", "HF Trainer, resumed"): "plan.parameters()",
     ("VR-PGE", "Lightning"): "plan.backward",
     ("VR-PGE", "DDP, attached before"): "plan.backward",
+    ("cuts", "HF Trainer, resumed"): "with_tithe",
+    ("cuts", "DDP, attached before"): "plan.backward",
 }
 """Cells that end in an error, and what its remedy names."""
 WARNED = {("TraDy", "no `end_epoch`"): "end_epoch"}
@@ -85,9 +87,10 @@ def _setting(method: str, loop: str, history: tithe.History) -> Setting:
         "TraDy": lambda: tithe.TraDy(budget, optimizer_states=states),
         "TraDy, static": lambda: tithe.TraDy(budget, dynamic=False, optimizer_states=states),
         "VR-PGE": lambda: tithe.VRPGE(0.6),
+        "cuts": lambda: tithe.TaylorPruning(0.6, stop=9, cuts=3),
         "TWA": lambda: tithe.TWA(history),
     }
-    head = () if method in ("VR-PGE", "TWA") else ("head.*",)
+    head = () if method in ("VR-PGE", "cuts", "TWA") else ("head.*",)
     optimizer = OPTIMIZERS.get(loop)
     return Setting(makes[method], head) if optimizer is None else Setting(makes[method], head, optimizer)
 

@@ -184,7 +184,7 @@ def test_a_run_is_that_of_masks_on_dense_tensors(name: str, optimizer: str) -> N
         reference.step([batch], clip=0.05, pace=0.5 ** (number // 2))
         for fall in falls:
             fall.step()
-        torch.testing.assert_close(plan.probabilities.s.detach(), reference.s, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(plan.structure.s.detach(), reference.s, rtol=1e-7, atol=1e-9)
         for key, value in twin.state_dict().items():
             torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-7, atol=1e-9)
     assert reference.s.unique().numel() > 3
@@ -207,7 +207,7 @@ def test_micro_batches_add_up_to_the_batch(name: str) -> None:
         opt.zero_grad()
         plan.step()
         reference.step([batch])
-    torch.testing.assert_close(plan.probabilities.s.detach(), reference.s, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(plan.structure.s.detach(), reference.s, rtol=1e-7, atol=1e-9)
     for key, value in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-7, atol=1e-9)
 
@@ -226,10 +226,10 @@ def test_no_more_is_spent_than_is_kept(name: str, cost: str) -> None:
     opt = bound(plan, sgd)
     for batch in case.batches(6):
         step(plan, opt, case, batch)
-        assert plan.probabilities.spent() <= method.share(plan.num_steps) * (1 + 1e-9)
-    assert plan.probabilities.spent() > 0.4
+        assert plan.structure.spent() <= method.share(plan.num_steps) * (1 + 1e-9)
+    assert plan.structure.spent() > 0.4
     if cost == "channels":
-        kept = plan.probabilities.likely(plan.num_steps)
+        kept = plan.structure.likely(plan.num_steps)
         assert int(kept.sum()) == int(0.6 * kept.numel())
     else:
         assert 0.4 * whole < _spends(case, plan.export(), batch, cost) <= 0.6 * whole

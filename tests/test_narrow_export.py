@@ -206,12 +206,12 @@ def test_the_best_of_the_candidates_stays_and_statistics_are_means_over_the_batc
     for batch in case.batches(2, dtype=torch.float64):
         step(plan, opt, case, batch)
     held = [case.batch(6, seed=seed, dtype=torch.float64) for seed in (20, 21, 22)]
-    candidates = plan.probabilities.candidates(plan.seed, plan.num_steps, 5)
+    candidates = plan.structure.candidates(plan.seed, plan.num_steps, 5)
     assert len(candidates) > 3
     losses: list[float] = []
     for mask in candidates:
         twin = attach(case, _copy(model, case))
-        twin.probabilities.s.detach().copy_(mask.double())
+        twin.structure.s.detach().copy_(mask.double())
         twin.end_epoch()
         narrow = twin.export().train()
         with torch.no_grad():

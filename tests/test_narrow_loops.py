@@ -39,16 +39,16 @@ def test_a_step_that_the_scaler_skips_changes_no_weight() -> None:
             assert all(torch.equal(value, model.get_parameter(name)) for name, value in plain.named_parameters())
     assert moved == [True, False, True]
     assert scaler.get_scale() == 1.0
-    assert bool(plans[0].probabilities.s.isfinite().all())
+    assert bool(plans[0].structure.s.isfinite().all())
 
 
 def test_a_loss_that_is_not_finite_teaches_nothing() -> None:
     case = FAMILIES["vgg"]
     plan = attach(case)
-    s = plan.probabilities.s.clone()
+    s = plan.structure.s.clone()
     plan.backward(lambda: case.loss(plan.model, case.batch()) * float("nan"))
     plan.step()
-    assert torch.equal(plan.probabilities.s, s)
+    assert torch.equal(plan.structure.s, s)
     assert plan.num_steps == 1
 
 
@@ -200,7 +200,7 @@ def test_whoever_runs_the_model_runs_the_network_that_would_be_exported() -> Non
     with torch.no_grad():
         for training in (False, True):
             plan.model.train(training)
-            mask = plan.probabilities.likely(plan.num_steps)
+            mask = plan.structure.likely(plan.num_steps)
             masked = zeroed(plain(plan, case), plan.stage.coupling, mask)
             torch.testing.assert_close(plan.model(batch["x"]), masked(batch["x"]))
     assert equal_bits(before, bits(plan.model)) == []

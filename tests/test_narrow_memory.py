@@ -16,10 +16,10 @@ from tithe import VRPGE, NarrowPlan
 def _kill(plan: NarrowPlan, share: float = 0.5) -> Tensor:
     """Send every second unit, or so, to probability 0; returns bool (n,), which are alive."""
     generator = torch.Generator().manual_seed(1)
-    alive = torch.rand(plan.probabilities.s.numel(), generator=generator) >= share
-    plan.probabilities.s.detach()[~alive] = 0.0
+    alive = torch.rand(plan.structure.s.numel(), generator=generator) >= share
+    plan.structure.s.detach()[~alive] = 0.0
     for group in plan.stage.coupling.groups:
-        s = plan.probabilities.s[group.start : group.stop]
+        s = plan.structure.s[group.start : group.stop]
         alive[group.start + int(s.argmax())] = True  # a group never vanishes
     return alive
 
@@ -47,7 +47,7 @@ def test_what_is_dead_is_dropped_at_the_end_of_the_epoch(name: str, optimizer: O
     assert plan.end_epoch() is False
     identities = [id(p) for p in plan.parameters()]
     alive = _kill(plan)
-    live, before, structure = live_entries(plan, alive), _tensors(plan, opt), plan.probabilities.state()
+    live, before, structure = live_entries(plan, alive), _tensors(plan, opt), plan.structure.state()
 
     assert plan.end_epoch() is True
     after = _tensors(plan, opt)
@@ -58,7 +58,7 @@ def test_what_is_dead_is_dropped_at_the_end_of_the_epoch(name: str, optimizer: O
         assert torch.equal(after[key], kept), key
     assert [id(p) for p in plan.parameters()] == identities
     assert plan.num_epochs == 2
-    for key, value in plan.probabilities.state().items():
+    for key, value in plan.structure.state().items():
         assert torch.equal(value, structure[key][alive] if value.dim() else structure[key]), key
     assert sum(s.numel() for s in plan.structure_parameters()) == int(alive.sum())
     for batch in case.batches(2):
@@ -74,7 +74,7 @@ def test_a_dropped_network_goes_on_as_the_one_that_was_not_dropped() -> None:
     for plan, opt in zip(plans, opts, strict=True):
         step(plan, opt, case, case.batch(dtype=torch.float64))
         alive = _kill(plan)
-        plan.probabilities.s.detach()[alive] = 1.0
+        plan.structure.s.detach()[alive] = 1.0
     plans[0].end_epoch()
     for plan in reversed(plans):
         plan.finish_step()  # draws again
@@ -91,7 +91,7 @@ def test_a_dropped_network_goes_on_as_the_one_that_was_not_dropped() -> None:
 def test_a_group_whose_probabilities_are_all_zero_keeps_its_first_best() -> None:
     case = FAMILIES["residual"]
     plan = attach(case)
-    plan.probabilities.s.detach().zero_()
+    plan.structure.s.detach().zero_()
     assert plan.end_epoch()
     assert [group.num_units for group in plan.stage.coupling.groups] == [1] * 5
     opt = bound(plan, sgd)

@@ -66,7 +66,7 @@ def test_less_than_the_floor(cost: str, keep: float) -> None:
     for batch in VGG.batches(3):
         step(plan, opt, VGG, batch)
     assert [group.num_units >= 1 for group in plan.stage.coupling.groups] == [True] * 3
-    for mask in plan.probabilities.draw(0, 9):
+    for mask in plan.structure.draw(0, 9):
         assert all(bool(mask[group.start : group.stop].any()) for group in plan.stage.coupling.groups)
 
 

@@ -51,7 +51,7 @@ class Run:
 
     def everything(self) -> dict[str, Any]:
         """All tensors: of the model, the optimizer, the probabilities."""
-        found = bits(self.model) | {f"s {key}": value for key, value in self.plan.probabilities.state().items()}
+        found = bits(self.model) | {f"s {key}": value for key, value in self.plan.structure.state().items()}
         for name, theta in self.plan.named_parameters():
             found |= {f"{name} {key}": value for key, value in self.opt.state[theta].items() if value is not None}
         return found
@@ -90,7 +90,7 @@ def test_some_stop_lies_behind_a_drop() -> None:
     whole = run.plan.stage.coupling.num_units
     run.go(0, 8)
     assert run.plan.stage.coupling.num_units < whole
-    assert not bool((run.plan.probabilities.s == 1).all())
+    assert not bool((run.plan.structure.s == 1).all())
 
 
 def test_an_earlier_state_is_taken_up_in_the_same_plan() -> None:
@@ -107,7 +107,7 @@ def test_an_earlier_state_is_taken_up_in_the_same_plan() -> None:
     plan.load_state_dict(saved)
     assert equal_bits(before, bits(plan.model)) == []
     assert all(torch.equal(*pair) for pair in zip(drawn(plan), then, strict=True))
-    plan.probabilities.s.detach()[1] = 0.0
+    plan.structure.s.detach()[1] = 0.0
     plan.end_epoch()
     with pytest.raises(TitheError, match="dropped for good"):
         plan.load_state_dict(saved)
@@ -150,11 +150,11 @@ def test_a_state_of_something_else_is_refused_and_the_plan_left_alone(make: Any,
     plan = attach(FAMILIES["vgg"])
     step(plan, bound(plan, sgd), plan_case := FAMILIES["vgg"], plan_case.batch())
     other = make(plan)
-    before, s = bits(other.model), other.probabilities.s.clone()
+    before, s = bits(other.model), other.structure.s.clone()
     with pytest.raises(TitheError, match=told):
         other.load_state_dict(plan.state_dict())
     assert equal_bits(before, bits(other.model)) == []
-    assert torch.equal(other.probabilities.s, s)
+    assert torch.equal(other.structure.s, s)
     assert other.num_steps == 0
 
 

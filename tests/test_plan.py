@@ -306,7 +306,7 @@ def test_a_hugging_face_model_counts_itself(method: FISH) -> None:
 
 @pytest.mark.parametrize("method", ["fish", tithe.FISH, None], ids=["a name", "a class", "nothing"])
 def test_what_is_no_method_is_refused(method: object) -> None:
-    with pytest.raises(TitheError, match="expected a SparseMethod, a NarrowMethod or a SubspaceMethod"):
+    with pytest.raises(TitheError, match="expected a SparseMethod, a NarrowMethod, a CutMethod or a SubspaceMethod"):
         tithe.attach(MLP.model(), method)
 
 

@@ -103,6 +103,35 @@ def test_the_mean_is_the_preconditioned_gradient(alpha: float) -> None:
     torch.testing.assert_close((p * found).sum((0, 1)), h**alpha * gradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@given(c=st.lists(st.floats(-5, 5), min_size=6, max_size=6), seed=st.integers(0, 3))
+def test_a_control_variate_leaves_the_mean_whatever_it_says(alpha: float, c: list[float], seed: int) -> None:
+    """E g = H^α ∇F, exactly, over all pairs of masks of a small net; the variance is that for the loss L - cᵀm."""
+    torch.manual_seed(seed)
+    masks, losses = enumerated()
+    control = torch.tensor(c, dtype=torch.float64)
+    s = torch.tensor([0.5, 0.02, 0.9, 0.3, 0.999, 0.7], dtype=torch.float64)
+    plain, p = of_pairs(masks, losses, s, alpha)
+    pair = (masks[:, None], masks, losses[:, None, None], losses[None, :, None], alpha)
+    found = policy_gradient(s, *pair, control=control)
+    mean = (p * found).sum((0, 1))
+    torch.testing.assert_close(mean, (p * plain).sum((0, 1)), rtol=1e-9, atol=1e-10)
+    other, _ = of_pairs(masks, losses - masks @ control, s, alpha)
+    variance = (p * other**2).sum((0, 1)) - (p * other).sum((0, 1)) ** 2
+    torch.testing.assert_close((p * found**2).sum((0, 1)) - mean**2, variance, rtol=1e-7, atol=1e-8)
+
+
+def test_a_control_variate_that_is_right_leaves_no_variance() -> None:
+    masks, _ = enumerated()
+    c = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0], dtype=torch.float64)
+    s = torch.tensor([0.5, 0.2, 1.0, 0.3, 0.0, 0.7], dtype=torch.float64)
+    losses = masks @ c
+    found = policy_gradient(s, masks[:, None], masks, losses[:, None, None], losses[None, :, None], control=c)
+    expected = torch.where((s > 0) & (s < 1), (s * (1 - s)).sqrt() * c, 0.0)  # of what is certain, exactly 0
+    certain = (masks[:, 2] == 1) & (masks[:, 4] == 0)  # the masks that can be drawn
+    torch.testing.assert_close(found[certain][:, certain], expected.expand(16, 16, 6))
+
+
 def test_the_mean_of_real_draws() -> None:
     masks, losses = enumerated()
     s = torch.tensor([0.5, 0.2, 0.9, 0.3, 0.95, 0.7], dtype=torch.float64)

@@ -339,4 +339,5 @@ def test_a_budget_that_is_none_is_refused(text: str) -> None:
 
 def test_every_offer_says_its_row() -> None:
     baselines = ["full", "full+lean", "full+ckpt", "head", "lora", "lora+lean", "lora+ckpt", "qlora"]
-    assert list(OFFERS) == [*baselines, "fish", "fish+lean", "fish-columns", "trady", "vrpge", "twa", "spiel"]
+    names = ["fish", "fish+lean", "fish-columns", "trady", "vrpge", "taylor", "twa", "spiel"]
+    assert list(OFFERS) == [*baselines, *names]

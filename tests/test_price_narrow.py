@@ -44,7 +44,7 @@ def test_a_first_step_takes_what_was_said(case: Case, tmp_path: Path) -> None:
     plan, whole = attach(case, model), sum(p.numel() for p in model.parameters())
     drawn = sum(selection.size for selection in plan.selections.values())
     head = sum(model.get_parameter(name).numel() for name in plan.head)
-    narrow, shapes = copy.deepcopy(model), plan.stage.grids(plan.probabilities.draw(plan.seed, 0)[0])
+    narrow, shapes = copy.deepcopy(model), plan.stage.grids(plan.structure.draw(plan.seed, 0)[0])
     ledger = measure(lambda: plan.backward(lambda: case.loss(model, batch)), model=model)
     assert row.kept == ledger.kept
     assert row.layers == ledger.kept_by_module

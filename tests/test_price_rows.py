@@ -130,8 +130,8 @@ def test_a_model_without_a_switch_has_no_row_with_checkpoints() -> None:
     assert "found a model without a switch for it" in found.left_out["full + ckpt"]
 
 
-def test_two_methods_are_priced_only_by_name() -> None:
-    assert not {"vrpge", "twa"} & set(USUAL)
+def test_three_methods_are_priced_only_by_name() -> None:
+    assert not {"vrpge", "taylor", "twa"} & set(USUAL)
     assert {"full", "full+lean", "full+ckpt", "lora", "lora+lean", "lora+ckpt", "qlora"} < set(USUAL)
 
 

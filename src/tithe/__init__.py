@@ -6,8 +6,8 @@ from tithe.budget import Budget
 from tithe.delta import DeltaInfo, apply, diff, inspect, merge
 from tithe.errors import TitheError, TitheWarning
 from tithe.ledger import Ledger, measure
-from tithe.method import NarrowMethod, SelectionContext, SparseMethod, Spending, SubspaceMethod
-from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, SpIEL, TraDy
+from tithe.method import CutMethod, NarrowMethod, SelectionContext, SparseMethod, Spending, SubspaceMethod
+from tithe.methods import FISH, TWA, VRPGE, SparseUpdate, SpIEL, TaylorPruning, TraDy
 from tithe.plan import NarrowPlan, Plan, SparsePlan, SubspacePlan, attach
 from tithe.ranking import Ranking
 from tithe.rules.lean.model import Lean, lean
@@ -22,6 +22,7 @@ __all__ = [
     "Budget",
     "Channels",
     "Coordinates",
+    "CutMethod",
     "DeltaInfo",
     "Grid",
     "History",
@@ -42,6 +43,7 @@ __all__ = [
     "Spending",
     "SubspaceMethod",
     "SubspacePlan",
+    "TaylorPruning",
     "TitheError",
     "TitheWarning",
     "TraDy",

@@ -3,6 +3,7 @@
                   what is not selected …            a method says
 SparseMethod      stays frozen at its value         num_selected, choose
 NarrowMethod      does not exist in a step          keep; share, gradient
+CutMethod         goes for good, in a few steps     keep, share; accumulate, worth
 SubspaceMethod    moves with the rest, in a span    history
 
 Everything else has a default. A method is a subclass, most simply a frozen dataclass; `tithe.attach` makes its plan:
@@ -41,6 +42,8 @@ from tithe.select.topk import check_finite
 from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
+Weights = Literal["trained", "frozen"]
+Init = Literal["uniform", "taylor", "wanda"]
 Granularity = Literal["model", "tensor"]
 
 DATA_FREE = ("magnitude", "random", "principal")
@@ -63,6 +66,10 @@ class PlanMaker(Protocol[SparseT, NarrowT, SubspaceT]):
 
     def narrow(self, method: NarrowMethod) -> NarrowT:
         """Make a plan under which what is not drawn does not exist."""
+        ...
+
+    def cut(self, method: CutMethod) -> NarrowT:
+        """Make a plan under which what is worth least goes for good, in a few steps."""
         ...
 
     def subspace(self, method: SubspaceMethod) -> SubspaceT:
@@ -124,6 +131,14 @@ class NarrowMethod(ABC):
     """What is counted: units, the forward pass's operations, or parameters."""
     structure_lr: float = 12e-3
     """Adam's step for the probabilities, where the optimizer's learning rate is at its highest."""
+    weights: Weights = "trained"
+    """Whether the weights of the drawn network are trained too, or, until it is fixed, the structure alone."""
+    init: Init = "uniform"
+    """What the probabilities start from: one for all, or a metric of the units (`tithe.narrow.metrics`)."""
+    hold: int = 1
+    """For how many steps a draw is kept; the probabilities learn in the first of them."""
+    control_variate: bool = False
+    """Whether the estimate is handed a forecast of the difference: then `controlled_gradient` is asked."""
 
     def share(self, step: int) -> float:
         """Say which share of the cost is kept after `step` finished steps; by default always `keep`."""
@@ -140,9 +155,67 @@ class NarrowMethod(ABC):
         """
         return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0)
 
+    def controlled_gradient(
+        self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float, control: Tensor
+    ) -> Tensor:
+        """Estimate the same where `control_variate` is set; by default `policy_gradient` with that control.
+
+        Args:
+            s: probabilities (n,).
+            mask_0: the draw that the weights were trained with, bool (n,).
+            mask_1: the other draw; it may be the same.
+            difference: loss with the first less the loss with the second, on the same batch.
+            control: what each unit was seen to add to the loss in earlier steps, (n,).
+        """
+        return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, control=control)
+
     def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
         """Ask for a plan under which the rest does not exist."""
         return maker.narrow(self)
+
+
+class CutMethod(ABC):
+    """Lets channels, hidden units and heads go for good, in a few steps; what is left is always computed and trained.
+
+    What a unit is worth follows from the weights' own gradients, so that a step costs what an ordinary one does. A
+    choice is a pure function of them: nothing is drawn.
+    """
+
+    keep: float
+    """The share of the cost that is kept in the end, in (0, 1]."""
+    cost: Cost = "flops"
+    """What is counted: units, the forward pass's operations, or parameters."""
+    floor: float = 0.0
+    """No group gets below this part of the width that it would have if all were equally narrow, in [0, 1]."""
+
+    @abstractmethod
+    def share(self, step: int) -> float:
+        """Say which share of the cost is kept after `step` finished steps: units go in each step in which it falls.
+
+        Below `keep` it does not fall, and where it gets there, the structure is fixed.
+        """
+
+    def accumulate(self, scores: Tensor, gates: Tensor) -> Tensor:
+        """Take a step's gate gradients into the scores; by default Σ c² over the steps so far.
+
+        Args:
+            scores: float64 (n,), zero before the first step.
+            gates: c_i = ∂L/∂m_i of a gate m_i = 1 on unit i's output, float64 (n,).
+        """
+        return scores + gates.square()
+
+    def worth(self, scores: Tensor, prices: Tensor) -> Tensor:
+        """Say what units are worth at a cut, (n,); those of least worth go; by default scores over prices.
+
+        Args:
+            scores: float64 (n,).
+            prices: of each unit, in the measure of `cost`, beside neighbours as wide as they are, float64 (n,).
+        """
+        return scores / prices
+
+    def make_plan(self, maker: PlanMaker[Any, NarrowT, Any]) -> NarrowT:
+        """Ask for a plan under which units go for good."""
+        return maker.cut(self)
 
 
 class SubspaceMethod(ABC):

@@ -364,7 +364,7 @@ def check_method(
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         origin = first.setdefault(id(parameter), name)
-        if name not in base or origin in plan.head:
+        if name not in base or origin in plan.head or parameter.shape != base[name].shape:  # it was cut
             continue
         moved = (parameter.detach() != base[name]).flatten().nonzero().flatten().tolist()
         _require(

@@ -92,6 +92,16 @@ def test_a_run_learns_gets_narrower_and_says_so(write: Edit, tmp_path: Path) -> 
     assert max(map(len, shown(table).replace(str(tmp_path), "").splitlines())) <= 80
 
 
+def test_a_frozen_network_is_searched_and_then_fine_tuned(write: Edit) -> None:
+    """One run: until the widths are fixed the probabilities and the head are trained, and then everything."""
+    frozen = ("structure_lr = 0.2", 'structure_lr = 0.1\nweights = "frozen"\ninit = "taylor"\nhold = 2')
+    result = run(write(frozen))
+    assert result["trainable"]["total"] < result["trainable"]["model"]
+    assert result["widths"][0]["spent"] <= 0.4 + 1e-6
+    settled = next(entry["step"] for entry in result["widths"] if entry["weights"] == result["trainable"]["total"])
+    assert 0 < settled < result["steps"]
+
+
 def test_what_is_saved_makes_a_freshly_built_model_the_network(write: Edit, tmp_path: Path) -> None:
     path = write()
     result = run(path)

@@ -15,6 +15,7 @@ from pydantic import Field
 
 import tithe
 from tithe.app.section import (
+    CutSection,
     DenseSection,
     MethodSection,
     NarrowSection,
@@ -296,6 +297,55 @@ VRPGE = Entry(
     ),
 )
 
+# --------------------------------------------------------------------------------------------------- Taylor pruning
+
+
+def _start_before_stop(section: Any) -> None:
+    if not section.start < section.stop:
+        raise refuse(
+            "start",
+            found=f"start = {section.start}, stop = {section.stop}",
+            expected="two parts of the steps, the first smaller",
+            remedy="leave start out: cuts then come from the first step on",
+        )
+
+
+TAYLOR = Entry(
+    name="taylor",
+    section=derive(
+        "taylor",
+        tithe.TaylorPruning,
+        CutSection,
+        keys={
+            "keep": _FRACTION,
+            "stop": _FRACTION,
+            "start": Annotated[float, Field(ge=0, lt=1)],
+            "cuts": _COUNT,
+            "floor": Annotated[float, Field(ge=0, le=1)],
+        },
+        check=_start_before_stop,
+    ),
+    prices=(
+        PriceRow(
+            key="taylor",
+            name="Taylor pruning",
+            make=lambda site: tithe.TaylorPruning(site.share(), stop=1, cuts=1),
+            on_request=True,
+            note="Taylor pruning keeps the budget's share of a forward pass's operations. Priced is a step before the "
+            "first cut, when all units are there; its file is that of the narrow network.",
+        ),
+    ),
+    demos=(
+        DemoRow(
+            slug="taylor",
+            name="Taylor pruning",
+            make=lambda images: tithe.TaylorPruning(KEEP, stop=5, cuts=5),
+            note=f"Taylor pruning trains the whole network for five steps, in which what is worth least goes, down to "
+            f"{KEEP:.0%} of a forward pass's operations; measured is what its largest step takes.",
+        ),
+    ),
+)
+
 # -------------------------------------------------------------------------------------------------------------- TWA
 # Its section is [average], which ends the run of any other method; so does its row of the demonstration.
 
@@ -342,7 +392,7 @@ SPIEL = Entry(
     ),
 )
 
-METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TWA, SPIEL)
+METHODS: tuple[Entry, ...] = (FISH, TRADY, VRPGE, TAYLOR, TWA, SPIEL)
 
 SECTIONS: Mapping[str, type[MethodSection]] = {
     **{entry.name: entry.section for entry in METHODS if entry.section is not None},

@@ -137,6 +137,8 @@ class MethodSection(Section):
     """Whether a run's history is one of deltas: of n checkpoints with k trained weights, n·k numbers."""
     compares_losses: ClassVar[bool] = False
     """Whether it learns from the difference of two losses, which are then not to be scaled."""
+    restarts: ClassVar[bool] = False
+    """Whether the learning rate's schedule runs again once the structure is fixed."""
     prices_inputs: ClassVar[bool] = False
     """Whether it prices a step by the first batch it is given, which is then to be the largest."""
     files: ClassVar[Mapping[str, Callable[[Path], Any]]] = {}
@@ -292,6 +294,7 @@ class NarrowSection(AttachedSection):
     finetune_lr: Annotated[float, Field(gt=0)] | None = None
 
     compares_losses: ClassVar[bool] = True
+    restarts: ClassVar[bool] = True
 
     @property
     def holds_out(self) -> float | None:
@@ -315,6 +318,24 @@ class NarrowSection(AttachedSection):
     def finetuning_rate(self, lr: float) -> float:
         """Say the learning rate of the fixed network: a hundredth, as in the paper, unless given."""
         return self.finetune_lr or lr / 100
+
+
+class CutSection(AttachedSection):
+    """A method that lets units go in the first part of the run; `start` and `stop` are parts of all its steps."""
+
+    start: Any
+    stop: Any
+    cuts: Any
+
+    def fixed_from(self, total_steps: int) -> int:
+        """Count the steps before the last cut."""
+        return max(1, round(self.stop * total_steps))
+
+    def spell(self, told: dict[str, Any], steps: int) -> dict[str, Any]:
+        """Count `start` and `stop` in steps; of a short run there are no more cuts than steps."""
+        stop = max(1, steps)
+        start = min(stop - 1, round(told["start"] / told["stop"] * stop))
+        return {**told, "start": start, "stop": stop, "cuts": min(told["cuts"], stop - start)}
 
 
 _SPELLED = {tithe.Schedule: Reselect, tithe.Budget: BudgetTable}

@@ -32,6 +32,7 @@ def assemble(
     atoms: Sequence[Atoms],
     work: Sequence[Work],
     made: Sequence[Label],
+    read: Sequence[Label],
     parameters: Mapping[str, Tensor],
     whole: Mapping[str, str],
     samples: int,
@@ -43,13 +44,14 @@ def assemble(
         atoms: of every axis, in the model's order.
         work: of every product.
         made: labels of what products returned; they say which axis of a weight makes a unit.
+        read: labels of weights along what products sum over; they say which axis of a weight reads a unit.
         parameters: every parameter of the model, for their number.
         whole: modules that were left out, and why.
         samples: in the traced batch.
     """
     classes.settle()
     places = [classes.canonical(one.atoms).numpy() for one in atoms]
-    makes = _makers(atoms, made)
+    makes = _axes_of(atoms, made)
     kinds = _kinds(places)
     groups, units = _number(atoms, places, makes, kinds)
     axes = _Axes(units)
@@ -68,13 +70,15 @@ def assemble(
             alone = all(len(kinds.get(root, ())) == 1 for root in roots)
             otherwise = "nothing else lives and dies with it" if alone else "all of it lives and dies together"
             left.setdefault(_owner(one.tensor), next((why for r in roots if (why := reasons.get(r))), otherwise))
-    return Coupling(groups, tuple(axes.maps), by_tensor, flops, params, left)
+    readers = ((atoms[index].tensor, atoms[index].axis) for index in _axes_of(atoms, read))
+    reads = frozenset((tensor, axis) for tensor, axis in readers if axis in by_tensor.get(tensor, {}))
+    return Coupling(groups, tuple(axes.maps), by_tensor, flops, params, left, reads)
 
 
-def _makers(atoms: Sequence[Atoms], made: Sequence[Label]) -> set[int]:
-    """Indices of the axes of weights that make units."""
+def _axes_of(atoms: Sequence[Atoms], labels: Sequence[Label]) -> set[int]:
+    """Indices of the axes of weights that labels name."""
     starts = np.array([int(one.atoms[0]) for one in atoms], dtype=np.int64)
-    found = np.unique(np.concatenate([np.unique(label.numpy()) for label in made] or [np.empty(0, np.int64)]))
+    found = np.unique(np.concatenate([np.unique(label.numpy()) for label in labels] or [np.empty(0, np.int64)]))
     return set((np.searchsorted(starts, found[found != ALWAYS], side="right") - 1).tolist())
 
 

@@ -24,6 +24,7 @@ class Operand:
         tensor: the values, for operations that index by them; None for an intermediate result.
         depends: whether the values depend on the model's parameters.
         loose: all sizes follow what the tensor meets: random noise, drawn in the shape of something else.
+        weight: whether it is a parameter itself, at most cast or with its entries moved.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +33,7 @@ class Operand:
     tensor: Tensor | None = None
     depends: bool = False
     loose: bool = False
+    weight: bool = False
 
     @property
     def num_dims(self) -> int:
@@ -72,6 +74,7 @@ class Call:
         classes: which positions live and die together.
         work: what products cost, added to.
         made: labels of the outputs of products, added to: they name what makes a unit.
+        read: labels of weights along what a product sums over, added to: they name what reads a unit.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Call:
     classes: Classes
     work: list[Work] = field(default_factory=list)
     made: list[Label] = field(default_factory=list)
+    read: list[Label] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -126,6 +130,9 @@ class Call:
         labels: list[Label] = []
         always_there: list[tuple[str, int]] = []
         summed = {letter for letter in letters if letter not in result}
+        reader, names = (right, inputs.split(",")[1]) if right.weight else (left, inputs.split(",")[0])
+        if reader.weight:  # of two weights one is read, as activations are
+            self.read += [label for label in reader.labels if any(names[k] in summed for k in varying(label))]
         for operand, names in zip((left, right), inputs.split(","), strict=True):
             sizes |= {name: size for name, size in zip(names, operand.shape, strict=True) if size != 1}
             order = [names.index(letter) if letter in names else None for letter in letters]

@@ -21,7 +21,7 @@ from tithe.coupling.call import Call, Operand, Work, operands
 from tithe.coupling.extents import entrywise
 from tithe.coupling.groups import Coupling
 from tithe.coupling.labels import Classes, Label, Labels
-from tithe.coupling.moves import masks
+from tithe.coupling.moves import MOVES, masks
 from tithe.coupling.operations import OPERATIONS
 from tithe.errors import TitheError
 from tithe.forward import untouched
@@ -78,7 +78,8 @@ def couple(
             remedy="check loss=",
         )
     parameters = dict(model.named_parameters())
-    coupling = assemble(trace.classes, trace.atoms, trace.work, trace.made, parameters, trace.whole, samples)
+    products = trace.work, trace.made, trace.read_by_weights
+    coupling = assemble(trace.classes, trace.atoms, *products, parameters, trace.whole, samples)
     trace.check_readings()
     return coupling
 
@@ -140,6 +141,7 @@ class _Known:
     labels: Labels = ()
     depends: bool = False
     loose: bool = False
+    weight: bool = False
 
 
 class _Trace(TorchDispatchMode):
@@ -150,6 +152,7 @@ class _Trace(TorchDispatchMode):
         self.classes = Classes()
         self.work: list[Work] = []
         self.made: list[Label] = []
+        self.read_by_weights: list[Label] = []
         self.atoms: list[Atoms] = []
         self.ran = False
         self.whole: dict[str, str] = {}
@@ -187,7 +190,7 @@ class _Trace(TorchDispatchMode):
                 atoms = self.classes.add(size)
                 self.atoms.append(Atoms(name, axis, atoms))
                 labels.append(atoms.view([-1 if dim == axis else 1 for dim in range(tensor.dim())]))
-        self._leaves[_key(tensor)] = _Known(tuple(labels), depends)
+        self._leaves[_key(tensor)] = _Known(tuple(labels), depends, weight=depends)
 
     @property
     def place(self) -> str:
@@ -250,13 +253,15 @@ class _Trace(TorchDispatchMode):
             self.classes,
             self.work,
             self.made,
+            self.read_by_weights,
         )
         depends = any(one.depends for one in met)
         noise = name in ("bernoulli", "normal", "uniform", "exponential")
         loose = noise or (bool(met) and all(one.loose or not one.shape for one in met))
+        weight = len(met) == 1 and met[0].weight and name in MOVES
         for tensor, labels in zip(returned, self._labels(func, call, met), strict=True):
             if labels or depends or loose:
-                self._known[tensor] = _Known(labels, depends, loose and not labels)
+                self._known[tensor] = _Known(labels, depends, loose and not labels, weight)
         return out
 
     def _labels(self, func: Any, call: Call, met: Sequence[Operand]) -> list[Labels]:
@@ -343,7 +348,9 @@ class _Trace(TorchDispatchMode):
         """Return what is known of a tensor."""
         known = self._known.get(tensor) or self._leaves.get(_key(tensor), _Known())
         stretched = (dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1 and tensor.stride(dim) == 0)
-        return Operand(tuple(tensor.shape), known.labels, frozenset(stretched), tensor, known.depends, known.loose)
+        return Operand(
+            tuple(tensor.shape), known.labels, frozenset(stretched), tensor, known.depends, known.loose, known.weight
+        )
 
 
 class _Exits(TorchFunctionMode):

@@ -66,6 +66,8 @@ class Coupling:
         flops: the forward pass of one sample, in operations (a multiply-add counts two).
         params: entries of the model's parameters.
         whole: what could have been units but stays whole: module path → reason.
+        reads: (tensor name, axis) of weights that a product sums over: where the units of that axis are read, after
+            which they are gone. A unit whose columns there are zero is absent, whatever its other positions hold.
 
     Example:
         >>> hidden = Group("0", 0, 3, (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)))
@@ -83,6 +85,7 @@ class Coupling:
     flops: tuple[Term, ...]
     params: tuple[Term, ...]
     whole: Mapping[str, str]
+    reads: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def num_units(self) -> int:
@@ -188,7 +191,7 @@ class Coupling:
                 )
         renumbered = torch.where(alive, alive.cumsum(0) - 1, -1)
         axes = tuple(_extended(renumbered, -1)[axis[live]] for axis, live in self._live(alive))
-        return Coupling(groups, axes, self.places, self.flops, self.params, self.whole)
+        return Coupling(groups, axes, self.places, self.flops, self.params, self.whole, self.reads)
 
     def _live(self, alive: Tensor) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.axes, self._spread(alive), strict=True))

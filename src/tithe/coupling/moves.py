@@ -11,6 +11,15 @@ import torch
 from tithe.coupling.call import Call, Operand, operands
 from tithe.coupling.labels import ALWAYS, Label, Labels, always, varying
 
+MOVES = frozenset(
+    {
+        *("view", "_unsafe_view", "reshape", "_reshape_copy", "view_copy", "permute", "transpose", "t", "expand"),
+        *("squeeze", "unsqueeze", "diagonal", "select", "slice", "split", "split_with_sizes", "unbind", "flip"),
+        *("clone", "_to_copy", "detach", "alias", "contiguous"),
+    }
+)
+"""Operations through which a weight stays itself: they move entries or copy them, in whatever precision."""
+
 
 def view(call: Call) -> list[Labels]:
     """Label another shape of the same entries."""

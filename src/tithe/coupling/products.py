@@ -83,7 +83,7 @@ def _plus(call: Call, labels: Labels, bias: Operand | None) -> Labels:
 def _flat(call: Call, one: Operand, why: str) -> Operand:
     """The first two dimensions; the others stay whole."""
     labels = call.without(one, range(2, one.num_dims), why)
-    return Operand(one.shape[:2], tuple(label.reshape(label.shape[:2]) for label in labels))
+    return Operand(one.shape[:2], tuple(label.reshape(label.shape[:2]) for label in labels), weight=one.weight)
 
 
 def _grouped(call: Call, one: Operand, dim: int, groups: int) -> Operand:

@@ -223,7 +223,12 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def predict(
-    model: nn.Module, closure: Callable[[Any], Tensor], batch: Any, *, inside: AbstractContextManager[Any] | None = None
+    model: nn.Module,
+    closure: Callable[[Any], Tensor],
+    batch: Any,
+    *,
+    inside: AbstractContextManager[Any] | None = None,
+    backward: bool = True,
 ) -> Ledger:
     """Return what `closure(batch).backward()` will spend, without allocating or computing anything of that size.
 
@@ -238,6 +243,7 @@ def predict(
         closure: runs the forward pass on a batch and returns the loss, a scalar.
         batch: any tree of tensors; its floating-point tensors are only looked at for their shape, dtype and device.
         inside: a context for the work, for example a dispatch mode that counts operators.
+        backward: whether `closure` is followed by a backward pass.
 
     Raises:
         TitheError: when the forward pass branches on the values of an activation, has an operator without a shape-only
@@ -259,8 +265,9 @@ def predict(
                     recorder.lay_aside(parameter)
             with recording(recorder), inside or nullcontext():
                 loss = closure(fakes)
-                _check(loss)
-                loss.backward()
+                if backward:
+                    _check(loss)
+                    loss.backward()
         except RuntimeError as error:
             said = str(error).lower()  # as torch says when a fake is asked for `.numpy()`, or meets an operator
             if "tensor subclass" not in said and "no fake impl" not in said:

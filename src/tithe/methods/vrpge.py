@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tithe.budget import written_as_percent
 from tithe.errors import TitheError
-from tithe.method import Cost, NarrowMethod
+from tithe.method import Cost, Init, NarrowMethod, Weights
 from tithe.select import bernoulli_masks
 
 
@@ -29,6 +29,9 @@ class VRPGE(NarrowMethod):
         min over w, s ∈ [0, 1]ⁿ of  E L(w, m),  m_i ~ Bernoulli(s_i)        subject to  Σ cost_i s_i ≤ keep · total
         w: one ordinary step of the drawn network        s: g = (L_0 − L_1)/2 · (z_0 − z_1),  z = (m − s)/(s(1−s))^(1−α)
 
+    What earlier steps foretell of L_0 − L_1 is taken out of the difference and put back as its mean, which leaves the
+    estimate unbiased and less noisy (`tithe.select.policy_gradient`).
+
     Args:
         keep: the share of the cost that is kept on average, in (0, 1].
         structure_lr: Adam's learning rate for s where the weights' is at its highest; it follows their schedule, as
@@ -37,6 +40,12 @@ class VRPGE(NarrowMethod):
         gradual: None, or the steps (start, stop) between which the share falls from 1 to `keep`, by a cube.
         cost: what is counted. "channels": each unit once, as in the paper. "flops", "params": the forward pass's
             operations, or the parameters, of the network of expected widths, fixed parts included.
+        weights: "trained", or "frozen": until `plan.settle` the structure alone is learned, from two forward passes
+            without a gradient, and of parameters only those of `head=`.
+        init: "uniform": one probability for all units. "taylor", "wanda": from a metric of each unit, over `data=`
+            (`tithe.narrow.metrics`): s = t a / (t a + 1 − t), a the metric, one t so that Σ cost_i s_i = keep · total.
+        hold: for how many steps a draw is kept; the second loss is evaluated in the first of them alone.
+        control_variate: whether earlier steps' forecast is used; without it the estimate is the paper's.
 
     Raises:
         TitheError: when a value is out of range.
@@ -51,6 +60,10 @@ class VRPGE(NarrowMethod):
     alpha: float = 0.5
     gradual: tuple[int, int] | None = None
     cost: Cost = "channels"
+    weights: Weights = "trained"
+    init: Init = "uniform"
+    hold: int = 1
+    control_variate: bool = True
 
     def __post_init__(self) -> None:
         for name, value, low, high in (("keep", self.keep, 0.0, 1.0), ("alpha", self.alpha, -1e-9, 1.0)):
@@ -73,12 +86,22 @@ class VRPGE(NarrowMethod):
                 expected="two counts of steps, the first smaller",
                 remedy="the paper's: (0.16 T, 0.6 T) for T steps in all",
             )
-        if self.cost not in get_args(Cost):
+        for name, kind in (("cost", Cost), ("weights", Weights), ("init", Init)):
+            if getattr(self, name) not in get_args(kind):
+                raise TitheError(
+                    "VRPGE",
+                    found=f"{name}={getattr(self, name)!r}",
+                    expected="one of " + ", ".join(map(repr, get_args(kind))),
+                    remedy=f"change {name}",
+                )
+        if self.hold < 1:
+            raise TitheError("VRPGE", found=f"hold={self.hold}", expected="at least 1 step", remedy="leave hold out")
+        if self.gradual is not None and self.init != "uniform":
             raise TitheError(
                 "VRPGE",
-                found=f"cost={self.cost!r}",
-                expected="one of " + ", ".join(map(repr, get_args(Cost))),
-                remedy="change cost",
+                found=f"gradual={self.gradual} and init={self.init!r}",
+                expected="one of them: a share of 1 starts with every probability at 1, whatever the metric",
+                remedy='leave gradual out, or init="uniform"',
             )
 
     def share(self, step: int) -> float:
@@ -88,3 +111,9 @@ class VRPGE(NarrowMethod):
     def gradient(self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float) -> Tensor:
         """Return the variance-reduced estimate of `tithe.select.policy_gradient`."""
         return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha)
+
+    def controlled_gradient(
+        self, s: Tensor, mask_0: Tensor, mask_1: Tensor, difference: float, control: Tensor
+    ) -> Tensor:
+        """Return the same estimate with a control variate."""
+        return bernoulli_masks.policy_gradient(s, mask_0, mask_1, difference, 0.0, self.alpha, control=control)

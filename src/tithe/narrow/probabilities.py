@@ -7,25 +7,25 @@ They live on the CPU whatever the model's device: the widths of the next kernels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tithe.coupling import Coupling, Term
-from tithe.errors import TitheError
+from tithe.coupling import Coupling
 from tithe.method import NarrowMethod
+from tithe.narrow.control import ControlVariate
+from tithe.narrow.costs import SLACK, Costs
+from tithe.narrow.structure import Structure
 from tithe.select import bernoulli_masks
 
-_NOUNS = {"channels": "units", "flops": "operations", "params": "parameters"}
 _ROUNDS = 8
 """Of projection and pricing: two are enough unless widths halve within one step."""
-_SLACK = 1 + 1e-9
-"""What rounding may add to a cost."""
 
 
-class Probabilities:
+class Probabilities(Structure):
     """One probability per unit, learned by Adam and projected onto what may be spent.
 
     A unit whose probability has reached 0 stays there: no draw will have it, and no gradient brings it back.
@@ -38,13 +38,33 @@ class Probabilities:
         TitheError: when one unit of every group already costs more than is kept.
     """
 
+    draws: ClassVar[bool] = True
+    keys: ClassVar[frozenset[str]] = frozenset({"s"})
+
     def __init__(self, coupling: Coupling, method: NarrowMethod) -> None:
         self.method = method
-        self._coupling = coupling
-        self.total = self._cost(torch.ones(coupling.num_units, dtype=torch.float64))
-        self._check_floor()
-        self.s = nn.Parameter(self._uniform(self.total * method.share(0)), requires_grad=False)
+        self._costs = Costs(coupling, method.cost)
+        self._costs.check_keep(method.keep)
+        self.total = self._costs.total
+        ones = torch.ones(coupling.num_units, dtype=torch.float64)
+        start = self._costs.spending(self.total * method.share(0), lambda t: ones * t)
+        self.s = nn.Parameter(start, requires_grad=False)
+        self.control = ControlVariate(coupling.num_units) if method.control_variate else None
         self._adam = torch.optim.Adam([self.s], lr=method.structure_lr)
+
+    @property
+    def hold(self) -> int:
+        """Return for how many steps draws are held."""
+        return self.method.hold
+
+    @property
+    def init(self) -> str:
+        """Return the name of the metric that the probabilities start from."""
+        return self.method.init
+
+    @property
+    def _coupling(self) -> Coupling:
+        return self._costs.coupling
 
     @property
     def group(self) -> Tensor:
@@ -57,9 +77,26 @@ class Probabilities:
         s = self.s.detach()
         return [nn.Parameter(s[g.start : g.stop], requires_grad=False) for g in self._coupling.groups]
 
+    @property
+    def num_units(self) -> int:
+        """Return the number of units that may still be drawn."""
+        return int((self.s > 0).sum())
+
+    def possible(self) -> Tensor:
+        """Return the units that may still be drawn, and the most probable one of each group, bool (n,)."""
+        return self._first(0) | (self.s.detach() > 0)
+
     def spent(self) -> float:
         """Return the expected cost, as a share of the whole network's."""
-        return self._cost(self.s.detach()) / self.total
+        return self._costs.of(self.s.detach()) / self.total
+
+    def widths(self) -> dict[str, float]:
+        """Return the expected number of units of each group, by its name."""
+        return {g.name: float(s.sum()) for g, s in zip(self._coupling.groups, self.by_group(), strict=True)}
+
+    def watched(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the probabilities, which ranks draw the same networks from."""
+        yield "probabilities", self.s
 
     def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """Draw two independent sub-networks, bool (n,), from the probabilities, the seed and the step alone."""
@@ -69,13 +106,13 @@ class Probabilities:
 
     def likely(self, step: int) -> Tensor:
         """Return the sub-network of the largest probabilities that fits into the share, bool (n,)."""
-        limit = self.total * self.method.share(step) * _SLACK
+        limit = self.total * self.method.share(step) * SLACK
         if self.method.cost == "channels":
             return self._first(limit)
         low, high = 0, len(self.s)  # prices depend on the widths chosen: how many units, by s, are within the limit?
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._cost(self._first(middle).double()) <= limit else (low, middle - 1)
+            low, high = (middle, high) if self._costs.of(self._first(middle).double()) <= limit else (low, middle - 1)
         return self._first(low)
 
     def _first(self, count: float) -> Tensor:
@@ -94,6 +131,31 @@ class Probabilities:
                 found.append(mask)
         return found
 
+    def start_from(self, metric: Tensor, *, between: bool) -> None:
+        """Let the probabilities start from a metric of the units: the larger it is, the more probable.
+
+            s_i = t a_i / (t a_i + 1 − t),   one t in [0, 1] so that Σ cost_i s_i = keep · total
+            a_i = metric_i / mean over its group,   or, between groups, metric_i / √price_i over the mean of all
+
+        The odds s / (1 − s) are in proportion to a. A unit of none has a thousandth of the mean's odds, so that data on
+        which it was silent do not rule it out. The price is the unit's share of the whole network's cost. Of a
+        pretrained ResNet-20 that the best units by a leave half the operations of, 57 % of the training images are
+        classified right at once by gate gradients over √price, 44 % without the price, 41 % over the price itself, 43 %
+        over the group's mean.
+
+        Args:
+            metric: float (n,), not negative.
+            between: whether values of different groups can be compared.
+        """
+        price, _ = self._prices(torch.ones_like(self.s.detach()), 0.0)
+        worth = metric.double() / (price.clamp(min=1e-12).sqrt() if between else 1.0)
+        kinds = torch.zeros_like(self.group) if between else self.group
+        mean = torch.zeros(int(kinds.max()) + 1, dtype=torch.float64)
+        mean.scatter_reduce_(0, kinds, worth, "mean", include_self=False)
+        odds = torch.where(mean[kinds] > 0, worth / mean[kinds], 1.0).clamp(min=1e-3)
+        limit = self.total * self.method.share(0)
+        self.s.detach().copy_(self._costs.spending(limit, lambda t: t * odds / (t * odds + (1 - t))))
+
     def learn(self, mask_0: Tensor, mask_1: Tensor, difference: float, *, step: int, pace: float) -> None:
         """Take one step: Adam on the estimated gradient, then the projection.
 
@@ -106,12 +168,32 @@ class Probabilities:
         """
         s = self.s.detach()
         dead = s == 0
-        self.s.grad = self.method.gradient(s, mask_0, mask_1, difference)
+        if self.control is None:
+            self.s.grad = self.method.gradient(s, mask_0, mask_1, difference)
+        else:
+            self.s.grad = self.method.controlled_gradient(s, mask_0, mask_1, difference, self.control.vector.to(s))
+            self.control.see(mask_0, mask_1, difference)
         for group in self._adam.param_groups:
             group["lr"] = self.method.structure_lr * pace
         self._adam.step()
         self.s.grad = None
         self._project(torch.where(dead, 0.0, s), self.total * self.method.share(step + 1))
+
+    def remember(self, mask_0: Tensor, mask_1: Tensor, difference: float | None, gates: Tensor | None) -> None:
+        """Keep of a finished step what foretells later ones, once it has been learned from.
+
+        Args:
+            mask_0: the draw that the weights were trained with.
+            mask_1: the other one.
+            difference: of their losses, or None where there was no second loss.
+            gates: gate gradients of the first draw, (n,), or None where weights have no gradient.
+        """
+        if self.control is None:
+            return
+        if gates is not None and bool(gates.isfinite().all()):
+            self.control.take(gates, mask_0)
+        elif gates is None and difference is not None and math.isfinite(difference):
+            self.control.fit(mask_0, mask_1, difference)
 
     def _project(self, z: Tensor, limit: float) -> None:
         s = self.s.detach()
@@ -119,7 +201,7 @@ class Probabilities:
             # The price of a unit depends on how wide its neighbours are, and they change as well.
             price, left = self._prices(s, limit)
             s.copy_(bernoulli_masks.project(z, left, price, weighted=True))
-            if self._cost(s) <= limit * _SLACK:
+            if self._costs.of(s) <= limit * SLACK:
                 break
 
     def tighten(self, step: int) -> None:
@@ -130,7 +212,9 @@ class Probabilities:
         """Follow a coupling that some units have left for good; bool (n,) says which are alive."""
         moments = {key: value[alive] for key, value in self._moments().items()}
         self.s.data = self.s.data[alive]
-        self._coupling = coupling
+        if self.control is not None:
+            self.control.shrink(alive)
+        self._costs = Costs(coupling, self.method.cost)
         if moments:
             self._adam.state[self.s].update(moments)
 
@@ -143,53 +227,26 @@ class Probabilities:
         kept = self._adam.state.get(self.s, {})
         return {"s": self.s.detach().clone(), **{key: value.clone() for key, value in kept.items()}}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the result of `state`, for as many units."""
+    def load(self, state: Mapping[str, Tensor], control: Mapping[str, Tensor] | None) -> None:
+        """Take over the result of `state`, for as many units, and of the control variate's."""
+        if self.control is not None and control is not None:
+            self.control.load(control)
         self.s.detach().copy_(state["s"])
         kept: dict[str, Any] = {key: value.clone() for key, value in state.items() if key != "s"}
         self._adam.state.clear()
         if kept:
             self._adam.state[self.s] = kept
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the probabilities."""
+        return self.s.nbytes
+
     def _moments(self) -> dict[str, Tensor]:
         kept = self._adam.state.get(self.s, {})
         return {key: value for key, value in kept.items() if value.shape == self.s.shape}
 
-    @property
-    def _terms(self) -> tuple[Term, ...]:
-        return self._coupling.flops if self.method.cost == "flops" else self._coupling.params
-
-    def _cost(self, s: Tensor) -> float:
-        """What a network of these expected widths costs."""
-        return float(s.sum() if self.method.cost == "channels" else self._coupling.cost(self._terms, s))
-
     def _prices(self, s: Tensor, limit: float) -> tuple[Tensor, float]:
         """The price of each unit at `s`, and what of the limit is left for units."""
-        if self.method.cost == "channels":
-            return torch.ones_like(s), limit
-        price = self._coupling.shares(self._terms, s)
-        return price, limit - (self._cost(s) - float((price * s).sum()))
-
-    def _uniform(self, limit: float) -> Tensor:
-        """The one probability of all units at which the limit is spent."""
-        ones = torch.ones(self._coupling.num_units, dtype=torch.float64)
-        if self._cost(ones) <= limit:
-            return ones
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._cost(ones * middle) <= limit else (low, middle)
-        return ones * low
-
-    def _check_floor(self) -> None:
-        first = torch.zeros(self._coupling.num_units, dtype=torch.float64)
-        first[[group.start for group in self._coupling.groups]] = 1.0
-        least = self._cost(first) / self.total
-        if least > self.method.keep * _SLACK:
-            raise TitheError(
-                "keep",
-                found=f"{self.method.keep:g} of the {_NOUNS[self.method.cost]}",
-                expected=f"at least {least:.4g}: what cannot be left out, and one unit of each group"
-                f" ({len(self._coupling.groups)} groups)",
-                remedy="keep more, or leave fewer layers whole (where=, head=)",
-            )
+        price = self._costs.prices(s)
+        return price, limit - (self._costs.of(s) - float((price * s).sum()))

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 from tithe.coupling import Coupling, Group
 from tithe.forward import untouched
 from tithe.narrow.fit import Fit
+from tithe.narrow.shrinking import smaller
 from tithe.narrow.widths import Count, find_counts
 from tithe.selection import Grid
 
@@ -199,7 +200,7 @@ class Stage:
         lengths = self._lengths(grids)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                tensor.data = grids[name].gather(tensor.data)
+                tensor.data = smaller(tensor.data, grids[name])
         left: list[Count] = []
         for module, count in self._counts:
             length = lengths[count.axis]

@@ -8,20 +8,26 @@ from typing import Any
 from torch import Tensor
 
 from tithe.errors import TitheError
-from tithe.method import NarrowMethod
 from tithe.narrow.stage import Stage
 
-FORMAT = 1
+FORMAT = 2
+"""1 had neither the draws, which are made anew then, nor a control variate, which starts from nothing."""
 
 
 def check_state(
-    state: Mapping[str, Any], method: NarrowMethod, alive: Tensor, stage: Stage, tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    structure: frozenset[str],
+    alive: Tensor,
+    stage: Stage,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Compare a saved state with the plan that continues from it.
 
     Args:
         state: what `plan.state_dict()` returned.
-        method: of the plan.
+        settings: of the plan, which have to be those of the state, by their keys there.
+        structure: keys of the state of what decides which units exist.
         alive: bool (n,), the units that the plan still has.
         stage: of the model.
         tensors: the model's, by every name.
@@ -30,19 +36,28 @@ def check_state(
         TitheError: naming the first difference.
     """
     keys = {"keep", "cost", "num_steps", "num_epochs", "seed", "settled", "alive", "probabilities", "tensors"}
-    if state.get("format") != FORMAT or not keys <= set(state):
+    if state.get("format") == FORMAT:
+        keys |= {"weights", "masks", "age", "control"}
+    if state.get("format") not in (1, FORMAT) or not keys <= set(state):
         raise TitheError(
             "plan state",
             found=f"format {state.get('format')!r} with {', '.join(sorted(set(state) & keys)) or 'no known key'}",
             expected="what plan.state_dict() of this method returns",
             remedy="save it with plan.state_dict() of this version and method",
         )
-    for setting in ("keep", "cost"):
-        if state[setting] != getattr(method, setting):
+    if not structure <= set(state["probabilities"]):
+        raise TitheError(
+            "plan state",
+            found=f"the state of another kind of method, with {', '.join(sorted(state['probabilities']))}",
+            expected=f"one with {', '.join(sorted(structure))}",
+            remedy="attach with the method of the saved run",
+        )
+    for setting, value in settings.items():
+        if setting in state and state[setting] != value:
             raise TitheError(
                 setting,
                 found=f"a state saved with {setting}={state[setting]!r}",
-                expected=f"{setting}={getattr(method, setting)!r}",
+                expected=f"{setting}={value!r}",
                 remedy="attach with the settings of the saved run",
             )
     saved: Tensor = state["alive"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tithe.batch import num_samples
 from tithe.errors import TitheError
 from tithe.forward import RandomStates, asked_for_gradient, evaluating, training, untouched
-from tithe.narrow.stage import Stage
+from tithe.narrow.stage import Fit, Stage
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -42,6 +43,27 @@ def loss_without_gradient(stage: Stage, mask: Tensor, closure: Callable[[], Any]
             remedy="draw the batch and its augmentation before the closure, and keep no state between forwards",
         )
     return found[0]
+
+
+@contextmanager
+def run_frozen(stage: Stage, fit: Fit, *, but: Collection[nn.Module] = ()) -> Generator[None]:
+    """Run the model as a narrow network whose weights are not trained inside the block: buffers stay as they were.
+
+    Random draws go on, as in any forward pass.
+
+    Args:
+        stage: of the model.
+        fit: what exists.
+        but: modules that are trained all the same, whose buffers may change.
+    """
+    states: RandomStates | None = None
+    try:
+        with untouched(stage.model, but=but, also=stage.written), stage.run(fit.read, stage.filled(fit)):
+            yield
+            states = RandomStates()
+    finally:
+        if states is not None:
+            states.restore()
 
 
 def _value(closure: Callable[[], Any], states: RandomStates) -> Any:

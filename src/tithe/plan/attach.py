@@ -19,8 +19,8 @@ from torch import nn
 
 from tithe import distributed
 from tithe.errors import TitheError
-from tithe.method import NarrowMethod, SparseMethod, SubspaceMethod
-from tithe.narrow import InferenceNetwork
+from tithe.method import CutMethod, NarrowMethod, SparseMethod, SubspaceMethod
+from tithe.narrow import Cuts, InferenceNetwork, Probabilities
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import check_free
 from tithe.plan.narrow import NarrowPlan
@@ -52,7 +52,17 @@ class Maker:
 
     def narrow(self, method: NarrowMethod) -> NarrowPlan:
         """Make a plan under which what is not drawn does not exist."""
-        return NarrowPlan(self.model, method, self.settings)
+        return NarrowPlan(
+            self.model,
+            method,
+            self.settings,
+            lambda coupling: Probabilities(coupling, method),
+            frozen=method.weights == "frozen",
+        )
+
+    def cut(self, method: CutMethod) -> NarrowPlan:
+        """Make a plan under which what is worth least goes for good, in a few steps."""
+        return NarrowPlan(self.model, method, self.settings, lambda coupling: Cuts(coupling, method))
 
     def subspace(self, method: SubspaceMethod) -> SubspacePlan:
         """Make a plan under which all weights move together in a span."""
@@ -156,7 +166,7 @@ def _check_method(method: object) -> None:
         raise TitheError(
             "method",
             found=repr(method),
-            expected="a SparseMethod, a NarrowMethod or a SubspaceMethod",
+            expected="a SparseMethod, a NarrowMethod, a CutMethod or a SubspaceMethod",
             remedy="write tithe.attach(model, tithe.FISH(density=0.005), ...), or derive your method from one of these",
         )
 

@@ -54,12 +54,11 @@ class Plan(ABC):
     Args:
         model: the model.
         settings: of `attach`.
+        frozen: whether the weights to choose from stay as they are.
     """
 
     method: Any
     """The method that asked for the plan, of the contract that belongs to the plan's kind."""
-    needs_backward: ClassVar[bool] = False
-    """Whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
     averages_gradients: ClassVar[bool] = False
     """Whether `plan.backward` averages over ranks itself, so that the model is not to be wrapped."""
     shares_work: ClassVar[bool] = False
@@ -67,10 +66,10 @@ class Plan(ABC):
     ranks: RankChecks | None = None
     """What `attach` looks at the ranks with: told after each step, closed by `release`."""
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, *, frozen: bool = False) -> None:
         self.model, self.seed = model, settings.seed
         self._loss, self._data = settings.loss, settings.data
-        self._split = split_parameters(model, where=settings.where, head=settings.head)
+        self._split = split_parameters(model, where=settings.where, head=settings.head, frozen=frozen)
         self._alias, self._floats, self._head = self._split.alias, self._split.floats, self._split.head
         self._frozen_head = {name: p.requires_grad for name, p in self._head.items()}
         self.num_steps = self.num_epochs = 0
@@ -150,6 +149,11 @@ class Plan(ABC):
             TitheError: as `attach`.
         """
         self._check_live()
+
+    @property
+    def needs_backward(self) -> bool:
+        """Return whether a step has to go through `plan.backward`: the method needs more than one forward pass."""
+        return False
 
     @property
     def released(self) -> bool:
@@ -271,12 +275,16 @@ class Plan(ABC):
         self._check_live()
         self._optimizers.finish()
         if not self._optimizers.seen:
-            self._optimizers.search()
+            self._search_optimizers()
             updated = self._commit()
             if updated or not self._optimizers.bound:
                 self.finish_step()
         changed, self._changed = self._changed, False
         return changed
+
+    def _search_optimizers(self) -> None:
+        """Look among the objects of this process for the optimizers of a loop that bound none."""
+        self._optimizers.search()
 
     def take_weights(self) -> None:  # noqa: B027 - where θ is the weights, or a span's, there is nothing to do
         """Let θ follow weights that were written, where θ was written too: an average of all parameters writes both.

@@ -193,8 +193,16 @@ class LeftOut:
     required: bool
 
 
-def split_parameters(model: nn.Module, *, where: str | Sequence[str], head: str | Sequence[str]) -> Split:
+def split_parameters(
+    model: nn.Module, *, where: str | Sequence[str], head: str | Sequence[str], frozen: bool = False
+) -> Split:
     """Sort a model's parameters into head, candidates and the rest.
+
+    Args:
+        model: the model.
+        where: globs of what may be chosen from.
+        head: globs of what is trained whole.
+        frozen: take parameters that require no gradient as candidates, too: none of them will be trained.
 
     Raises:
         TitheError: when the model has nothing trainable, a glob matches nothing, nothing is left to choose from, or a
@@ -215,7 +223,7 @@ def split_parameters(model: nn.Module, *, where: str | Sequence[str], head: str 
                 expected="weights of a dtype that a file of weights can name",
                 remedy="convert it, to torch.complex64 say, or dequantize() it",
             )
-    trainable = {name: p for name, p in floats.items() if p.requires_grad}
+    trainable = {name: p for name, p in floats.items() if p.requires_grad or frozen}
     if not trainable:
         others = ", ".join(f"{name}: {out.kind}" for name, out in list(left_out.items())[:3])
         raise TitheError(

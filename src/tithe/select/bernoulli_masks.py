@@ -9,6 +9,8 @@ the host depends on a tensor's values.
 References:
     X. Zhou, W. Zhang, Z. Chen, S. Diao, T. Zhang. Efficient Neural Network Training via Forward and Backward
     Propagation Sparsification. NeurIPS 2021, arXiv 2111.05685: the problem, the estimator, the projection.
+    S. Gu, S. Levine, I. Sutskever, A. Mnih. MuProp: Unbiased Backpropagation for Stochastic Neural Networks. ICLR 2016,
+    arXiv 1511.05176, section 4: a first-order Taylor term as control variate, whose mean is put back.
     X. Zhou, W. Zhang, H. Xu, T. Zhang. Effective Sparsification of Neural Networks with Global Sparsity Constraint.
     CVPR 2021, arXiv 2105.01571: the gradual schedule.
 
@@ -56,7 +58,14 @@ def draw(s: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def policy_gradient(
-    s: Tensor, mask_0: Tensor, mask_1: Tensor, loss_0: Tensor | float, loss_1: Tensor | float, alpha: float = 0.5
+    s: Tensor,
+    mask_0: Tensor,
+    mask_1: Tensor,
+    loss_0: Tensor | float,
+    loss_1: Tensor | float,
+    alpha: float = 0.5,
+    *,
+    control: Tensor | None = None,
 ) -> Tensor:
     """Estimate H^α ∇F(s), H = diag(s (1 - s)), from two independent draws and their losses on one batch.
 
@@ -69,6 +78,14 @@ def policy_gradient(
 
     bounded as s_i goes to 0 or 1 for α ≥ ½, which the estimator without preconditioning (α = 0) is not.
 
+    With a control variate c, a guess of what each unit adds to the loss, what it foretells is taken out of the sampled
+    difference, and its mean is put back exactly:
+
+        g_i = [(L_0 - L_1 - cᵀ (m_0 - m_1)) / 2 · (m_0 - m_1)_i / (s_i (1 - s_i)) + c_i] · (s_i (1 - s_i))^α
+
+    Unbiased for every c that was fixed before the draws, since E (cᵀ Δm) Δm_i = 2 s_i (1 - s_i) c_i; the variance is
+    that of an estimate for the loss L - cᵀ m. Whatever c depends on must not depend on these draws or losses.
+
     Args:
         s: probabilities (n,), float.
         mask_0: the first draw, bool or 0 and 1, (n,).
@@ -76,6 +93,7 @@ def policy_gradient(
         loss_0: with the first draw, a scalar.
         loss_1: with the second.
         alpha: exponent of the preconditioner H.
+        control: c, (n,), or None for none.
 
     Returns:
         (n,) in the dtype of `s`; exactly 0 where s is 0 or 1. Rows of masks (B, n) and losses (B, 1) give rows.
@@ -87,7 +105,12 @@ def policy_gradient(
     """
     h = s * (1 - s)
     apart = mask_0.to(s.dtype) - mask_1.to(s.dtype)  # of z_0 - z_1 all else cancels
-    return torch.where(h > 0, (loss_0 - loss_1) / 2 * apart / h.pow(1 - alpha), 0)
+    difference = loss_0 - loss_1
+    if control is None:
+        return torch.where(h > 0, difference / 2 * apart / h.pow(1 - alpha), 0)
+    control = control.to(s)
+    left = difference - (control * apart).sum(-1, keepdim=apart.dim() > 1)
+    return torch.where(h > 0, left / 2 * apart / h.pow(1 - alpha) + control * h.pow(alpha), 0)
 
 
 @torch.no_grad()

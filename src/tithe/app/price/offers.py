@@ -243,6 +243,21 @@ class _Maker:
 
     def narrow(self, method: tithe.NarrowMethod) -> Setup:
         """Set up the networks of a first step, drawn where every unit is as likely as any other."""
+        return self._absent(method, lambda plan: plan.structure.draw(plan.seed, plan.num_steps)[0])
+
+    def cut(self, method: tithe.CutMethod) -> Setup:
+        """Set up the network before the first cut; its file is what the last one leaves where scores are even."""
+
+        def left(plan: tithe.NarrowPlan) -> Tensor:
+            plan.structure.hear(torch.ones(plan.stage.coupling.num_units))
+            return plan.structure.candidates(plan.seed, plan.num_steps, 0)[0]
+
+        return self._absent(method, left)
+
+    def _absent(
+        self, method: tithe.NarrowMethod | tithe.CutMethod, written: Callable[[tithe.NarrowPlan], Tensor]
+    ) -> Setup:
+        """Set up a plan under which units are absent; `written` says which of them are in its file."""
         subject, model = self.site.subject, self.site.model
         state: dict[str, Tensor] = model.state_dict()
 
@@ -255,8 +270,7 @@ class _Maker:
         with warnings.catch_warnings():  # half precision, which is asked for here, is no news
             warnings.filterwarnings("ignore", message=".*rounds small updates away", category=TitheWarning)
             plan = tithe.attach(model, method, loss=loss, data=[batch], head=subject.head)
-        drawn, _ = plan.probabilities.draw(plan.seed, plan.num_steps)
-        shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(drawn).items()}
+        shapes = {name: grid.theta_shape for name, grid in plan.stage.grids(written(plan)).items()}
         return Setup(
             model=model,
             trained=list(plan.parameters()),

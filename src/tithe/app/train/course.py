@@ -152,8 +152,9 @@ class OwnCourse(Course):
         return self.recipe.method.fixed_from(self.total_steps)
 
     def rate(self, step: int) -> float:
-        """The learning rate of the step after `step` finished ones; its schedule runs again once widths are fixed."""
-        section, method, start = self.recipe.optimizer, self.recipe.method, self.fixed_from
+        """The learning rate of the step after `step` finished ones; of some methods it starts again at fixed widths."""
+        section, method = self.recipe.optimizer, self.recipe.method
+        start = self.fixed_from if method.restarts else 0
         if start and step >= start:
             return rate(section, method.finetuning_rate(section.lr), step - start, self.total_steps - start, 0)
         return rate(section, section.lr, step, start or self.total_steps, warmup_steps(section, self.steps_per_epoch))

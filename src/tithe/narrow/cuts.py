@@ -1,0 +1,186 @@
+"""Decide which units exist: all that are left do, and in a few steps those of least worth go for good.
+
+    step after step      a ← accumulate(a, c),  c_i = ∂L/∂m_i of a gate on unit i's output
+    at a cut             units go by worth(a, price), least first, until Σ cost ≤ share · total
+                         no group gets below `floor` of the width that it would have if all were equally narrow
+
+Nothing is drawn. Scores live on the CPU, where the widths of the next kernels have to be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tithe.coupling import Coupling
+from tithe.errors import TitheError
+from tithe.method import CutMethod
+from tithe.narrow.costs import SLACK, Costs
+from tithe.narrow.structure import Structure, whole
+from tithe.select.cut_order import cut_order
+
+
+class Cuts(Structure):
+    """The scores of units that may still go.
+
+    Args:
+        coupling: the units and their costs.
+        method: what is kept, when, and how scores arise.
+
+    Raises:
+        TitheError: when one unit of every group already costs more than is kept.
+    """
+
+    draws: ClassVar[bool] = False
+    keys: ClassVar[frozenset[str]] = frozenset({"scores", "heard", "share"})
+
+    def __init__(self, coupling: Coupling, method: CutMethod) -> None:
+        self.method = method
+        self.costs = Costs(coupling, method.cost)
+        self.costs.check_keep(method.keep)
+        self.total = self.costs.total
+        self._sizes = [group.num_units for group in coupling.groups]
+        self.scores = torch.zeros(coupling.num_units, dtype=torch.float64)
+        self._heard = 0
+        self._share = 1.0
+
+    @property
+    def _coupling(self) -> Coupling:
+        return self.costs.coupling
+
+    @property
+    def fixed(self) -> bool:
+        """Return whether the last cut is made: no smaller share is kept."""
+        return self._share <= self.method.keep
+
+    @property
+    def num_units(self) -> int:
+        """Return how many units are left."""
+        return self._coupling.num_units
+
+    def spent(self) -> float:
+        """Return the cost of the present network, as a share of the whole one's."""
+        return self.costs.of(whole(self._coupling).double()) / self.total
+
+    def widths(self) -> dict[str, float]:
+        """Return the number of units that each group has left, by its name."""
+        return {group.name: float(group.num_units) for group in self._coupling.groups}
+
+    def watched(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the scores, which have to be the same on every rank."""
+        yield "scores", self.scores
+
+    def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return the network of all units that are left, twice."""
+        return whole(self._coupling), whole(self._coupling)
+
+    def likely(self, step: int) -> Tensor:
+        """Return the network of all units that are left."""
+        return whole(self._coupling)
+
+    def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:
+        """Return the one network that the last cut would leave now."""
+        return [whole(self._coupling) if self.fixed else self._cut(self.method.keep)]
+
+    def remember(self, mask_0: Tensor, mask_1: Tensor, difference: float | None, gates: Tensor | None) -> None:
+        """Take in the gate gradients of a step; those of a step that overflowed tell nothing."""
+        if not self.fixed and gates is not None and bool(gates.isfinite().all()):
+            self.scores = self.method.accumulate(self.scores, gates.double())
+            self._heard += 1
+
+    def agree(self, first: Callable[[Tensor], Tensor]) -> None:
+        """Take over the scores of the first rank: rounding may differ from processor to processor."""
+        self.scores = first(self.scores)
+
+    def due(self, step: int) -> bool:
+        """Return whether the share that is kept falls after `step` finished steps."""
+        return not self.fixed and self.method.share(step) < self._share
+
+    def stay(self, step: int) -> Tensor:
+        """Return which units stay after `step` finished steps, bool (n,).
+
+        Raises:
+            TitheError: when no step was heard, or no gradient has reached any unit.
+        """
+        alive = self._cut(self.method.share(step))
+        self._share = self.method.share(step)
+        return alive
+
+    def _cut(self, share: float) -> Tensor:
+        """The network of that share of the cost that has the units of most worth."""
+        self._check_heard()
+        limit = self.total * share * SLACK
+        everything, group = whole(self._coupling).double(), self._group()
+        worth, least = self.method.worth(self.scores, self.costs.prices(everything)), self._least(limit)
+        for floor in (least, torch.ones_like(least)):  # of a narrow group the floor may be a unit, which is too much
+            order = cut_order(worth, group, floor)
+            if self.costs.of(_without(everything, order)) <= limit:
+                break
+        low, high = 0, len(order)  # how many have to go? costs fall with each
+        while low < high:
+            middle = (low + high) // 2
+            fits = self.costs.of(_without(everything, order[:middle])) <= limit
+            low, high = (low, middle) if fits else (middle + 1, high)
+        return _without(everything, order[:low]) > 0
+
+    def _group(self) -> Tensor:
+        sizes = torch.tensor([group.num_units for group in self._coupling.groups], dtype=torch.int64)
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def _least(self, limit: float) -> Tensor:
+        """How many units each group keeps, int64 (groups,): `floor` of its width in the evenly narrow network."""
+        groups = self._coupling.groups
+        full = torch.ones(self._coupling.num_units, dtype=torch.float64)
+        for group, size in zip(groups, self._sizes, strict=True):
+            full[group.start : group.stop] = size / group.num_units
+        even = self.costs.spending(limit, lambda t: full * t)
+        widths = [float(even[group.start : group.stop].sum()) for group in groups]
+        least = [max(1, int(self.method.floor * width)) for width in widths]
+        return torch.tensor([min(n, group.num_units) for n, group in zip(least, groups, strict=True)])
+
+    def _check_heard(self) -> None:
+        if self._heard and bool((self.scores != 0).any()):
+            return
+        raise TitheError(
+            "cut",
+            found="scores that are all zero" if self._heard else "no step of an optimizer that told its gradients",
+            expected="gradients of the weights that read the units, at each optimizer.step()",
+            remedy="step an optimizer over plan.parameters() that is not compiled, before the first cut",
+        )
+
+    def shrink(self, coupling: Coupling, alive: Tensor) -> None:
+        """Follow a coupling that some units have left for good; bool (n,) says which are alive."""
+        self.costs = Costs(coupling, self.method.cost)
+        self.scores = self.scores[alive]
+
+    def fix(self) -> None:
+        """Take every remaining unit as one that stays: nothing is cut any more."""
+        self._share = min(self._share, self.method.keep)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the scores, and how far cuts have come."""
+        return {
+            "scores": self.scores.clone(),
+            "heard": torch.tensor(self._heard),
+            "share": torch.tensor(self._share, dtype=torch.float64),
+        }
+
+    def load(self, state: Mapping[str, Tensor], control: Mapping[str, Tensor] | None) -> None:
+        """Take over the result of `state`, for as many units."""
+        self.scores = state["scores"].clone()
+        self._heard, self._share = int(state["heard"]), float(state["share"])
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the scores."""
+        return self.scores.nbytes
+
+
+def _without(mask: Tensor, units: Tensor) -> Tensor:
+    """A copy of `mask`, float64 (n,), with zeros for some units."""
+    left = mask.clone()
+    left[units] = 0.0
+    return left
