@@ -249,7 +249,9 @@ class _Maker:
         """Set up the network before the first cut; its file is what the last one leaves where scores are even."""
 
         def left(plan: tithe.NarrowPlan) -> Tensor:
-            plan.structure.hear(torch.ones(plan.stage.coupling.num_units))
+            units = plan.stage.coupling.num_units
+            whole = torch.ones(units, dtype=torch.bool)
+            plan.structure.remember(whole, whole, None, torch.ones(units))
             return plan.structure.candidates(plan.seed, plan.num_steps, 0)[0]
 
         return self._absent(method, left)
