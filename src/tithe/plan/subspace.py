@@ -102,7 +102,7 @@ class SubspacePlan(Plan):
             mixes = [torch.diag(row) for row in scales]
             start = torch.zeros_like(squares)
             origins = list(start)
-        theta = nn.Parameter(start.to(device, self._dtype))
+        theta = nn.Parameter(start.to(device, self._dtype, copy=True))  # its rows are the origins
         origins = [theta.detach().cpu().double().clone()] * len(columns) if theta.dim() == 1 else origins
         spans = [
             Span(shape, column, mix, origin, places[name])
