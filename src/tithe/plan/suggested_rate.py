@@ -1,0 +1,159 @@
+"""Suggest a learning rate: how far the loss falls along the signs of its gradient, by two gradients.
+
+    g = ∇L(θ)    s = sign g    c = sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    L(θ − ηs) ≈ L(θ) − η Σ|g| + ½ η² c
+
+The right side is least at η = Σ|g| / c. An optimizer that divides each gradient by its usual size moves every value by
+about its learning rate: the first step of Adam is −η s.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe import distributed
+from tithe.errors import TitheError, TitheWarning
+from tithe.forward import graph_leaves, training, untouched
+from tithe.rules import Carrier
+from tithe.scoring import check_loss
+
+_FINEST = 1e-10
+"""No rounding is taken to be finer: models in float64 may compute a norm or their loss in float32."""
+
+
+@dataclass(frozen=True)
+class Movable:
+    """What an optimizer moves, made ready for a trial of other values.
+
+    Args:
+        leaves: where its gradients arrive.
+        scale: √(|w|² / number of values), with the length of what they are written into.
+        dtypes: that the weights are computed in.
+        move: (ε, directions) → the network has `values + ε directions` from now on.
+    """
+
+    leaves: Sequence[Tensor]
+    scale: float
+    dtypes: Iterable[torch.dtype]
+    move: Callable[[float, Sequence[Tensor]], None]
+
+
+def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[], Tensor]]) -> float:
+    """Return the rate at which a step along the signs of the gradient lowers the loss most; ranks return the same.
+
+    Args:
+        model: in whichever mode; its forward passes here run in training mode and leave no trace.
+        movable: of this model; afterwards it stands at θ + εs, and whoever made it puts it back.
+        losses: of some batches, which count alike.
+
+    Raises:
+        TitheError: no gradient, or one that is not finite; or no curvature that would bound the step.
+
+    Warns:
+        TitheWarning: the loss curves downwards.
+    """
+    if not movable.leaves:
+        raise _refused(
+            "a plan that trains nothing at present", "values that an optimizer moves", "call it once some do"
+        )
+    directions = _gradients(model, movable.leaves, losses)
+    distributed.meet("suggest_lr: the gradient")
+    distributed.mean_all_(directions)
+    total = _sum(gradient.abs() for gradient in directions)
+    if not 0 < total < math.inf:
+        raise _refused(
+            f"a gradient whose entries have the sum {total:g}",
+            "a gradient that is finite and not zero",
+            "look at the loss of this batch; a network that was just drawn needs values other than zero",
+        )
+    for gradient in directions:
+        gradient.sign_()
+    eps = _rounding(movable)
+    step = math.sqrt(eps) * (movable.scale or 1.0)
+    movable.move(step, directions)
+    slope = _sum(g * s for g, s in zip(_gradients(model, movable.leaves, losses), directions, strict=True))
+    if distributed.world_size() > 1:
+        distributed.meet("suggest_lr: the gradient at another place")
+        slope = distributed.mean_number(slope, directions[0].device)
+    change = slope - total
+    if not eps * total < abs(change) < math.inf:
+        raise _refused(
+            f"a slope of {total:g} that is {slope:g} after a step of {step:.1g}: no curvature to be seen",
+            "a loss that is not linear along the signs of its gradient, or nothing bounds a step",
+            "name a rate, or look at the loss",
+        )
+    if change < 0:
+        warnings.warn(
+            "suggest_lr: the loss of this batch curves downwards along the signs of its gradient, and has no minimum"
+            " there; returned is the distance over which its slope doubles. Take a larger batch, or name a rate.",
+            TitheWarning,
+            stacklevel=3,
+        )
+    return step * total / abs(change)
+
+
+def scale_of(weights: Iterable[Tensor], count: int) -> float:
+    """Return √(|w|² / count)."""
+    return math.sqrt(_sum(weight.detach().square() for weight in weights) / max(count, 1))
+
+
+def _gradients(model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """The mean gradients that backward passes bring to leaves; nothing else gets or keeps one."""
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    with training(model), untouched(model), torch.enable_grad():
+        for loss in losses:
+            torch.clear_autocast_cache()  # it holds weights as they were before they were moved
+            value = check_loss(loss())
+            with _put_aside([*leaves, *graph_leaves(value)]):
+                value.backward()
+                for total, leaf in zip(totals, leaves, strict=True):
+                    if leaf.grad is not None:
+                        total.add_(leaf.grad)  # a sparse one, too
+        torch.clear_autocast_cache()
+    return [total.div_(len(losses)) for total in totals]
+
+
+@contextmanager
+def _put_aside(leaves: Sequence[Tensor]) -> Generator[None]:
+    """Let leaves have no gradient for now, and no hook by which a loop would train as soon as they get one.
+
+    A carrier hands on what arrives at it, by such a hook of its own.
+    """
+    plain: dict[int, Any] = {id(leaf): leaf for leaf in leaves if not isinstance(leaf, Carrier)}
+    hooks = [leaf._post_accumulate_grad_hooks for leaf in plain.values() if leaf._post_accumulate_grad_hooks]
+    before = [(leaf, leaf.grad) for leaf in plain.values()], [(each, dict(each)) for each in hooks]
+    try:
+        for leaf in plain.values():
+            leaf.grad = None
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for leaf, grad in before[0]:
+            leaf.grad = grad
+        for each, content in before[1]:
+            each.update(content)
+
+
+def _rounding(movable: Movable) -> float:
+    """The relative rounding of the coarsest numbers that the passes compute with, as far as dtypes tell."""
+    dtypes = set(movable.dtypes)
+    for kind in {leaf.device.type for leaf in movable.leaves}:
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    return max(_FINEST, *(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _sum(tensors: Iterable[Tensor]) -> float:
+    return math.fsum(float(tensor.detach().sum(dtype=torch.float64)) for tensor in tensors)
+
+
+def _refused(found: str, expected: str, remedy: str) -> TitheError:
+    return TitheError("suggest_lr", found=found, expected=expected, remedy=remedy)
