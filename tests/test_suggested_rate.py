@@ -24,6 +24,7 @@ from narrow_plans import FAMILIES, drawn
 from narrow_plans import attach as attach_narrow
 from ranks import play, refused
 from tithe import FISH, TitheError
+from tithe.app.dense import Dense
 from tithe.narrow import Stage
 
 F64 = torch.float64
@@ -114,6 +115,15 @@ def test_it_is_that_of_the_hessian(name: str) -> None:
     plain = fresh(case, plan)
     expected = rate_of(plain, lambda m: case.loss(m, batch), masks_of(plan, plain))
     assert plan.suggest_lr(batch) == pytest.approx(expected, rel=2e-2)
+
+
+def test_of_a_dense_plan_it_is_that_of_whole_parameters() -> None:
+    case = CASES["bert"]
+    model, batch = case.model(dtype=F64), case.batch(dtype=F64)
+    plan = Dense(model, [name for name, _ in model.named_parameters()], loss=case.loss)
+    everything = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    expected = rate_of(case.model(dtype=F64), lambda m: case.loss(m, batch), everything)
+    assert assert_leaves_no_trace(plan, batch) == pytest.approx(expected, rel=2e-2)
 
 
 def test_of_several_batches_it_is_that_of_their_mean() -> None:

@@ -20,7 +20,7 @@ from tithe.forward import RandomStates
 from tithe.ledger import Ledger, human
 from tithe.method import Narrowing, Spending
 from tithe.plan.parameters import split_parameters
-from tithe.plan.suggested_rate import Movable, suggest_rate
+from tithe.plan.suggested_rate import Movable, Whole, suggest_rate
 from tithe.plan.watch import BeforeForward, Optimizers
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
@@ -301,9 +301,9 @@ class Plan(ABC):
             finally:
                 self._forward_began = began
 
-    @abstractmethod
     def _movable(self) -> AbstractContextManager[Movable]:
         """Make what an optimizer moves ready for a trial, inside; afterwards the network has θ again, bit by bit."""
+        return Whole(self.parameters()).movable()
 
     @abstractmethod
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from tithe.plan.base import Plan, Settings
 from tithe.plan.follow import check_same, held_parameters
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.rank_means import mean_gradients, mean_statistics
-from tithe.plan.suggested_rate import Movable, scale_of
+from tithe.plan.suggested_rate import Movable, Whole
 from tithe.plan.ties import check_untied
 from tithe.plan.watch import clear, loss_scale
 from tithe.rules.lean.model import Lean
@@ -204,20 +204,12 @@ class NarrowPlan(Plan):
         live = self.stage.live(grids)  # copies, which nobody else has
         parts = {name: nn.Parameter(live[name]) for name, part in self._parts.items() if part.trained}
         whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
-        leaves = [*parts.values(), *whole]
-        values = [leaf.detach().clone() for leaf in leaves]
-
-        def move(step: float, directions: Sequence[Tensor]) -> None:
-            for leaf, value, direction in zip(leaves, values, directions, strict=True):
-                leaf.data.copy_(value + step * direction)
-
-        try:
-            with self.stage.untouched(), self.stage.run(grids, {**live, **parts}):
-                scale = scale_of(leaves, sum(leaf.numel() for leaf in leaves))
-                yield Movable(leaves, scale, {leaf.dtype for leaf in leaves}, move)
-        finally:
-            for parameter, value in zip(whole, values[len(parts) :], strict=True):
-                parameter.data.copy_(value)
+        with (
+            self.stage.untouched(),
+            self.stage.run(grids, {**live, **parts}),
+            Whole([*parts.values(), *whole]).movable() as movable,
+        ):
+            yield movable
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""

@@ -20,7 +20,7 @@ from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.selected import SelectedWeights
 from tithe.plan.state import Buffers, PlanState
-from tithe.plan.suggested_rate import Movable, scale_of
+from tithe.plan.suggested_rate import Movable, Whole, scale_of
 from tithe.rules import Binding, check_holds, theta_dtype
 from tithe.rules.lean.model import Lean, lean
 from tithe.scoring import check_loss
@@ -188,7 +188,7 @@ class SparsePlan(Plan):
         bound = [binding for binding in self._owned() if binding.selection.size]
         before = [binding.selection.gather(binding.weight.detach()) for binding in bound]
         met = [(binding, binding.seen_positions, dict(binding.outlived)) for binding in bound]
-        head = {id(parameter): (parameter, parameter.detach().clone()) for parameter in self._head.values()}
+        head = Whole(self._head.values())
 
         def move(step: float, directions: Sequence[Tensor]) -> None:
             """Write into the weights alone: θ, its version and what has moved stay as they are."""
@@ -198,19 +198,17 @@ class SparsePlan(Plan):
                 assert values is not None
                 direction = binding.part(along[id(binding.parameter)])
                 binding.selection.scatter_(binding.weight.data, values + step * direction)
-            for key, (parameter, values) in head.items():
-                parameter.data.copy_(values + step * along[key])
+            head.move(step, [along[id(parameter)] for parameter in head.parameters])
 
-        scale = scale_of([*before, *self._head.values()], sum(leaf.numel() for leaf in leaves))
+        weights = [*(binding.weight for binding in bound), *head.parameters]
+        scale = scale_of([*before, *head.parameters], sum(leaf.numel() for leaf in leaves))
         try:
             with self._mount.unwatched():
-                dtypes = [binding.weight.dtype for binding in bound] + [p.dtype for p in self._head.values()]
-                yield Movable(leaves, scale, dtypes, move)
+                yield Movable(leaves, scale, {weight.dtype for weight in weights}, move)
         finally:
             for binding, values in zip(bound, before, strict=True):
                 binding.selection.scatter_(binding.weight.data, values)
-            for parameter, values in head.values():
-                parameter.data.copy_(values)
+            head.restore()
             for binding, positions, outlived in met:
                 binding.seen_positions, binding.outlived = positions, outlived
 

@@ -23,7 +23,7 @@ from tithe.plan.mount import Mount
 from tithe.plan.optimizers import num_states
 from tithe.plan.rank_means import mean_gradients, mean_statistics
 from tithe.plan.shared_theta import ThetaSharing, in_order
-from tithe.plan.suggested_rate import Movable, scale_of
+from tithe.plan.suggested_rate import Movable, Whole, scale_of
 from tithe.rules import SharedTheta
 from tithe.scoring import check_loss
 from tithe.selection import Coordinates, Selection, Span
@@ -180,23 +180,19 @@ class SubspacePlan(Plan):
     @contextmanager
     def _movable(self) -> Generator[Movable]:
         self._mount.follow()
-        leaves = list(self.parameters())
-        values = [leaf.detach().clone() for leaf in leaves]
-
-        def write(new: Sequence[Tensor]) -> None:
-            for leaf, value in zip(leaves, new, strict=True):
-                leaf.data.copy_(value)
-            self._sharing.commit(force=True)
+        whole = Whole(self.parameters())
 
         def move(step: float, directions: Sequence[Tensor]) -> None:
-            write([value + step * direction for value, direction in zip(values, directions, strict=True)])
+            whole.move(step, directions)
+            self._sharing.commit(force=True)
 
         weights = [*(binding.weight for binding in self._mount.bindings.values()), *self._head.values()]
-        scale = scale_of(weights, sum(leaf.numel() for leaf in leaves))
+        scale = scale_of(weights, sum(parameter.numel() for parameter in whole.parameters))
         try:
-            yield Movable(leaves, scale, {self.basis.dtype, *(weight.dtype for weight in weights)}, move)
+            yield Movable(whole.parameters, scale, {self.basis.dtype, *(weight.dtype for weight in weights)}, move)
         finally:
-            write(values)
+            whole.restore()
+            self._sharing.commit(force=True)
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the model with what it was, before it is too late."""

@@ -45,6 +45,38 @@ class Movable:
     move: Callable[[float, Sequence[Tensor]], None]
 
 
+class Whole:
+    """Parameters that an optimizer moves as they are, with their values.
+
+    Args:
+        parameters: which.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def move(self, step: float, directions: Sequence[Tensor]) -> None:
+        """Let each be its value + step · direction."""
+        for parameter, value, direction in zip(self.parameters, self._values, directions, strict=True):
+            parameter.data.copy_(value + step * direction)
+
+    def restore(self) -> None:
+        """Put the values back."""
+        for parameter, value in zip(self.parameters, self._values, strict=True):
+            parameter.data.copy_(value)
+
+    @contextmanager
+    def movable(self) -> Generator[Movable]:
+        """Let a trial move them, and nothing else, inside."""
+        count = sum(parameter.numel() for parameter in self.parameters)
+        dtypes = {parameter.dtype for parameter in self.parameters}
+        try:
+            yield Movable(self.parameters, scale_of(self.parameters, count), dtypes, self.move)
+        finally:
+            self.restore()
+
+
 def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[], Tensor]]) -> float:
     """Return the rate at which a step along the signs of the gradient lowers the loss most; ranks return the same.
 
