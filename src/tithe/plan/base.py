@@ -246,7 +246,7 @@ class Plan(ABC):
     def suggest_lr(self, batch: Any, *more: Any) -> float:
         """Return a learning rate for an Adam-like optimizer, from what it would train now, the head included.
 
-            g = ∇L(θ)    s = sign g    sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    η = Σ|g| / |sᵀHs|
+            g = ∇L(θ)    s = sign g    sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    η = Σ|g| / (sᵀHs)
 
         Adam, AdamW and their like move each value by about the learning rate: the first step is −η s, and by the
         second derivatives of the loss this η lowers it most. A mask of large curvature therefore gets a small rate, one
@@ -256,11 +256,15 @@ class Plan(ABC):
         The fewer samples, the larger the rate: the noise of a small batch passes for gradient. Four batches of training
         gave the rates of the table in docs/benchmarks/rates.md.
 
-        It costs two forward and backward passes of each batch, in training mode, the second with the random draws of
-        the first. Weights, gradients, buffers, random states, optimizers and the plan stay as they were, bit by bit. On
-        several ranks all of them call it, each with its own batches, and get the same rate. Under a method that draws
-        networks it is the rate of the network that is drawn now; while a warm-up trains the head alone, that of the
-        head: call it again when the choice is made.
+        Where the loss does not curve upwards at θ, or so little that it would have to fall below zero, the curvature is
+        that over the distance 2 L / Σ|g| along −s, beyond which no parabola above zero has its minimum, and without any
+        that distance is the rate.
+
+        It costs two forward and backward passes of each batch, in such a case three, in training mode and with the same
+        random draws. Weights, gradients, buffers, random states, optimizers and the plan stay as they were, bit by bit.
+        On several ranks all of them call it, each with its own batches, and get the same rate. Under a method that
+        draws networks it is the rate of the network that is drawn now; while a warm-up trains the head alone, that of
+        the head: call it again when the choice is made.
 
         Args:
             batch: training data as the `loss=` of `attach` takes it. Call it under the autocast of training, if there
@@ -271,11 +275,8 @@ class Plan(ABC):
             The rate: by how much a value of θ moves in a step, in the unit of the weights.
 
         Raises:
-            TitheError: when the plan has no loss or trains nothing now, the gradient is zero or not finite, or the loss
-                is linear along its signs, so that nothing bounds a step.
-
-        Warns:
-            TitheWarning: when the loss curves downwards there; the rate is then where its slope has doubled.
+            TitheError: when the plan has no loss or trains nothing now, loss or gradient is not finite, the gradient is
+                zero, or the loss is negative and linear along its signs, so that nothing bounds a step.
 
         References:
             The minimum of the quadratic model of the loss along the first step of Adam (Kingma and Ba, "Adam", ICLR

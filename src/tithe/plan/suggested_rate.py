@@ -4,12 +4,14 @@
 
 The right side is least at η = Σ|g| / c. An optimizer that divides each gradient by its usual size moves every value by
 about its learning rate: the first step of Adam is −η s.
+
+A loss that is not negative bounds η: its parabola has a minimum above zero, not further away than 2 L / Σ|g|. Where c
+says otherwise, or is not positive, it tells of the loss near θ alone; it is then taken over that whole distance, −s.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe import distributed
-from tithe.errors import TitheError, TitheWarning
+from tithe.errors import TitheError
 from tithe.forward import graph_leaves, training, untouched
 from tithe.rules import Carrier
 from tithe.scoring import check_loss
@@ -82,22 +84,18 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
 
     Args:
         model: in whichever mode; its forward passes here run in training mode and leave no trace.
-        movable: of this model; afterwards it stands at θ + εs, and whoever made it puts it back.
+        movable: of this model; afterwards it stands elsewhere than at θ, and whoever made it puts it back.
         losses: of some batches, which count alike.
 
     Raises:
-        TitheError: no gradient, or one that is not finite; or no curvature that would bound the step.
-
-    Warns:
-        TitheWarning: the loss curves downwards.
+        TitheError: no gradient, or one that is not finite; or nothing that would bound the step.
     """
     if not movable.leaves:
-        raise _refused(
-            "a plan that trains nothing at present", "values that an optimizer moves", "call it once some do"
-        )
-    directions = _gradients(model, movable.leaves, losses)
+        raise _refused("a plan that trains nothing now", "values that an optimizer moves", "call it once there are any")
+    value, directions = _gradients(model, movable.leaves, losses)
     distributed.meet("suggest_lr: the gradient")
     distributed.mean_all_(directions)
+    value = distributed.mean_number(value, directions[0].device)
     total = _sum(gradient.abs() for gradient in directions)
     if not 0 < total < math.inf:
         raise _refused(
@@ -107,28 +105,33 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
         )
     for gradient in directions:
         gradient.sign_()
-    eps = _rounding(movable)
-    step = math.sqrt(eps) * (movable.scale or 1.0)
-    movable.move(step, directions)
-    slope = _sum(g * s for g, s in zip(_gradients(model, movable.leaves, losses), directions, strict=True))
-    if distributed.world_size() > 1:
-        distributed.meet("suggest_lr: the gradient at another place")
-        slope = distributed.mean_number(slope, directions[0].device)
-    change = slope - total
-    if not eps * total < abs(change) < math.inf:
+
+    def curvature(step: float) -> float:
+        """The mean second derivative along the directions between here and `step` further."""
+        movable.move(step, directions)
+        _, gradients = _gradients(model, movable.leaves, losses)
+        slope = _sum(g * s for g, s in zip(gradients, directions, strict=True))
+        distributed.meet(f"suggest_lr: the gradient {step:.1g} further")
+        return (distributed.mean_number(slope, directions[0].device) - total) / step
+
+    precision = _rounding(movable)
+    step = math.sqrt(precision) * (movable.scale or 1.0)
+    least = precision * total / step
+    curved = curvature(step)
+    # A parabola that stays above zero has its minimum no further away than this.
+    far = 2 * value / total if value > 0 else math.inf
+    if curved > least and total / curved <= far:
+        return total / curved
+    if far == math.inf and abs(curved) > least:
+        far = total / abs(curved)
+    if not far < math.inf:
         raise _refused(
-            f"a slope of {total:g} that is {slope:g} after a step of {step:.1g}: no curvature to be seen",
-            "a loss that is not linear along the signs of its gradient, or nothing bounds a step",
+            f"a slope of {total:g} that changes by {curved * step:.1g} in a step of {step:.1g}, of a loss of {value:g}",
+            "a loss that is finite and curved along the signs of its gradient, or nothing bounds a step",
             "name a rate, or look at the loss",
         )
-    if change < 0:
-        warnings.warn(
-            "suggest_lr: the loss of this batch curves downwards along the signs of its gradient, and has no minimum"
-            " there; returned is the distance over which its slope doubles. Take a larger batch, or name a rate.",
-            TitheWarning,
-            stacklevel=3,
-        )
-    return step * total / abs(change)
+    curved = curvature(-far)
+    return total / curved if least < curved < math.inf else far
 
 
 def scale_of(weights: Iterable[Tensor], count: int) -> float:
@@ -136,20 +139,24 @@ def scale_of(weights: Iterable[Tensor], count: int) -> float:
     return math.sqrt(_sum(weight.detach().square() for weight in weights) / max(count, 1))
 
 
-def _gradients(model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """The mean gradients that backward passes bring to leaves; nothing else gets or keeps one."""
+def _gradients(
+    model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]]
+) -> tuple[float, list[Tensor]]:
+    """The mean loss and the mean gradients that backward passes bring to leaves; nothing else gets or keeps one."""
+    values: list[float] = []
     totals = [torch.zeros_like(leaf) for leaf in leaves]
     with training(model), untouched(model), torch.enable_grad():
         for loss in losses:
             torch.clear_autocast_cache()  # it holds weights as they were before they were moved
-            value = check_loss(loss())
+            value = check_loss(loss(), finite=not values)
+            values.append(float(value.detach()))
             with _put_aside([*leaves, *graph_leaves(value)]):
                 value.backward()
                 for total, leaf in zip(totals, leaves, strict=True):
                     if leaf.grad is not None:
                         total.add_(leaf.grad)  # a sparse one, too
         torch.clear_autocast_cache()
-    return [total.div_(len(losses)) for total in totals]
+    return sum(values) / len(values), [total.div_(len(losses)) for total in totals]
 
 
 @contextmanager
