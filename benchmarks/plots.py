@@ -41,6 +41,30 @@ def validation_by_variant(first: Mapping[str, Record], variants: Sequence[Mask],
     _save(figure, path)
 
 
+def rates_against_best(pairs: Sequence[tuple[str, float, float, bool]], factor: float, path: Path) -> None:
+    """One dot a pair (score, best rate, suggested rate, whether something was decided on it), both axes by decades."""
+    figure, axes = _axes(1, (5.2, 4.2))
+    scores = list(dict.fromkeys(score for score, *_ in pairs))
+    ends = [rate for _, best, suggested, _ in pairs for rate in (best, suggested)]
+    line = [min(ends) / 2, max(ends) * 2]
+    axes[0].fill_between(line, [x / factor for x in line], [x * factor for x in line], color="#eef1f3")
+    axes[0].plot(line, line, color="#c8ccd2", linewidth=1)
+    for i, score in enumerate(scores):
+        label: str | None = score
+        for _, best, suggested, chosen_on in (pair for pair in pairs if pair[0] == score):
+            colour = COLOURS[i % len(COLOURS)]
+            face = "white" if chosen_on else colour
+            axes[0].plot(best, suggested, "o", color=colour, markerfacecolor=face, markersize=7, label=label)
+            label = None
+    axes[0].set_xscale("log")
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("best learning rate of a grid")
+    axes[0].set_ylabel("suggested learning rate")
+    axes[0].set_title(f"band: within a factor of {factor} · open: pairs of the development", fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def growth_of_cost(records: Sequence[Record], path: Path) -> None:
     """CPU time and peak, as parts of full fine-tuning, over density; one line a hidden size."""
     figure, axes = _axes(2, (8.0, 3.4))

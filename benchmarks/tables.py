@@ -18,6 +18,7 @@ from benchmarks import (
     saved_tables,
     sparse_tables,
     speed_tables,
+    suggested_tables,
     transfer_tables,
 )
 from benchmarks.records import RESULTS
@@ -40,6 +41,7 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "average": average_tables.average,
     "prune-text": prune_text_tables.prune_text,
     "language": language_tables.language,
+    "rates": suggested_tables.rates,
 }
 START, END = "<!-- results: written by python -m benchmarks.tables -->", "<!-- end of results -->"
 

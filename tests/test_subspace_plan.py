@@ -305,3 +305,17 @@ def test_weights_that_are_no_start_are_refused(start: list[float], tmp_path: Pat
     history = recorded(tmp_path / "run", checkpoints(model, 3))
     with pytest.raises(tithe.TitheError, match="weights"):
         tithe.attach(model, tithe.TWA(history, start=start), loss=lambda m, x: m(x).sum(), data=[torch.randn(2, 3)])
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_coefficients_move_the_weights_of_a_model_in_float64(granularity: Any, tmp_path: Path) -> None:
+    """θ needs no conversion there, and still is no view of where it started."""
+    case = CASES["mlp"]
+    model = case.model(dtype=torch.float64)
+    history = recorded(tmp_path / "run", checkpoints(model, 3))
+    plan = tithe.attach(model, tithe.TWA(history, granularity=granularity), loss=case.loss)
+    before = flat(model)
+    with torch.no_grad():
+        plan.theta.add_(0.1)
+    plan.step()
+    assert not torch.equal(flat(model), before)

@@ -27,8 +27,13 @@ WRONG = {
     ),
     "misspelt required key": (("output =", "outptu ="), "line 23: [run] outptu", ["did you mean output?"]),
     "unknown section": (("[run]", "[runs]"), "line 19: [runs]", ["unknown key 'runs'", "did you mean run?"]),
-    "missing section": (("[optimizer]\nlr = 0.01\nclip = 1.0\n", ""), "recipe.toml", ["optimizer"]),
-    "missing key": (("lr = 0.01\n", ""), "line 15: [optimizer]", ["found no lr", "add [optimizer] lr"]),
+    "missing section": ((f"[method]\n{FISH}\n", ""), "recipe.toml", ["section [method]"]),
+    "missing key": (('task = "text-classification"\n', ""), "line 4: [data]", ["found no task", "add [data] task"]),
+    "no rate for sgd": (
+        ("lr = 0.01\n", 'name = "sgd"\n'),
+        "line 15: [optimizer]",
+        ["found no lr", 'or set name = "adamw"'],
+    ),
     "missing method": (('name = "fish"\n', ""), "line 10: [method]", ["add [method] name"]),
     "wrong method": (
         ('"fish"', '"fisch"'),

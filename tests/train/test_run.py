@@ -27,6 +27,7 @@ from workplace import assert_equal, write_tsv
 
 Edit = Callable[..., Path]
 RESELECT = ("samples = 32", 'samples = 32\nwarmup = 2\nreselect = {every = 5, unit = "steps"}')
+WARM = ("samples = 32", "samples = 32\nwarmup = 2")
 EVERY = ("log_every = 1", "log_every = 1\ncheckpoint_every = 4\nevaluate_every = 6\naccumulate = 2")
 
 
@@ -159,10 +160,13 @@ class _StopAfter:
 METHODS = {
     "fish": (RESELECT,),
     "full": (('name = "fish"\ndensity = 0.2\nsamples = 32', 'name = "full"'),),
+    "suggested": (RESELECT, ("lr = 0.01\n", "")),
 }
 
 
-@pytest.mark.parametrize(("method", "stop"), [("fish", 1), ("fish", 4), ("fish", 7), ("full", 4)])
+@pytest.mark.parametrize(
+    ("method", "stop"), [("fish", 1), ("fish", 4), ("fish", 7), ("full", 4), ("suggested", 1), ("suggested", 4)]
+)
 def test_resuming_equals_never_stopping_bit_for_bit(method: str, stop: int, edit: Edit, workplace: Path) -> None:
     """With dropout on, gradients accumulated, the choice made after a warm-up and made again at step 5."""
     path = edit(*METHODS[method], EVERY, ("epochs = 2", "steps = 11"))
@@ -182,9 +186,53 @@ def test_resuming_equals_never_stopping_bit_for_bit(method: str, stop: int, edit
     assert read_log(workplace / "whole", "train") == read_log(workplace / "parts", "train")
     assert len(read_log(workplace / "parts", "train")) == 11
     assert_equal(*(load_file(workplace / name / "delta.safetensors") for name in ("whole", "parts")))
-    for key in ("metrics", "best_step", "evaluations", "trainable"):
+    for key in ("metrics", "best_step", "evaluations", "trainable", "learning_rate"):
         assert whole[key] == parts[key]
     assert whole["bytes"]["peak"] == parts["bytes"]["peak"]
+
+
+def test_a_rate_that_the_recipe_does_not_name_is_suggested(edit: Edit, workplace: Path) -> None:
+    """Of what a warm-up trains first, and again of the choice; it is told, logged, in the result, the same again."""
+    path, console = edit(WARM, ("lr = 0.01\n", 'schedule = "constant"\n'), ("epochs = 2", "steps = 4")), quiet()
+    result = train(read_recipe(path), resume=False, console=console)
+    assert isinstance(console.file, io.StringIO)
+    told = [line for line in console.file.getvalue().splitlines() if "suggested for" in line]
+    assert len(told) == 2
+    assert "the head alone" in told[0]
+    assert "step 2/4" in told[1]
+    rates = [entry["lr"] for entry in read_log(workplace / "out", "train")]
+    assert len(set(rates[:2])) == len(set(rates[2:])) == 1
+    assert rates[0] != rates[2]
+    assert result["learning_rate"] == {"highest": rates[2], "suggested": True}
+    again = run(path, "run.output=again")
+    assert again["learning_rate"] == result["learning_rate"]
+    named = run(path, "run.output=named", "optimizer.lr=0.5")
+    assert named["learning_rate"] == {"highest": 0.5, "suggested": False}
+
+
+def test_a_rate_is_suggested_by_the_first_four_batches(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def suggest(plan: tithe.Plan, *batches: Any) -> float:
+        asked.extend(batches)
+        return 0.125
+
+    monkeypatch.setattr(tithe.Plan, "suggest_lr", suggest)
+    path = edit(("[optimizer]\nlr = 0.01\nclip = 1.0\n\n", ""), ("epochs = 2", "steps = 3\naccumulate = 3"))
+    made = Run(read_recipe(path), resume=False, console=quiet())
+    steps = made.samples["train"].steps(made.course.parts(0), 0)
+    first = [batch for step in steps for batch, _ in step][:4]
+    assert_equal(asked, first)
+    assert made.optimizer.param_groups[0]["initial_lr"] == 0.125
+
+
+def test_a_rate_that_cannot_be_suggested_names_the_section(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(plan: tithe.Plan, *batches: Any) -> float:
+        raise TitheError("suggest_lr", found="a gradient of zero", expected="another", remedy="name a rate")
+
+    monkeypatch.setattr(tithe.Plan, "suggest_lr", refuse)
+    with pytest.raises(TitheError, match=r"line 15: \[optimizer\]: suggest_lr: found a gradient of zero"):
+        run(edit(("lr = 0.01\n", "")))
 
 
 def test_resuming_scores_nothing_again(edit: Edit, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def train(
       name = "fish"                     # or trady, vrpge, full, head
       density = 0.005
       [optimizer]
-      lr = 1e-3
+      lr = 1e-3                         # left out, one is suggested
       [run]
       epochs = 3
       output = "runs/first"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from tithe import distributed
 from tithe.errors import TitheError
 from tithe.forward import RandomStates
 from tithe.ledger import Ledger, human
 from tithe.method import Narrowing, Spending
 from tithe.plan.parameters import split_parameters
+from tithe.plan.suggested_rate import Movable, Whole, suggest_rate
 from tithe.plan.watch import BeforeForward, Optimizers
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
@@ -239,6 +243,69 @@ class Plan(ABC):
         Raises:
             TitheError: when the plan has no loss, or the model cannot run on shapes alone.
         """
+
+    def suggest_lr(self, batch: Any, *more: Any) -> float:
+        """Return a learning rate for an Adam-like optimizer, from what it would train now, the head included.
+
+            g = ∇L(θ)    s = sign g    sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    η = Σ|g| / (sᵀHs)
+
+        Adam, AdamW and their like move each value by about the learning rate: the first step is −η s, and by the
+        second derivatives of the loss this η lowers it most. A mask of large curvature therefore gets a small rate, one
+        drawn at random a large one. It is meant as the highest rate of a schedule that decays to zero. It says nothing
+        of SGD, whose rate has another unit.
+
+        The fewer samples, the larger the rate: the noise of a small batch passes for gradient. Four batches of training
+        gave the rates of the table in docs/benchmarks/rates.md.
+
+        Where the loss does not curve upwards at θ, or so little that it would have to fall below zero, the curvature is
+        that over the distance 2 L / Σ|g| along −s, beyond which no parabola above zero has its minimum, and without any
+        that distance is the rate.
+
+        It costs two forward and backward passes of each batch, in such a case three, in training mode and with the same
+        random draws. Weights, gradients, buffers, random states, optimizers and the plan stay as they were, bit by bit.
+        On several ranks all of them call it, each with its own batches, and get the same rate. Under a method that
+        draws networks it is the rate of the network that is drawn now; while a warm-up trains the head alone, that of
+        the head: call it again when the choice is made.
+
+        Args:
+            batch: training data as the `loss=` of `attach` takes it. Call it under the autocast of training, if there
+                is one.
+            more: further batches; gradients are means over all, and memory is that of one.
+
+        Returns:
+            The rate: by how much a value of θ moves in a step, in the unit of the weights.
+
+        Raises:
+            TitheError: when the plan has no loss or trains nothing now, loss or gradient is not finite, the gradient is
+                zero, or the loss is negative and linear along its signs, so that nothing bounds a step.
+
+        References:
+            The minimum of the quadratic model of the loss along the first step of Adam (Kingma and Ba, "Adam", ICLR
+            2015, algorithm 1). That sparse masks need rates which follow their curvature: Xu and Zhang, "Random
+            Masking", ICML 2024.
+
+            Deviations: Hs is a forward difference, with ε = √(precision) · ‖w‖ / √(values of θ), where w is what is
+            selected, in a span all weights, and the precision that of the weights, or of autocast.
+        """
+        self._check_live()
+        if self._loss is None:
+            raise TitheError(
+                "suggest_lr", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)"
+            )
+        losses = [partial(self._loss, self.model, one) for one in (batch, *more)]
+        self._catch_up()
+        self._optimizers.finish()  # as the forward passes would, in the middle
+        began = self._forward_began
+        with distributed.together(f"suggest_lr after {self.num_steps} steps"):
+            try:
+                with self._movable() as movable:
+                    return suggest_rate(self.model, movable, losses)
+            finally:
+                self._forward_began = began
+
+    def _movable(self) -> AbstractContextManager[Movable]:
+        """Make what an optimizer moves ready for a trial, inside; afterwards the network has θ again, bit by bit."""
+        return Whole(self.parameters()).movable()
 
     @abstractmethod
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:

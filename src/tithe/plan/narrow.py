@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from tithe.plan.follow import check_same, held_parameters
 from tithe.plan.frozen import loss_of_frozen, loss_without_trace
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.rank_means import agreed_stage, mean_gradients, mean_statistics, summed_metric
+from tithe.plan.suggested_rate import Movable, movable_network
 from tithe.plan.ties import check_untied
 from tithe.plan.watch import clear, loss_scale
 from tithe.rules.lean.model import Lean
@@ -257,6 +259,11 @@ class NarrowPlan(Plan):
         parts = {name: part.theta for name, part in self._parts.items()}
         gradients = {name: theta.grad for name, theta in parts.items() if theta.grad is not None}
         return gate_gradients(self.stage.coupling, self._fit.grids, parts, gradients)
+
+    def _movable(self) -> AbstractContextManager[Movable]:
+        parts = [name for name, part in self._parts.items() if part.trained]
+        whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
+        return movable_network(self.stage, self._fit.grids, parts, whole)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tithe.plan.mount import Mount
 from tithe.plan.optimizers import check_elementwise, num_states
 from tithe.plan.selected import SelectedWeights
 from tithe.plan.state import Buffers, PlanState
+from tithe.plan.suggested_rate import Movable, Whole, scale_of
 from tithe.rules import Binding, check_holds, theta_dtype
 from tithe.rules.lean.model import Lean, lean
 from tithe.scoring import check_loss
@@ -179,6 +180,37 @@ class SparsePlan(Plan):
                     raise distributed.fixed_sizes_error() from error
                 raise
         return loss
+
+    @contextmanager
+    def _movable(self) -> Generator[Movable]:
+        self._mount.follow()
+        leaves = [parameter for parameter in self.parameters() if parameter.numel()]
+        bound = [binding for binding in self._owned() if binding.selection.size]
+        before = [binding.selection.gather(binding.weight.detach()) for binding in bound]
+        met = [(binding, binding.seen_positions, dict(binding.outlived)) for binding in bound]
+        head = Whole(self._head.values())
+
+        def move(step: float, directions: Sequence[Tensor]) -> None:
+            """Write into the weights alone: θ, its version and what has moved stay as they are."""
+            along = {id(leaf): direction for leaf, direction in zip(leaves, directions, strict=True)}
+            for binding in bound:
+                values = binding.values
+                assert values is not None
+                direction = binding.part(along[id(binding.parameter)])
+                binding.selection.scatter_(binding.weight.data, values + step * direction)
+            head.move(step, [along[id(parameter)] for parameter in head.parameters])
+
+        weights = [*(binding.weight for binding in bound), *head.parameters]
+        scale = scale_of([*before, *head.parameters], sum(leaf.numel() for leaf in leaves))
+        try:
+            with self._mount.unwatched():
+                yield Movable(leaves, scale, {weight.dtype for weight in weights}, move)
+        finally:
+            for binding, values in zip(bound, before, strict=True):
+                binding.selection.scatter_(binding.weight.data, values)
+            head.restore()
+            for binding, positions, outlived in met:
+                binding.seen_positions, binding.outlived = positions, outlived
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, or keeps more state than the method's budget charges.

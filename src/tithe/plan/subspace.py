@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tithe.plan.mount import Mount
 from tithe.plan.optimizers import num_states
 from tithe.plan.rank_means import mean_gradients, mean_statistics
 from tithe.plan.shared_theta import ThetaSharing, in_order
+from tithe.plan.suggested_rate import Movable, Whole, scale_of
 from tithe.rules import SharedTheta
 from tithe.scoring import check_loss
 from tithe.selection import Coordinates, Selection, Span
@@ -103,7 +105,7 @@ class SubspacePlan(Plan):
             mixes = [torch.diag(row) for row in scales]
             start = torch.zeros_like(squares)
             origins = list(start)
-        theta = nn.Parameter(start.to(device, self._dtype))
+        theta = nn.Parameter(start.to(device, self._dtype, copy=True))  # its rows are the origins
         origins = [theta.detach().cpu().double().clone()] * len(columns) if theta.dim() == 1 else origins
         spans = [
             Span(shape, column, mix, origin, places[name])
@@ -175,6 +177,23 @@ class SubspacePlan(Plan):
             if self._head:
                 mean_gradients(f"{place}: the head", list(self._head.values()))
         return loss
+
+    @contextmanager
+    def _movable(self) -> Generator[Movable]:
+        self._mount.follow()
+        whole = Whole(self.parameters())
+
+        def move(step: float, directions: Sequence[Tensor]) -> None:
+            whole.move(step, directions)
+            self._sharing.commit(force=True)
+
+        weights = [*(binding.weight for binding in self._mount.bindings.values()), *self._head.values()]
+        scale = scale_of(weights, sum(parameter.numel() for parameter in whole.parameters))
+        try:
+            yield Movable(whole.parameters, scale, {self.basis.dtype, *(weight.dtype for weight in weights)}, move)
+        finally:
+            whole.restore()
+            self._sharing.commit(force=True)
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the model with what it was, before it is too late."""

@@ -149,6 +149,10 @@ class Binding:
             return None
         return self.theta.detach() if self.common is None else self.common.values(self)
 
+    def part(self, whole: Tensor) -> Tensor:
+        """What belongs to this weight's own θ of a tensor in the shape of `parameter`."""
+        return self.common.part(whole, self) if isinstance(self.common, FlatTheta) else whole
+
     @property
     def version(self) -> int:
         """Rises with every change of θ that torch counts; not with one through `.data` or by a fused kernel."""
@@ -540,14 +544,14 @@ class FlatTheta(CommonTheta):
 
     def values(self, binding: Binding) -> Tensor:
         """The part of this weight, sharing memory with the parameter."""
-        return self._part(self.parameter.detach(), binding)
+        return self.part(self.parameter.detach(), binding)
 
     def view(self, binding: Binding) -> Tensor:
         """The part's view of the flat parameter; the plain values while the parameter asks for no gradient."""
         if not self.parameter.requires_grad:  # while scores are taken: a view kept from then would never be trained
             return self.values(binding)
         if torch.compiler.is_compiling():
-            return self._part(self.parameter, binding)
+            return self.part(self.parameter, binding)
         if not self._views or self._version != self.parameter._version:
             # One backward node joins the gradients of all parts. An update in place makes views of several outputs
             # invalid, so that every step has its own.
@@ -560,7 +564,8 @@ class FlatTheta(CommonTheta):
             self._version = self.parameter._version
         return self._views[binding.name]
 
-    def _part(self, flat: Tensor, binding: Binding) -> Tensor:
+    def part(self, flat: Tensor, binding: Binding) -> Tensor:
+        """The part of this weight in a tensor of the parameter's shape, sharing memory with it."""
         start = self._starts[binding.name]
         return flat[start : start + binding.selection.size].view(binding.selection.theta_shape)
 

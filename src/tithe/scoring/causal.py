@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from tithe.errors import TitheError
+from tithe.forward import graph_leaves
 from tithe.rules import Carrier, SharedTheta
 from tithe.rules.base import saved_tensors
 from tithe.rules.blocks import blocks
@@ -173,7 +174,7 @@ class _Call(TorchFunctionMode):
             target = F.pad(target.view(size, length - 1), (0, 1), value=ignore_index).view(-1)
         self.done = True
         self.compare(input)
-        leaves = _leaves(input, probe) if torch.is_grad_enabled() else []
+        leaves = [leaf for leaf in graph_leaves(input) if leaf is not probe] if torch.is_grad_enabled() else []
         late = _listened(self.tail.model, leaves)
         ask = torch.is_grad_enabled() and (hidden.requires_grad or bool(leaves))
         terms = Terms(weight, ignore_index, label_smoothing)
@@ -232,24 +233,8 @@ class _Call(TorchFunctionMode):
         loss, probe = self.tail.result, self.tail.probe
         if not self.done or not isinstance(loss, Tensor):
             raise refused(self.tail.model, "a loss that is computed without F.cross_entropy of the logits")
-        if self.first and loss.requires_grad and any(leaf is probe for leaf in _leaves(loss, None)):
+        if self.first and loss.requires_grad and any(leaf is probe for leaf in graph_leaves(loss)):
             raise refused(self.tail.model, "a loss of the logits besides their cross-entropy")
-
-
-def _leaves(output: Tensor, without: Tensor | None) -> list[Tensor]:
-    """The leaves that a tensor was computed from, but one."""
-    found: dict[int, Tensor] = {}
-    seen: set[Any] = set()
-    waiting: list[Any] = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            found[id(node.variable)] = node.variable
-        waiting += [source for source, _ in node.next_functions]
-    return [leaf for leaf in found.values() if leaf is not without]
 
 
 def _listened(model: nn.Module, leaves: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from typing import final
 
 from tithe.app.train.average_section import AverageSection
 from tithe.app.train.data import chunks, epoch_order
-from tithe.app.train.lr_schedule import rate, warmup_steps
+from tithe.app.train.lr_schedule import highest, rate, warmup_steps
 from tithe.app.train.recipe import Recipe
 from tithe.app.train.sections import OptimizerSection
 
@@ -67,8 +67,13 @@ class Course(ABC):
         """The number of finished steps from which on the network's widths are fixed; 0 where they always are."""
 
     @abstractmethod
-    def rate(self, step: int) -> float:
-        """The learning rate of the step after `step` finished ones of the run."""
+    def rate(self, step: int, suggested: float | None = None) -> float:
+        """The learning rate of a step.
+
+        Args:
+            step: finished ones of the run.
+            suggested: the highest rate, where the recipe names none.
+        """
 
     @abstractmethod
     def records(self, step: int) -> bool:
@@ -139,7 +144,8 @@ class OwnCourse(Course):
     @property
     def calmer(self) -> str:
         """The learning rate, clipping, a warm-up."""
-        return f"lower lr ({self.recipe.place('optimizer', 'lr')}), add [optimizer] clip or warmup_steps"
+        lr = "lower" if self.recipe.optimizer.lr is not None else "name a lower"
+        return f"{lr} lr ({self.recipe.place('optimizer', 'lr')}), add [optimizer] clip or warmup_steps"
 
     @property
     def total_steps(self) -> int:
@@ -151,13 +157,14 @@ class OwnCourse(Course):
         """The number of finished steps from which on the network's widths are fixed; 0 where they always are."""
         return self.recipe.method.fixed_from(self.total_steps)
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, suggested: float | None = None) -> float:
         """The learning rate of the step after `step` finished ones; of some methods it starts again at fixed widths."""
         section, method = self.recipe.optimizer, self.recipe.method
         start = self.fixed_from if method.restarts else 0
+        lr = highest(section, suggested)
         if start and step >= start:
-            return rate(section, method.finetuning_rate(section.lr), step - start, self.total_steps - start, 0)
-        return rate(section, section.lr, step, start or self.total_steps, warmup_steps(section, self.steps_per_epoch))
+            return rate(section, method.finetuning_rate(lr), step - start, self.total_steps - start, 0)
+        return rate(section, lr, step, start or self.total_steps, warmup_steps(section, self.steps_per_epoch))
 
     def records(self, step: int) -> bool:
         """As `[history]` says, once widths are fixed: checkpoints of one history have the same shapes."""
@@ -217,8 +224,8 @@ class AverageCourse(Course):
         """All widths are fixed from the start."""
         return 0
 
-    def rate(self, step: int) -> float:
-        """As `[average] schedule` says."""
+    def rate(self, step: int, suggested: float | None = None) -> float:
+        """As `[average] schedule` says, with the rate that the section has in any case."""
         done, total = step - self.start, self.total_steps - self.start
         lr = self.section.lr
         if self.section.schedule == "steps":

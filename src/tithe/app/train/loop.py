@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import signal
 import time
@@ -25,6 +26,7 @@ from tithe.app.train.data import Batches, choosing_rows, chunks, even_chunks, ma
 from tithe.app.train.fitting import check_fits
 from tithe.app.train.models import answer, build, checkpoint_gradients, find_model, score
 from tithe.app.train.optimizer import (
+    SUGGESTED_BY,
     load_optimizer_state,
     make_optimizer,
     optimizer_bytes,
@@ -120,6 +122,9 @@ class Run:
             self._recording = Recording(recipe, self.position.step, self.position.recorded)
             self._recording.load_state_dict({} if state is None else state.get("history", {}))
         self._attach(state)
+        told = None if state is not None else self._suggest()
+        if told is not None and self.console is not None:
+            console.print(told, markup=False, highlight=False)
         self._begin()
         if state is not None:
             self._restore(state)
@@ -160,9 +165,23 @@ class Run:
         self.wrapped: nn.Module = self.model
         self.trainee.train_mode()
 
+    def _suggest(self) -> str | None:
+        """Find the highest learning rate by the coming batches, where the recipe names none; say it."""
+        at, samples = self.position, self.samples["train"]
+        if self.recipe.optimizer.lr is not None:
+            return None
+        parts = self.course.parts(at.epoch, start=at.step_in_epoch)
+        rows = list(itertools.islice((rows for part in parts for rows, _ in part), SUGGESTED_BY))
+        batches = [to_device(batch, self.accelerator.device) for batch in samples.batches(rows)]
+        with self.recipe.blamed("optimizer"), self.accelerator.autocast():
+            at.lr = self.trainee.suggest_lr(*batches)
+        return f"learning rate {at.lr:.2g}, suggested for " + (
+            "the head alone" if at.step < self.trainee.warmup else "what is trained"
+        )
+
     def _begin(self) -> None:
         """Make the optimizer of what was attached, and start the random draws of training."""
-        self.optimizer = make_optimizer(self.course.optimizer, self.trainee.parameters())
+        self.optimizer = make_optimizer(self.course.optimizer, self.trainee.parameters(), self.position.lr)
         self.trainee.bind(self.optimizer)
         # While a warm-up lasts, nothing but the head gets a gradient.
         self._wrap(waits=self.trainee.warmup > 0)
@@ -283,6 +302,8 @@ class Run:
                 self._changed(changed)
                 if changed and at.step < self.course.total_steps:
                     self._show_draw(reporter, new=True)
+            if at.step == self.trainee.warmup and (told := self._suggest()) is not None:  # of the choice, which is made
+                reporter.say(f"step {at.step}/{self.total_steps}  {told}")
             self._narrow(reporter, ended=ended)
             self._record()
             at.seconds += time.monotonic() - started
@@ -303,7 +324,7 @@ class Run:
         return values[0]
 
     def _step(self, batches: list[tuple[Batch, float]]) -> dict[str, float]:
-        lr = self.course.rate(self.position.step)
+        lr = self.course.rate(self.position.step, self.position.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         mean = torch.zeros((), device=self.accelerator.device)

@@ -23,6 +23,18 @@ def warmup_steps(section: OptimizerSection, steps_per_epoch: int) -> int:
     return section.warmup_steps or 0
 
 
+def highest(section: OptimizerSection, suggested: float | None) -> float:
+    """The highest rate of a schedule: the recipe's, or that which was suggested because it names none.
+
+    Example:
+        >>> highest(OptimizerSection(lr=1.0), None), highest(OptimizerSection(), 0.5)
+        (1.0, 0.5)
+    """
+    lr = section.lr if section.lr is not None else suggested
+    assert lr is not None
+    return lr
+
+
 def rate(section: OptimizerSection, lr: float, step: int, total: int, warmup: int) -> float:
     """A schedule's learning rate.
 

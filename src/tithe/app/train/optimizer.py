@@ -9,16 +9,23 @@ import torch
 from torch import Tensor, nn
 
 import tithe
+from tithe.app.train.lr_schedule import highest
 from tithe.app.train.sections import OptimizerSection
 
+SUGGESTED_BY = 4
+"""Batches that a learning rate is suggested by: of one alone it comes out too high."""
 
-def make_optimizer(section: OptimizerSection, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over these parameters."""
-    trained = [{"params": list(parameters), "initial_lr": section.lr}]  # as torch's own schedulers note it
+
+def make_optimizer(
+    section: OptimizerSection, parameters: Iterable[nn.Parameter], suggested: float | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over these parameters, at the rate that was suggested where the recipe names none."""
+    lr = highest(section, suggested)
+    trained = [{"params": list(parameters), "initial_lr": lr}]  # as torch's own schedulers note it
     if section.name == "sgd":
-        return torch.optim.SGD(trained, section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
+        return torch.optim.SGD(trained, lr, momentum=section.momentum, weight_decay=section.weight_decay)
     kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
-    return kind(trained, section.lr, weight_decay=section.weight_decay)
+    return kind(trained, lr, weight_decay=section.weight_decay)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, trainee: tithe.Plan) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,7 @@ class Position:
         widths: of a network that gets narrower.
         recorded: the steps of the history's checkpoints, on the main process.
         logged: lines of the log, on the main process.
+        lr: the highest learning rate, where the recipe names none and it was suggested.
         average: None until the run's own steps are done; then their number (`step`) and time (`seconds`), the
             widths they left (`narrow`), what they trained (`own`), how many `checkpoints` are averaged, and the metrics
             of the `last` weights and of the `mean`.
@@ -48,6 +49,7 @@ class Position:
     widths: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     recorded: list[int] = field(default_factory=list[int])
     logged: int = 0
+    lr: float | None = None
     average: dict[str, Any] | None = None
 
     def judge(self, value: float) -> bool:

@@ -37,7 +37,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     method: Annotated[AnyMethod, Field(discriminator="name")]
-    optimizer: OptimizerSection
+    optimizer: OptimizerSection = OptimizerSection()
     run: RunSection
     log: LogSection = LogSection()
     history: HistorySection | None = None
@@ -57,9 +57,7 @@ class Recipe(Section):
         if not isinstance(told, dict):
             return settings
         own = cast(dict[str, Any], told)
-        usual = SECTIONS[name].usual_optimizer(own, settings.get("run"))
-        # Where lr is missing too, the missing section is the one to report.
-        return {**settings, "optimizer": {**usual, **own}} if own or "lr" in usual else settings
+        return {**settings, "optimizer": {**SECTIONS[name].usual_optimizer(own, settings.get("run")), **own}}
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Recipe:

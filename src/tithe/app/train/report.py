@@ -68,6 +68,7 @@ def _result(run: Run, scores: dict[str, dict[str, float]], delta: Path) -> dict[
         "stopped": at.stopped,
         "epochs": at.epoch,
         "evaluations": at.evaluations,
+        "learning_rate": {"highest": run.recipe.optimizer.lr or at.lr, "suggested": run.recipe.optimizer.lr is None},
         "labels": list(run.examples.labels),
         "rows": {name: len(samples) for name, samples in run.samples.items()},
         "trainable": own["trainable"],
@@ -136,6 +137,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         "network" if result["widths"] else "delta": human(sizes["delta"]),
         "time": f"{seconds['training']:.1f} s, {seconds['per_step'] * 1e3:.0f} ms a step",
     }
+    if result["learning_rate"]["suggested"]:
+        rows["learning rate"] = f"{result['learning_rate']['highest']:.2g} at most, suggested"
     method = result["recipe"]["method"]
     if method["lean"]:
         kept = ["8 bits"] if method["lean_bits"] else []

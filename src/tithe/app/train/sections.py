@@ -243,10 +243,13 @@ class DataSection(Section):
 
 
 class OptimizerSection(Section):
-    """`[optimizer]`: which, and how its learning rate moves."""
+    """`[optimizer]`: which, and how its learning rate moves.
+
+    `lr` is the highest rate of the schedule. Without it, `plan.suggest_lr` gives the one of adamw and adam.
+    """
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -261,6 +264,13 @@ class OptimizerSection(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> OptimizerSection:
+        if self.lr is None and self.name == "sgd":
+            raise refuse(
+                None,
+                found="no lr",
+                expected="[optimizer] lr: none can be suggested for sgd",
+                remedy='add [optimizer] lr, or set name = "adamw"',
+            )
         if self.momentum and self.name != "sgd":
             raise refuse(
                 "momentum",

@@ -1,0 +1,222 @@
+"""Suggest a learning rate: how far the loss falls along the signs of its gradient, by two gradients.
+
+    g = ∇L(θ)    s = sign g    c = sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    L(θ − ηs) ≈ L(θ) − η Σ|g| + ½ η² c
+
+The right side is least at η = Σ|g| / c. An optimizer that divides each gradient by its usual size moves every value by
+about its learning rate: the first step of Adam is −η s.
+
+A loss that is not negative bounds η: its parabola has a minimum above zero, not further away than 2 L / Σ|g|. Where c
+says otherwise, or is not positive, it tells of the loss near θ alone; it is then taken over that whole distance, −s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tithe import distributed
+from tithe.errors import TitheError
+from tithe.forward import graph_leaves, training, untouched
+from tithe.narrow import Stage
+from tithe.rules import Carrier
+from tithe.scoring import check_loss
+from tithe.selection import Grid
+
+_FINEST = 1e-10
+"""No rounding is taken to be finer: models in float64 may compute a norm or their loss in float32."""
+
+
+@dataclass(frozen=True)
+class Movable:
+    """What an optimizer moves, made ready for a trial of other values.
+
+    Args:
+        leaves: where its gradients arrive.
+        scale: √(|w|² / number of values), with the length of what they are written into.
+        dtypes: that the weights are computed in.
+        move: (ε, directions) → the network has `values + ε directions` from now on.
+    """
+
+    leaves: Sequence[Tensor]
+    scale: float
+    dtypes: Iterable[torch.dtype]
+    move: Callable[[float, Sequence[Tensor]], None]
+
+
+class Whole:
+    """Parameters that an optimizer moves as they are, with their values.
+
+    Args:
+        parameters: which.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def move(self, step: float, directions: Sequence[Tensor]) -> None:
+        """Let each be its value + step · direction."""
+        for parameter, value, direction in zip(self.parameters, self._values, directions, strict=True):
+            parameter.data.copy_(value + step * direction)
+
+    def restore(self) -> None:
+        """Put the values back."""
+        for parameter, value in zip(self.parameters, self._values, strict=True):
+            parameter.data.copy_(value)
+
+    @contextmanager
+    def movable(self) -> Generator[Movable]:
+        """Let a trial move them, and nothing else, inside."""
+        count = sum(parameter.numel() for parameter in self.parameters)
+        dtypes = {parameter.dtype for parameter in self.parameters}
+        try:
+            yield Movable(self.parameters, scale_of(self.parameters, count), dtypes, self.move)
+        finally:
+            self.restore()
+
+
+@contextmanager
+def movable_network(
+    stage: Stage, grids: Mapping[str, Grid], parts: Iterable[str], whole: Iterable[Tensor]
+) -> Generator[Movable]:
+    """Let a trial move a drawn network's own copies of weights, and parameters that are whole, inside.
+
+    Args:
+        stage: of the network.
+        grids: what exists of each tensor.
+        parts: names of the weights of which a part exists and is trained.
+        whole: further parameters that are trained.
+    """
+    live = stage.live(grids)  # copies, which nobody else has
+    copies = {name: nn.Parameter(live[name]) for name in parts}
+    with (
+        stage.untouched(),
+        stage.run(grids, {**live, **copies}),
+        Whole([*copies.values(), *whole]).movable() as movable,
+    ):
+        yield movable
+
+
+def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[], Tensor]]) -> float:
+    """Return the rate at which a step along the signs of the gradient lowers the loss most; ranks return the same.
+
+    Args:
+        model: in whichever mode; its forward passes here run in training mode and leave no trace.
+        movable: of this model; afterwards it stands elsewhere than at θ, and whoever made it puts it back.
+        losses: of some batches, which count alike.
+
+    Raises:
+        TitheError: no gradient, or one that is not finite; or nothing that would bound the step.
+    """
+    if not movable.leaves:
+        raise _refused("a plan that trains nothing now", "values that an optimizer moves", "call it once there are any")
+    value, directions = _gradients(model, movable.leaves, losses)
+    distributed.meet("suggest_lr: the gradient")
+    distributed.mean_all_(directions)
+    value = distributed.mean_number(value, directions[0].device)
+    total = _sum(gradient.abs() for gradient in directions)
+    if not 0 < total < math.inf:
+        raise _refused(
+            f"a gradient whose entries have the sum {total:g}",
+            "a gradient that is finite and not zero",
+            "look at the loss of this batch; a network that was just drawn needs values other than zero",
+        )
+    for gradient in directions:
+        gradient.sign_()
+
+    def curvature(step: float) -> float:
+        """The mean second derivative along the directions between here and `step` further."""
+        movable.move(step, directions)
+        _, gradients = _gradients(model, movable.leaves, losses)
+        slope = _sum(g * s for g, s in zip(gradients, directions, strict=True))
+        distributed.meet(f"suggest_lr: the gradient {step:.1g} further")
+        return (distributed.mean_number(slope, directions[0].device) - total) / step
+
+    precision = _rounding(movable)
+    step = math.sqrt(precision) * (movable.scale or 1.0)
+    least = precision * total / step
+    curved = curvature(step)
+    # A parabola that stays above zero has its minimum no further away than this.
+    far = 2 * value / total if value > 0 else math.inf
+    if curved > least and total / curved <= far:
+        return total / curved
+    if far == math.inf and abs(curved) > least:
+        far = total / abs(curved)
+    if not far < math.inf:
+        raise _refused(
+            f"a slope of {total:g} that changes by {curved * step:.1g} in a step of {step:.1g}, of a loss of {value:g}",
+            "a loss that is finite and curved along the signs of its gradient, or nothing bounds a step",
+            "name a rate, or look at the loss",
+        )
+    curved = curvature(-far)
+    return total / curved if least < curved < math.inf else far
+
+
+def scale_of(weights: Iterable[Tensor], count: int) -> float:
+    """Return √(|w|² / count)."""
+    return math.sqrt(_sum(weight.detach().square() for weight in weights) / max(count, 1))
+
+
+def _gradients(
+    model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]]
+) -> tuple[float, list[Tensor]]:
+    """The mean loss and the mean gradients that backward passes bring to leaves; nothing else gets or keeps one."""
+    values: list[float] = []
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    with training(model), untouched(model), torch.enable_grad():
+        for loss in losses:
+            torch.clear_autocast_cache()  # it holds weights as they were before they were moved
+            value = check_loss(loss(), finite=not values)
+            values.append(float(value.detach()))
+            with _put_aside([*leaves, *graph_leaves(value)]):
+                value.backward()
+                for total, leaf in zip(totals, leaves, strict=True):
+                    if leaf.grad is not None:
+                        total.add_(leaf.grad)  # a sparse one, too
+        torch.clear_autocast_cache()
+    return sum(values) / len(values), [total.div_(len(losses)) for total in totals]
+
+
+@contextmanager
+def _put_aside(leaves: Sequence[Tensor]) -> Generator[None]:
+    """Let leaves have no gradient for now, and no hook by which a loop would train as soon as they get one.
+
+    A carrier hands on what arrives at it, by such a hook of its own.
+    """
+    plain: dict[int, Any] = {id(leaf): leaf for leaf in leaves if not isinstance(leaf, Carrier)}
+    hooks = [leaf._post_accumulate_grad_hooks for leaf in plain.values() if leaf._post_accumulate_grad_hooks]
+    before = [(leaf, leaf.grad) for leaf in plain.values()], [(each, dict(each)) for each in hooks]
+    try:
+        for leaf in plain.values():
+            leaf.grad = None
+        for each in hooks:
+            each.clear()
+        yield
+    finally:
+        for leaf, grad in before[0]:
+            leaf.grad = grad
+        for each, content in before[1]:
+            each.update(content)
+
+
+def _rounding(movable: Movable) -> float:
+    """The relative rounding of the coarsest numbers that the passes compute with, as far as dtypes tell."""
+    dtypes = set(movable.dtypes)
+    for kind in {leaf.device.type for leaf in movable.leaves}:
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    return max(_FINEST, *(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _sum(tensors: Iterable[Tensor]) -> float:
+    return math.fsum(float(tensor.detach().sum(dtype=torch.float64)) for tensor in tensors)
+
+
+def _refused(found: str, expected: str, remedy: str) -> TitheError:
+    return TitheError("suggest_lr", found=found, expected=expected, remedy=remedy)
