@@ -29,11 +29,10 @@ class Course:
 
     Args:
         split: the images.
-        rate: highest learning rate; it rises over the first 5 %, unless told, and falls to zero along a cosine.
+        rate: highest learning rate; it rises over the first 5 % and falls to zero along a cosine.
         seed: of the order of the images, of the weights and of every draw.
         epochs: passes over all training images at which the course ends, or None.
         limit: seconds at which it ends, or None.
-        warm_up: part of the course over which the rate rises.
     """
 
     split: Split
@@ -41,7 +40,6 @@ class Course:
     seed: int
     epochs: int | None = None
     limit: float | None = None
-    warm_up: float = WARM_UP
     seconds: float = 0.0
     steps: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)  # seconds, validation accuracy
@@ -62,7 +60,7 @@ class Course:
     @property
     def factor(self) -> float:
         """Of the learning rate, here."""
-        return min(1.0, max(self.progress, 0.01) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
+        return min(1.0, max(self.progress, 0.01) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(self.progress, 1)))
 
     @contextmanager
     def clock(self) -> Iterator[None]:

@@ -238,7 +238,29 @@ def test_the_start_spends_what_is_kept_in_the_order_of_the_metric(name: str, cos
         order = metric[inside].argsort()
         assert bool((s[inside][order].diff() >= -1e-12).all())
     assert float(s.min()) > 0
-    assert float(s.max()) < 1
+    assert float((4 * s * (1 - s)).mean()) < 0.6
+
+
+def test_a_metric_foretells_differences_as_soon_as_its_scale_is_known() -> None:
+    """Of a frozen network whose loss is linear in what is there, the forecast is exact after a few differences."""
+    worth = torch.linspace(1, 3, 12)
+    model = nn.Sequential(nn.Linear(1, 12), nn.Linear(12, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)
+        model[1].weight.copy_(-worth)  # the loss is -Σ m_i worth_i
+
+    def loss(given: nn.Module, batch: Tensor) -> Tensor:
+        return given(batch).mean()
+
+    x = torch.zeros(8, 1, dtype=torch.float64)
+    plan = tithe.attach(model, VRPGE(0.5, weights="frozen", init="taylor", structure_lr=1e-3), loss=loss, data=[x])
+    for _ in range(8):
+        plan.backward(lambda: loss(model, x))
+        plan.step()
+    control = plan.structure.control
+    assert control is not None
+    torch.testing.assert_close(control.vector, -worth.double(), rtol=1e-9, atol=0)
 
 
 def test_taylor_is_the_gate_gradient_of_each_part() -> None:

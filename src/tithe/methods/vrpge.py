@@ -43,7 +43,7 @@ class VRPGE(NarrowMethod):
         weights: "trained", or "frozen": until `plan.settle` the structure alone is learned, from two forward passes
             without a gradient, and of parameters only those of `head=`.
         init: "uniform": one probability for all units. "taylor", "wanda": from a metric of each unit, over `data=`
-            (`tithe.narrow.metrics`): s = t a / (t a + 1 − t), a the metric, one t so that Σ cost_i s_i = keep · total.
+            (`tithe.narrow.metrics`), the odds s / (1 − s) in proportion to a power of it.
         hold: for how many steps a draw is kept; the second loss is evaluated in the first of them alone.
         control_variate: whether earlier steps' forecast is used; without it the estimate is the paper's.
 

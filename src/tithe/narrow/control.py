@@ -2,8 +2,9 @@
 
     L_0 − L_1 ≈ cᵀ (m_0 − m_1),   c = β u
 
-    u   what each unit is worth: a moving average of its gate gradients over the weight steps in which it was drawn, or,
-        where weights have no gradient, a running fit of the differences themselves
+    u   what each unit is worth: a moving average of its gate gradients over the weight steps in which it was drawn; or,
+        where weights have no gradient, the metric that probabilities started from, or else a running fit of the
+        differences themselves
     β   one number: the regression of the differences on uᵀ (m_0 − m_1), each foretold before it was seen, and shrunk
         to 0 as far as chance alone explains it
 
@@ -55,6 +56,10 @@ class ControlVariate:
     def vector(self) -> Tensor:
         """Return c = β u, float64 (n,)."""
         return self.scale * self.units
+
+    def start(self, units: Tensor) -> None:
+        """Let u be this, (n,), in whatever scale: β finds it."""
+        self._sums, self._counts = units.double().clone(), torch.ones_like(self._counts)
 
     def see(self, mask_0: Tensor, mask_1: Tensor, difference: float) -> None:
         """Take a difference of losses into β; the draws of one and the same network tell nothing."""
