@@ -112,6 +112,20 @@ def test_channels_under_a_budget_take_what_was_said(case: Case) -> None:
     assert row.optimizer == 0
 
 
+@pytest.mark.parametrize("name", ["depthwise", "gpt2"])
+def test_whole_columns_take_what_was_said(name: str) -> None:
+    case, budget = CASES[name], tithe.Budget(fraction=0.45)
+    row, model = quote(case, "fish-columns", terms=Terms(budget=budget)), case.model()
+    tithe.lean(model)
+    method = Drawn(density=0.45, unit="column")
+    plan = tithe.attach(model, method, loss=case.loss, data=[case.batch(4)], head=case.head)
+    ledger = step(case, model)
+    assert row.kept == ledger.kept
+    assert row.layers == ledger.kept_by_module
+    assert row.index == plan.index_bytes
+    assert row.trained == sum(p.numel() for p in plan.parameters())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
 def test_lora_is_priced_as_it_runs() -> None:
     peft = pytest.importorskip("peft")
