@@ -239,8 +239,7 @@ class NarrowPlan(Plan):
         if self._settled:
             return loss
         if self._age == 0 and (other is not None or self.structure.control is not None):
-            difference = 0.0 if other is None else float(loss.detach()) - other
-            self._difference = (self._difference or 0.0) + difference
+            self._difference = (self._difference or 0.0) + (0.0 if other is None else float(loss.detach()) - other)
         self._gates = self._gate_gradients()
         return loss
 
@@ -261,9 +260,9 @@ class NarrowPlan(Plan):
         return gate_gradients(self.stage.coupling, self._fit.grids, parts, gradients)
 
     def _movable(self) -> AbstractContextManager[Movable]:
-        parts = [name for name, part in self._parts.items() if part.trained]
         whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
-        return movable_network(self.stage, self._fit.grids, parts, whole)
+        trained = [name for name, part in self._parts.items() if part.trained]
+        return movable_network(self.stage, self._fit.grids, trained, whole)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""
