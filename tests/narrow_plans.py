@@ -188,7 +188,7 @@ class Masked:
         weight = 0.98 ** torch.arange(len(x) - 1, -1, -1, dtype=torch.float64)
         xy, xx, yy = ((weight * product).sum() for product in (x * y, x * x, y * y))
         scale = 0.0
-        if len(x) > 1 and xx > 0 and xy != 0:
+        if len(x) > 1 and xy > 0:
             r2 = xy**2 / (xx * yy)
             scale = float(xy / xx * (1 - (1 - r2) / ((weight.sum() - 1) * r2)).clamp(min=0))
         return torch.where(count > 0, worth / count, 0.0), scale

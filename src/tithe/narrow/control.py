@@ -45,9 +45,9 @@ class ControlVariate:
 
     @property
     def scale(self) -> float:
-        """Return β: Σ xy / Σ x², times max(0, 1 − (1 − r²) / ((N − 1) r²)), r the correlation over N steps."""
+        """Return β ≥ 0: Σ xy / Σ x², times max(0, 1 − (1 − r²) / ((N − 1) r²)), r the correlation over N steps."""
         xy, xx, yy, count = self._moments.tolist()
-        if count <= 1 or not xx > 0 or not yy > 0 or xy == 0:
+        if count <= 1 or not yy > 0 or not xy > 0:  # a forecast of the wrong sign is chance
             return 0.0
         explained = min(xy * xy / (xx * yy), 1.0)
         return xy / xx * max(0.0, 1 - (1 - explained) / ((count - 1) * explained))
