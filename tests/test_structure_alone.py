@@ -264,17 +264,17 @@ def test_a_metric_foretells_differences_as_soon_as_its_scale_is_known() -> None:
 
 
 def test_taylor_is_the_gate_gradient_of_each_part() -> None:
-    """Of eight samples each, squared, summed, and the root of it; by autograd with explicit gates."""
+    """Of 32 samples each, squared, summed, and the root of it; by autograd with explicit gates."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    x = torch.randn(20, 5, dtype=torch.float64)
+    x = torch.randn(70, 5, dtype=torch.float64)
 
     def loss(given: nn.Module, batch: Tensor) -> Tensor:
         return given(batch).square().mean()
 
     plan = tithe.attach(model, VRPGE(0.5), loss=loss, data=[x])
     total = torch.zeros(6, dtype=torch.float64)
-    for part in x.split(8):
+    for part in x.split(32):
         gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
         out = model[2](model[1](model[0](part)) * gate).square().mean()
         total += torch.autograd.grad(out, gate)[0].square()
