@@ -139,6 +139,17 @@ def test_search_then_fine_tune_the_narrow_network(name: str, tmp_path: Path) -> 
     tithe.apply(case.model(), tmp_path / "narrow.safetensors")
 
 
+@pytest.mark.parametrize("init", ["taylor", "wanda"])
+def test_without_a_search_the_metric_alone_cuts(init: Any) -> None:
+    """The likeliest network is taken where none is drawn, and costs no more than is kept."""
+    case = FAMILIES["residual"]
+    plan = attach(case, method=VRPGE(0.6, cost="flops", weights="frozen", init=init))
+    likely, groups = plan.probabilities.likely(0), plan.stage.coupling.groups
+    plan.settle(draws=0)
+    assert [g.num_units for g in plan.stage.coupling.groups] == [int(likely[g.start : g.stop].sum()) for g in groups]
+    assert plan.narrowing().spent <= 0.6 + 1e-9
+
+
 @pytest.mark.parametrize("name", ["vgg", "bert", "grouped_query_tied"])
 def test_the_same_loop_searches_and_then_trains_what_was_found(name: str) -> None:
     """One optimizer from the start: its steps move nothing before `settle`, and are ordinary training after it."""
