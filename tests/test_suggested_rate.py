@@ -98,7 +98,7 @@ def bowl_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_on_a_quadratic_it_is_known(a: list[float], seed: int, density: float, scale: float) -> None:
     """Σ_S |a (w − t)| / Σ_S a, whatever the loss is multiplied by."""
     curvature = torch.tensor(a, dtype=F64)
-    model = Bowl(curvature, torch.randn(len(a), dtype=F64, generator=torch.Generator().manual_seed(seed)))
+    model = Bowl(curvature, torch.randn(len(a), dtype=F64, generator=torch.Generator().manual_seed(1000 + seed)))
     k = max(1, math.ceil(density * len(a)))
     plan = tithe.attach(model, FISH(k=k, score="random"), loss=bowl_loss, seed=seed)
     at = plan.selected("weight")
@@ -302,13 +302,14 @@ def a_plan(kind: str, folder: Path, name: str = "resnet_basic", dtype: torch.dty
         "sparse update": lambda: tithe.SparseUpdate(dict.fromkeys(kernels, 0.5)),
         "spiel": lambda: tithe.SpIEL(density=0.3, reselect=tithe.every(2)),
         "vrpge": lambda: tithe.VRPGE(0.6),
+        "cuts": lambda: tithe.TaylorPruning(0.6, cuts=2, start=1, stop=3),
         "twa": lambda: tithe.TWA(recorded(folder / "run", checkpoints(case.model(dtype=dtype), 3)), bits=8),
     }
-    head = () if kind in ("vrpge", "twa") else case.head
+    head = () if kind in ("vrpge", "cuts", "twa") else case.head
     return case, tithe.attach(model, methods[kind](), loss=case.loss, data=data, head=head)
 
 
-KINDS = ("fish", "fish again", "fish after a warm-up", "trady", "sparse update", "spiel", "vrpge", "twa")
+KINDS = ("fish", "fish again", "fish after a warm-up", "trady", "sparse update", "spiel", "vrpge", "cuts", "twa")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -260,6 +260,8 @@ class NarrowPlan(Plan):
         return gate_gradients(self.stage.coupling, self._fit.grids, parts, gradients)
 
     def _movable(self) -> AbstractContextManager[Movable]:
+        if not self._parts:  # under cuts the model's own parameters are θ
+            return super()._movable()
         whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
         trained = [name for name, part in self._parts.items() if part.trained]
         return movable_network(self.stage, self._fit.grids, trained, whole)
