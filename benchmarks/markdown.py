@@ -22,14 +22,14 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def origin(records: Sequence[Record]) -> str:
-    """Dates, machine and versions of these records."""
+    """Dates, machines and versions of these records."""
     dates = sorted({record["date"][:10] for record in records})
-    machine = records[-1]["machine"]
+    machines = dict.fromkeys(f"{r['machine']['processor']}, {r['machine']['cores']} cores" for r in records)
     versions = " · ".join(f"{name} {version}" for name, version in records[-1]["versions"].items())
     threads = sorted({record["machine"]["threads"] for record in records})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     thread = "/".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
-    return f"*{span} · {machine['processor']}, {machine['cores']} cores, {thread} · {versions}*"
+    return f"*{span} · {' and '.join(machines)}, {thread} · {versions}*"
 
 
 def megabytes(num_bytes: float) -> str:
