@@ -19,13 +19,12 @@ VARIANTS = [
     for score, scope, warm, again in itertools.product(SCORES, SCOPES, (False, True), (False, True))
 ]
 NAMES = {"sst2": "SST-2 sentences", "cola": "CoLA (Matthews)", "mrpc": "MRPC"}
-GROUPS = (
-    ("embeddings", "bert.embeddings"),
-    ("attention", ".attention."),
-    ("feed-forward", ".intermediate."),
-    ("feed-forward", ".output."),
-    ("pooler", "bert.pooler"),
-)
+GROUPS = {
+    "embeddings": ("embeddings",),
+    "attention": ("attention",),
+    "feed-forward": ("feed-forward in", "feed-forward out"),
+    "pooler": ("pooler",),
+}
 
 
 def which_mask(results: Path, docs: Path) -> str:
@@ -151,14 +150,11 @@ def _landing(first: dict[str, Record]) -> str:
         if record is None:
             continue
         selected: dict[str, int] = record["selected"]
-        share: dict[str, float] = defaultdict(float)
-        for name, size in selected.items():
-            share[next(label for label, part in GROUPS if part in name)] += 100 * size / sum(selected.values())
-        one = 100 * sum(n for name, n in selected.items() if name.endswith("bias") or "LayerNorm" in name)
-        groups = [f"{share[label]:.1f}" for label in dict.fromkeys(label for label, _ in GROUPS)]
-        rows.append([mask.name, *groups, f"{one / sum(selected.values()):.1f}", len(selected)])
-    names = list(dict.fromkeys(label for label, _ in GROUPS))
-    return table(["mask", *names, "of it biases and norms", "tensors touched (of 103)"], rows)
+        total = sum(selected.get(part, 0) for parts in GROUPS.values() for part in parts)
+        groups = [f"{100 * sum(selected.get(p, 0) for p in parts) / total:.1f}" for parts in GROUPS.values()]
+        one = 100 * selected.get("biases and norms", 0) / total
+        rows.append([mask.name, *groups, f"{one:.1f}", selected["tensors"]])
+    return table(["mask", *GROUPS, "of it biases and norms", "tensors touched (of 103)"], rows)
 
 
 def accuracy(results: Path, docs: Path) -> str:

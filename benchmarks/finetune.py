@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,47 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tithe
-from benchmarks.encoder import encoder, loss_of
+from benchmarks.encoder import Pooling, encoder, loss_of
 from benchmarks.methods import PEERS, Method, Prepared
 from benchmarks.records import Record, Store
 from benchmarks.text import Batch, Example, Task, evaluation_batches, load, score, training_batches
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CLIP = 1.0
+PARTS = {
+    "embeddings": "bert.embeddings",
+    "attention": ".attention.",
+    "feed-forward in": ".intermediate.",
+    "feed-forward out": ".output.",
+    "pooler": "bert.pooler",
+}
+"""Part of the encoder -> a piece of its tensors' names."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is told: everything that its result depends on; `test`: score the test set too."""
+    """What a run is told: everything that its result depends on.
+
+    Args:
+        task, method: what is learned, and how.
+        rate: highest learning rate, of the head too.
+        seed: of the head, of the order of the examples, of every draw.
+        test: score the test set too.
+        pooling: what the head sees.
+    """
 
     task: Task
     method: Method
     rate: float
     seed: int
     test: bool = False
+    pooling: Pooling = "pooler"
 
     @property
     def delta(self) -> Path:
         """Where the trained weights wait for the test set, until the machine clears its temporary files."""
-        name = "-".join(map(str, (self.task.name, self.method.name.replace(" ", "_"), self.rate, self.seed)))
+        method = self.method.name.replace(" ", "_")
+        name = "-".join(map(str, (self.task.name, self.pooling, method, self.rate, self.seed)))
         return Path(tempfile.gettempdir(), "tithe-benchmarks", f"{name}.safetensors")
 
 
@@ -44,6 +62,7 @@ def do(run: Run, store: Store, data: Path) -> Record:
     """The record of the run: found in the store, or trained now and added to it."""
     fields = {
         "task": run.task.name,
+        "pooling": run.pooling,
         "method": run.method.name,
         "rate": run.rate,
         "seed": run.seed,
@@ -61,7 +80,7 @@ def do(run: Run, store: Store, data: Path) -> Record:
 def test(run: Run, data: Path) -> Record:
     """Score the test set with what was trained before, from its file."""
     split = load(run.task, data)
-    model = encoder(seed=run.seed)
+    model = encoder(seed=run.seed, pooling=run.pooling)
     if run.method.name in PEERS:
         prepared = run.method.prepare(model, [], run.seed, 0)
         named, values = dict(prepared.model.named_parameters()), load_file(run.delta)
@@ -89,7 +108,7 @@ def train(run: Run, data: Path) -> Record:
     """Fine-tune a fresh model and score it on the validation examples (and on the test set when told)."""
     task, split = run.task, load(run.task, data)
     start = time.process_time()
-    model = encoder(seed=run.seed)
+    model = encoder(seed=run.seed, pooling=run.pooling)
     per_epoch = -(-len(split.train) // task.batch)
     num_steps = per_epoch * task.num_epochs
     batches = training_batches(split.train, task.batch, seed=run.seed, epoch=0)
@@ -111,8 +130,19 @@ def train(run: Run, data: Path) -> Record:
     if run.test:
         result["test"], result["test_loss"] = evaluate(prepared.model, task, split.test)
     if prepared.plan is not None:
-        result["selected"] = {name: s.size for name, s in prepared.plan.selections.items() if s.size}
+        result["selected"] = shares({name: s.size for name, s in prepared.plan.selections.items() if s.size})
     return result
+
+
+def shares(sizes: Mapping[str, int]) -> dict[str, int]:
+    """How many selected weights lie in each part of the encoder, and how many are biases or belong to norms."""
+    found = {"tensors": len(sizes)}
+    for name, size in sizes.items():
+        part = next(part for part, piece in PARTS.items() if piece in name)
+        found[part] = found.get(part, 0) + size
+        if name.endswith("bias") or "LayerNorm" in name:
+            found["biases and norms"] = found.get("biases and norms", 0) + size
+    return found
 
 
 def _epochs(run: Run, prepared: Prepared, examples: Sequence[Example], num_steps: int) -> list[float]:
@@ -166,7 +196,9 @@ def evaluate(model: nn.Module, task: Task, examples: Sequence[Example]) -> tuple
     return score(task.metric, every.argmax(-1), label), float(nn.functional.cross_entropy(every, label))
 
 
-def best_rate(task: Task, method: Method, store: Store, data: Path, *, seed: int = 0) -> float:
+def best_rate(
+    task: Task, method: Method, store: Store, data: Path, *, seed: int = 0, pooling: Pooling = "pooler"
+) -> float:
     """The rate with the best validation metric (ties: the lower loss), from runs in full with one seed.
 
     The climb starts at the method's start: a step is a factor of about three, and it ends at a rate whose two
@@ -176,7 +208,7 @@ def best_rate(task: Task, method: Method, store: Store, data: Path, *, seed: int
 
     def quality(rate: float) -> tuple[float, float]:
         if rate not in seen:
-            record = do(Run(task, method, rate, seed), store, data)
+            record = do(Run(task, method, rate, seed, pooling=pooling), store, data)
             loss = record["validation_loss"]
             seen[rate] = (record["validation"], -loss if loss == loss else float("-inf"))
         return seen[rate]

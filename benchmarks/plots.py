@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-COLOURS = ("#0f6b6b", "#d08c2e", "#7b5ea7", "#8a8f98")
+COLOURS = ("#0f6b6b", "#d08c2e", "#7b5ea7", "#8a8f98", "#b03a48", "#4a7ab5", "#5c8a3a", "#222222")
 
 
 def validation_by_variant(first: Mapping[str, Record], variants: Sequence[Mask], path: Path) -> None:
@@ -93,6 +93,18 @@ def accuracy_against_seconds(panels: Mapping[str, Mapping[str, Sequence[tuple[fl
         axis.set_xlabel("CPU seconds")
         axis.set_title(title, fontsize=9)
     axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def accuracy_against_rate(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """One line a method: validation accuracy over the learning rate."""
+    figure, axes = _axes(1, (7.0, 3.8))
+    for colour, (method, points) in zip(COLOURS, curves.items(), strict=False):
+        axes[0].plot(*zip(*points, strict=True), "o-", color=colour, label=method, markersize=5)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("learning rate")
+    axes[0].set_ylabel("validation accuracy, %")
     axes[0].legend(frameon=False, fontsize=8)
     _save(figure, path)
 

@@ -13,6 +13,7 @@ from benchmarks import (
     cost_tables,
     estimator_tables,
     language_tables,
+    masks_tables,
     memory_tables,
     prune_text_tables,
     saved_tables,
@@ -26,6 +27,7 @@ from benchmarks.records import RESULTS
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 PAGES: dict[str, Callable[[Path, Path], str]] = {
     "which-mask": accuracy_tables.which_mask,
+    "masks": masks_tables.masks,
     "accuracy": accuracy_tables.accuracy,
     "step": cost_tables.step,
     "scoring": cost_tables.scoring,

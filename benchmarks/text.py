@@ -26,10 +26,11 @@ class Task:
         folder: folder under `text/`.
         test: file whose labels are the test set; never used for a choice.
         metric: "accuracy" or "matthews".
-        num_train, num_validation: examples, both taken from train.tsv, disjoint.
+        num_train, num_validation: examples, both taken from train.tsv, disjoint, unless `held` says otherwise.
         num_epochs: passes over the training examples.
         max_length: tokens an example is cut to.
         batch: examples to a step.
+        held: file of the validation examples; none takes them from train.tsv.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     num_epochs: int
     max_length: int
     batch: int
+    held: str | None = None
 
 
 TASKS = {
@@ -52,7 +54,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a task: train and validation from train.tsv, test from its own file."""
+    """The examples of a task: the test set is for the final table only."""
 
     train: list[Example]
     validation: list[Example]
@@ -65,10 +67,11 @@ def load(task: Task, data: Path) -> Split:
     folder = data / "text" / task.folder
     examples = _read(folder / "train.tsv", task.max_length)
     order = np.random.default_rng(0).permutation(len(examples))
-    cut = task.num_validation
+    cut = 0 if task.held else task.num_validation
+    held = _read(folder / task.held, task.max_length)[: task.num_validation] if task.held else None
     return Split(
         train=[examples[i] for i in order[cut : cut + task.num_train]],
-        validation=[examples[i] for i in order[:cut]],
+        validation=held or [examples[i] for i in order[:cut]],
         test=_read(folder / task.test, task.max_length),
     )
 

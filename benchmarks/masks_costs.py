@@ -1,0 +1,46 @@
+"""What a step under each mask costs: bytes kept for backward, peak and CPU time, lean layers on, beside LoRA.
+
+MiniLM with mean pooling, 16 sequences of 128 tokens of real SST-2 text, AdamW, gradients clipped at 1, no dropout.
+Every method takes one step in turn, so that a busy machine slows all of them alike; medians, and ratios to LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from benchmarks.encoder import encoder
+from benchmarks.masks_methods import METHODS
+from benchmarks.methods import leaned
+from benchmarks.records import Store, parse
+from benchmarks.text import TASKS, load, training_batches
+from benchmarks.timing import Contestant, costs, cpu_seconds, packed_batch
+
+ROUNDS = 9
+PEER = "lora"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure every method once and append the rows; the masks and the peer with lean layers too."""
+    torch.set_num_threads(args.threads)
+    store = Store(args.results / "masks_costs.jsonl", key=("method",))
+    if store.find(method=PEER) is not None:
+        return
+    batches = training_batches(load(TASKS["sst2"], args.data).train, 16, seed=0, epoch=0)
+    batch = packed_batch(args.data)
+
+    def fresh() -> nn.Module:
+        return encoder(seed=0, pooling="mean")
+
+    lean = {leaned(method).name: leaned(method) for method in METHODS.values() if method.name != "full"}
+    plain = {name: METHODS[name] for name in ("full", "shira", PEER)}
+    contestants = {name: Contestant(m.prepare(fresh(), batches, 0, 0)) for name, m in {**lean, **plain}.items()}
+    seconds = cpu_seconds(contestants, batch, rounds=ROUNDS)
+    for name, contestant in contestants.items():  # the peer last: it says that all are there
+        store.add({"method": name, **costs(contestant, batch, seconds[name])})
+
+
+if __name__ == "__main__":
+    main(parse(__doc__ or ""))

@@ -1,0 +1,105 @@
+"""The masks that the benchmark `masks` compares, all with as many weights as LoRA has, and the peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+import tithe
+from benchmarks.encoder import HEAD, loss_of
+from benchmarks.methods import PEERS, RANK, Method, Prepared, trained
+from benchmarks.text import Batch
+
+SAMPLES = 256
+EVERYWHERE, ENCODER = ("*",), ("*", "!*embeddings*")
+STARTS = {
+    "fisher": 1e-3,
+    "gradient": 1e-3,
+    "snr": 3e-3,
+    "saliency": 3e-3,
+    "principal": 3e-3,
+    "magnitude": 3e-3,
+    "random": 1e-2,
+}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One way to choose as many weights as LoRA of rank 3 trains; the head is trained beside them.
+
+    Args:
+        score: a score of `tithe.FISH`.
+        scope: "global", or "tensor" for each tensor its share.
+        unit: "entry" or "column".
+        where: which tensors to choose from.
+        times: how many times LoRA's count.
+        also: what is trained whole besides, charged to the count.
+    """
+
+    score: str
+    scope: str = "tensor"
+    unit: Literal["entry", "column"] = "entry"
+    where: Sequence[str] = ENCODER
+    times: int = 1
+    also: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For example "fisher tensor" or "fisher columns global, ×4"."""
+        columns = " columns" if self.unit == "column" else ""
+        more = "" if self.times == 1 else f", ×{self.times}"
+        embeddings = ", embeddings too" if self.where == EVERYWHERE else ""
+        also = "" if not self.also else ", biases"
+        return f"{self.score}{columns} {self.scope}{more}{embeddings}{also}"
+
+    def fish(self, k: int) -> tithe.FISH:
+        """The recipe of this mask."""
+        options: dict[str, Any] = {"unit": "column"} if self.unit == "column" else {}
+        return tithe.FISH(k=k, samples=SAMPLES, score=self.score, scope=self.scope, **options)  # pyright: ignore[reportArgumentType]
+
+    def prepare(self, model: nn.Module, batches: Sequence[Batch], seed: int, _: int = 0) -> Prepared:
+        """Attach the mask to the model."""
+        head = [HEAD, *self.also]
+        whole = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".bias")) if self.also else 0
+        recipe = self.fish(self.times * num_lora(model) - whole)
+        plan = tithe.attach(model, recipe, loss=loss_of, data=batches, where=self.where, head=head, seed=seed)
+        return Prepared(model, list(plan.parameters()), plan)
+
+    def method(self) -> Method:
+        """This mask as a way to fine-tune."""
+        return Method(self.name, STARTS[self.score], self.prepare)
+
+
+def num_lora(model: nn.Module, rank: int = RANK) -> int:
+    """Weights of LoRA on every Linear layer but the head: rank · (inputs + outputs) of each."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("classifier")}
+    return sum(rank * (m.in_features + m.out_features) for m in layers.values())
+
+
+def head_only(model: nn.Module, *_: Any) -> Prepared:
+    """The head on the features of the frozen encoder."""
+    model.requires_grad_(False).get_submodule("classifier").requires_grad_()
+    return trained(model)
+
+
+PAPER = Mask("fisher", "global", where=EVERYWHERE)
+MASKS = (
+    PAPER,
+    Mask("random"),
+    Mask("magnitude", "global"),
+    Mask("fisher"),
+)
+METHODS = {
+    m.name: m
+    for m in (
+        PEERS["full"],
+        PEERS["lora"],
+        PEERS["shira"],
+        *(mask.method() for mask in MASKS),
+        Method("head only", 1e-2, head_only),
+    )
+}
+FINALISTS = ("full", "lora", "shira", PAPER.name)

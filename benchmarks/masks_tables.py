@@ -1,0 +1,135 @@
+"""The page on which mask to take: every mask over its rates, the finalists on the tests, what a step costs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import masks_images
+from benchmarks.markdown import megabytes, origin, table, with_spread
+from benchmarks.masks import SCREEN, SEEDS, TASKS
+from benchmarks.masks_costs import PEER
+from benchmarks.masks_methods import FINALISTS, METHODS
+from benchmarks.plots import accuracy_against_rate
+from benchmarks.records import Record, lines, mean_and_spread
+
+NAMES = {"sst2-full": "SST-2", "mrpc-full": "MRPC", "cola-full": "CoLA (Matthews)"}
+POOLINGS = {"mean": "mean pooling", "pooler": "the pooler"}
+PARTS = ("embeddings", "attention", "feed-forward in", "feed-forward out", "pooler")
+DRAWN = ("full", "lora", "fisher global, embeddings too", "fisher tensor", "magnitude global", "random tensor")
+
+
+def masks(results: Path, docs: Path) -> str:
+    """Tests of the finalists, the screening with its figure, the cost of a step, where the budget lands, images."""
+    records = list(lines(results / "masks.jsonl"))
+    if not records:
+        return ""
+    parts: list[str] = []
+    for pooling, words in POOLINGS.items():
+        own = [r for r in records if r["pooling"] == pooling]
+        finals = [r for r in own if r["tested"] and r["task"] in TASKS]
+        if finals:
+            parts += [f"## Whole training sets, test scores, {words}", _finals(finals)]
+    costs = list(lines(results / "masks_costs.jsonl"))
+    if costs:
+        parts += ["## What a step costs", _costs(costs), origin(costs)]
+    for pooling, words in POOLINGS.items():
+        screened = [r for r in records if r["pooling"] == pooling and r["task"] == SCREEN.name]
+        if screened:
+            title = f"## Each mask at each rate, {words}: SST-2 validation accuracy after 1,600 sentences"
+            parts += [title, _rates(screened)]
+        if screened and pooling == "mean":
+            accuracy_against_rate(curves(screened, DRAWN), docs / "masks.png")
+            parts.append("![Validation accuracy against the learning rate, one line a mask](masks.png)")
+        if screened:
+            parts += [f"## Where the weights of a mask lie, {words} (percent)", _landing(screened)]
+    parts.append(origin(records))
+    images = list(lines(results / "masks_images.jsonl"))
+    if images:
+        parts += ["## MobileNetV2-w0.35 on CIFAR-100", _images(images), origin(images)]
+    return "\n\n".join(parts)
+
+
+def curves(records: Sequence[Record], methods: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """Of each method its rates, rising, and the validation score at each."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    for record in records:
+        if record["method"] in found and record["seed"] == SEEDS[0]:
+            found[record["method"]].append((record["rate"], record["validation"]))
+    return {name: sorted(points) for name, points in found.items() if points}
+
+
+def _rates(records: Sequence[Record]) -> str:
+    tried = curves(records, list(METHODS))
+    rates = sorted({rate for points in tried.values() for rate, _ in points})
+    trained = {r["method"]: r["trained"] for r in records}
+    rows = []
+    for name, points in sorted(tried.items(), key=lambda item: -max(score for _, score in item[1])):
+        scores = dict(points)
+        cells = [f"{scores[rate]:.1f}" if rate in scores else "" for rate in rates]
+        rows.append([name, f"{trained[name]:,}", f"{max(scores.values()):.1f}", *cells])
+    return table(["", "trained", "best", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _finals(records: Sequence[Record]) -> str:
+    runs: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        runs[record["method"]][record["task"]].append(record)
+    tasks = [task for task in TASKS if any(task in by_task for by_task in runs.values())]
+    rows = []
+    for name in (name for name in FINALISTS if name in runs):
+        cells = [_seeds([r["test"] for r in runs[name][task]]) for task in tasks]
+        means = [mean_and_spread([r["test"] for r in runs[name][task]])[0] for task in tasks if runs[name][task]]
+        first = next(iter(runs[name].values()))[0]
+        mean = f"{sum(means) / len(means):.1f}" if len(means) == len(tasks) else "—"
+        rows.append([name, f"{first['trained']:,}", f"{first['rate']:g}", *cells, mean])
+    return table(["", "trained", "rate", *(NAMES[task] for task in tasks), "mean"], rows)
+
+
+def _seeds(values: list[float]) -> str:
+    short = "" if len(values) in (0, len(SEEDS)) else f" ({len(values)} of {len(SEEDS)} seeds)"
+    return with_spread(values) + short
+
+
+def _costs(records: Sequence[Record]) -> str:
+    rows = {r["method"]: r for r in reversed(records)}
+    peer = rows[PEER]
+    cells = [
+        [
+            name,
+            f"{r['trained']:,}",
+            megabytes(r["saved_bytes"]),
+            f"{r['saved_bytes'] / peer['saved_bytes']:.2f}",
+            megabytes(r["peak_bytes"]),
+            f"{r['peak_bytes'] / peer['peak_bytes']:.2f}",
+            f"{r['cpu_ms']:.0f}",
+            f"{r['cpu_ms'] / peer['cpu_ms']:.2f}",
+        ]
+        for name, r in rows.items()
+    ]
+    return table(["", "trained", "kept MB", "of LoRA", "peak MB", "of LoRA", "CPU ms", "of LoRA"], cells)
+
+
+def _landing(records: Sequence[Record]) -> str:
+    chosen = {r["method"]: r["selected"] for r in records if "selected" in r}
+    rows = []
+    for name in (name for name in METHODS if name in chosen):
+        sizes: dict[str, int] = chosen[name]
+        total = sum(sizes.get(part, 0) for part in PARTS)
+        shares = [f"{100 * sizes.get(part, 0) / total:.1f}" for part in (*PARTS, "biases and norms")]
+        rows.append([name, *shares, sizes["tensors"]])
+    return table(["", *PARTS, "of it biases and norms", "tensors touched"], rows)
+
+
+def _images(records: Sequence[Record]) -> str:
+    tested: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["tested"]:
+            tested[record["method"]].append(record)
+    rows = []
+    for name in (masks_images.HEAD_ONLY.name, *masks_images.METHODS):
+        if name in tested:
+            held, test = ([r[part] for r in tested[name]] for part in ("validation", "test"))
+            rows.append([name, f"{tested[name][0]['rate']:g}", with_spread(held), _seeds(test)])
+    return table(["", "rate", "validation", "test"], rows)
