@@ -14,7 +14,7 @@ from benchmarks.methods import PEERS, RANK, Method, Prepared, trained
 from benchmarks.text import Batch
 
 SAMPLES = 256
-EVERYWHERE, ENCODER = ("*",), ("*", "!*embeddings*")
+EVERYWHERE, ENCODER, UPPER = ("*",), ("*", "!*embeddings*"), ("*layer.[2-5].*", "*pooler*")
 STARTS = {
     "fisher": 1e-3,
     "gradient": 1e-3,
@@ -42,7 +42,7 @@ class Mask:
     score: str
     scope: str = "tensor"
     unit: Literal["entry", "column"] = "entry"
-    where: Sequence[str] = ENCODER
+    where: tuple[str, ...] = ENCODER
     times: int = 1
     also: tuple[str, ...] = ()
 
@@ -51,9 +51,9 @@ class Mask:
         """For example "fisher tensor" or "fisher columns global, ×4"."""
         columns = " columns" if self.unit == "column" else ""
         more = "" if self.times == 1 else f", ×{self.times}"
-        embeddings = ", embeddings too" if self.where == EVERYWHERE else ""
+        where = {EVERYWHERE: ", embeddings too", ENCODER: "", UPPER: ", upper layers"}[self.where]
         also = "" if not self.also else ", biases"
-        return f"{self.score}{columns} {self.scope}{more}{embeddings}{also}"
+        return f"{self.score}{columns} {self.scope}{more}{where}{also}"
 
     def fish(self, k: int) -> tithe.FISH:
         """The recipe of this mask."""
@@ -91,6 +91,14 @@ MASKS = (
     Mask("random"),
     Mask("magnitude", "global"),
     Mask("fisher"),
+    Mask("saliency"),
+    Mask("snr", "global"),
+    Mask("principal"),
+    Mask("fisher", unit="column"),
+    Mask("fisher", unit="column", times=4),
+    Mask("fisher", unit="column", times=4, where=UPPER),
+    Mask("fisher", "global", "column"),
+    Mask("random", unit="column"),
 )
 METHODS = {
     m.name: m
