@@ -4,6 +4,7 @@ In stages, each finished run kept:
 
 * `screen`: 1,600 sentences of SST-2, one epoch, one seed. Every mask, every peer climbs a grid of learning rates,
   judged on validation examples.
+* `small`: the finalists and the peers in the same setting, three seeds, scored on the test set too.
 * `finals`: the finalists and the peers on the whole training sets of SST-2, MRPC and CoLA, three seeds, at the rate
   that the screening chose, scored on the test sets too.
 
@@ -38,7 +39,7 @@ TASKS = {
         Task("cola-full", "cola", "dev.tsv", "matthews", 7551, 1000, 2, 32, 32),
     )
 }
-STAGES = ("screen", "finals")
+STAGES = ("screen", "small", "finals")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Cell:
         if self.stage == "screen":
             self.rate()
         else:
-            run = Run(TASKS[self.task], METHODS[self.method], self.rate(), self.seed, test=True, pooling=self.pooling)
+            task = SCREEN if self.stage == "small" else TASKS[self.task]
+            run = Run(task, METHODS[self.method], self.rate(), self.seed, test=True, pooling=self.pooling)
             do(run, self.store(), self.data)
 
     def rate(self) -> float:
@@ -87,10 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for pooling in args.poolings:
         if "screen" in args.stages:
             planned += [cell("screen", SCREEN.name, pooling, m, SEEDS[0]) for m in args.methods]
+        finalists = [m for m in FINALISTS if m in args.methods]
+        if "small" in args.stages:
+            planned += [cell("small", SCREEN.name, pooling, m, s) for s, m in itertools.product(SEEDS, finalists)]
         if "finals" in args.stages:
-            finalists = [m for m in FINALISTS if m in args.methods]
             product = itertools.product(args.tasks, SEEDS, finalists)
-            planned += [cell("finals", task, pooling, m, seed) for task, seed, m in product]
+            planned += [cell("finals", task, pooling, m, s) for task, s, m in product]
     cells.run(planned, args.workers)
 
 
