@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tithe
 from benchmarks.encoder import Pooling, encoder, loss_of
-from benchmarks.methods import PEERS, Method, Prepared
+from benchmarks.methods import Method, Prepared
 from benchmarks.records import Record, Store
 from benchmarks.text import Batch, Example, Task, evaluation_batches, load, score, training_batches
 
@@ -81,15 +82,17 @@ def test(run: Run, data: Path) -> Record:
     """Score the test set with what was trained before, from its file."""
     split = load(run.task, data)
     model = encoder(seed=run.seed, pooling=run.pooling)
-    if run.method.name in PEERS:
+    with safe_open(run.delta, "pt") as file:
+        of_plan = file.metadata() is not None  # a delta says what it belongs to
+    if of_plan:
+        tithe.apply(model, run.delta)
+    else:
         prepared = run.method.prepare(model, [], run.seed, 0)
         named, values = dict(prepared.model.named_parameters()), load_file(run.delta)
         with torch.no_grad():
             for name, value in values.items():
                 named[name].copy_(value)
         model = prepared.model
-    else:
-        tithe.apply(model, run.delta)
     metric, loss = evaluate(model, run.task, split.test)
     return {"test": metric, "test_loss": loss}
 

@@ -110,4 +110,4 @@ METHODS = {
         Method("head only", 1e-2, head_only),
     )
 }
-FINALISTS = ("full", "lora", "shira", PAPER.name)
+FINALISTS = ("full", "lora", "shira", "random tensor", "fisher columns tensor, ×4", PAPER.name, "head only")
