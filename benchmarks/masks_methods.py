@@ -96,6 +96,7 @@ MASKS = (
     Mask("principal"),
     Mask("fisher", unit="column"),
     Mask("fisher", unit="column", times=4),
+    Mask("fisher", unit="column", times=8),
     Mask("fisher", unit="column", times=4, where=UPPER),
     Mask("fisher", "global", "column"),
     Mask("random", unit="column"),
