@@ -15,7 +15,7 @@ from benchmarks import (
     language_tables,
     masks_tables,
     memory_tables,
-    prune_text_tables,
+    pruning_tables,
     saved_tables,
     sparse_tables,
     speed_tables,
@@ -41,7 +41,7 @@ PAGES: dict[str, Callable[[Path, Path], str]] = {
     "speed": speed_tables.speed,
     "sparse": sparse_tables.sparse,
     "average": average_tables.average,
-    "prune-text": prune_text_tables.prune_text,
+    "pruning": pruning_tables.pruning,
     "language": language_tables.language,
     "rates": suggested_tables.rates,
 }

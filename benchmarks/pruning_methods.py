@@ -1,0 +1,151 @@
+"""Ways to make a trained network narrow, up to a share of its FLOPs; fine-tuning takes what is left of the seconds."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tithe
+from benchmarks import finetune, pruning_scores
+from benchmarks.pruning_networks import Trained
+from tithe.coupling import Coupling
+from tithe.narrow import Probabilities, make_stage
+
+WARM_UP = 0.05  # of fine-tuning, over which the rate rises; then it falls linearly to zero
+
+
+@dataclass
+class Run:
+    """One run: what it is told, and the clock of the thread that trains.
+
+    The clock counts finding the units, scoring, searching, cutting, fine-tuning; not reading data nor evaluation.
+
+    Args:
+        trained: the network.
+        keep: share of the FLOPs that is kept.
+        setting: what the method may choose besides a rate.
+        rate: highest learning rate of fine-tuning.
+        seed: of the order of the examples and of every draw.
+        data: folder.
+        seconds: CPU seconds so far.
+        steps: of fine-tuning.
+    """
+
+    trained: Trained
+    keep: float
+    setting: Any
+    rate: float
+    seed: int
+    data: Path
+    seconds: float = field(default=0.0, init=False)
+    steps: int = field(default=0, init=False)
+
+    @contextmanager
+    def clock(self) -> Generator[None]:
+        """Count what is done within."""
+        start = time.process_time()
+        yield
+        self.seconds += time.process_time() - start
+
+    def finetune(self, model: nn.Module) -> None:
+        """Train all weights in the ordinary way until the seconds are spent."""
+        began, limit = self.seconds, self.trained.seconds
+        optimizer = self.trained.optimizer(model.requires_grad_(True).parameters(), self.rate)
+        for batch in self.trained.batches(self.data, self.seed):
+            progress = (self.seconds - began) / (limit - began)
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * min(1.0, max(progress, 0.01) / WARM_UP) * (1 - progress)
+            with self.clock():
+                self.trained.loss(model, batch).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), finetune.CLIP)
+                optimizer.step()
+                optimizer.zero_grad()
+            self.steps += 1
+
+
+Prune = Callable[[Run, nn.Module], nn.Module]
+
+
+def whole(run: Run, model: nn.Module) -> nn.Module:
+    """Nothing is left out."""
+    return model
+
+
+def by(score: pruning_scores.Score) -> Prune:
+    """Prune once, before fine-tuning, what is worth least by that score.
+
+    The setting says how scores are compared. "each group": the same share of every layer's channels, of its heads, of
+    its hidden units. "per FLOP": score over the unit's own FLOPs, in all groups together.
+    """
+
+    def prune(run: Run, model: nn.Module) -> nn.Module:
+        batches = run.trained.scored(run.data, run.seed)
+        with run.clock():
+            names = [name for name, _ in model.named_parameters() if not matches(name, run.trained.head)]
+            stage, _ = make_stage(model, run.trained.loss, batches[0], names)
+            worth = score(model, stage.coupling, run.trained.loss, batches)
+            stage.settle(best(worth, stage.coupling, run.keep, run.setting))
+        return model
+
+    return prune
+
+
+def best(worth: torch.Tensor, coupling: Coupling, keep: float, spread: str) -> torch.Tensor:
+    """The units of most worth that cost no more than `keep` of the FLOPs, bool (n,)."""
+    chances = Probabilities(coupling, tithe.VRPGE(keep, cost="flops"))
+    if spread == GROUPS:
+        parts = [(_ranks(worth[g.start : g.stop]) + 0.5) / g.num_units for g in coupling.groups]
+        chances.s.data = torch.cat(parts).to(chances.s)
+    else:
+        price = coupling.shares(coupling.flops, torch.ones(coupling.num_units, dtype=torch.float64))
+        chances.s.data = ((_ranks(worth / price) + 0.5) / coupling.num_units).to(chances.s)
+    return chances.likely(0)
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """0 for the smallest."""
+    return values.argsort(stable=True).argsort().double()
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the globs fits."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        name: for people.
+        prune: from a run and the whole network to the narrow one.
+        settings: what it chooses from on validation examples, the first being where the choice of the rate starts.
+    """
+
+    name: str
+    prune: Prune
+    settings: tuple[Any, ...]
+
+
+GROUPS, FLOPS = "each group", "per FLOP"
+WHOLE = Method("whole network", whole, (None,))
+METHODS = {
+    m.name: m
+    for m in (
+        WHOLE,
+        Method("L1", by(pruning_scores.l1), (GROUPS,)),
+        Method("magnitude", by(pruning_scores.magnitude), (GROUPS,)),
+        Method("Taylor", by(pruning_scores.taylor), (FLOPS, GROUPS)),
+        Method("Wanda-sp", by(pruning_scores.wanda), (GROUPS,)),
+    )
+}
