@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import tithe
 from benchmarks import finetune, pruning_scores
 from benchmarks.pruning_networks import Trained
 from tithe.coupling import Coupling
-from tithe.narrow import Probabilities, make_stage
+from tithe.narrow import make_stage
 
 WARM_UP = 0.05  # of fine-tuning, over which the rate rises; then it falls linearly to zero
 
@@ -100,19 +100,28 @@ def by(score: pruning_scores.Score) -> Prune:
     return prune
 
 
-def best(worth: torch.Tensor, coupling: Coupling, keep: float, spread: str) -> torch.Tensor:
-    """The units of most worth that cost no more than `keep` of the FLOPs, bool (n,)."""
-    chances = Probabilities(coupling, tithe.VRPGE(keep, cost="flops"))
+def best(worth: Tensor, coupling: Coupling, keep: float, spread: str) -> Tensor:
+    """The units of most worth that cost no more than `keep` of the FLOPs, one of each group among them, bool (n,)."""
+    whole = torch.ones(coupling.num_units, dtype=torch.float64)
     if spread == GROUPS:
-        parts = [(_ranks(worth[g.start : g.stop]) + 0.5) / g.num_units for g in coupling.groups]
-        chances.s.data = torch.cat(parts).to(chances.s)
+        place = torch.cat([(_ranks(worth[g.start : g.stop]) + 0.5) / g.num_units for g in coupling.groups])
     else:
-        price = coupling.shares(coupling.flops, torch.ones(coupling.num_units, dtype=torch.float64))
-        chances.s.data = ((_ranks(worth / price) + 0.5) / coupling.num_units).to(chances.s)
-    return chances.likely(0)
+        place = _ranks(worth / coupling.shares(coupling.flops, whole))
+    for group in coupling.groups:
+        place[group.start + int(place[group.start : group.stop].argmax())] = torch.inf
+    order = place.argsort(descending=True, stable=True)
+
+    def first(count: int) -> Tensor:
+        return torch.zeros_like(whole).index_fill_(0, order[:count], 1.0)
+
+    limit = keep * float(coupling.cost(coupling.flops, whole)) * (1 + 1e-9)
+    above = bisect_right(
+        range(coupling.num_units + 1), limit, key=lambda count: float(coupling.cost(coupling.flops, first(count)))
+    )
+    return first(above - 1).bool()
 
 
-def _ranks(values: torch.Tensor) -> torch.Tensor:
+def _ranks(values: Tensor) -> Tensor:
     """0 for the smallest."""
     return values.argsort(stable=True).argsort().double()
 
