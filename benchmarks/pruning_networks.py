@@ -41,7 +41,7 @@ class Trained:
         name: for people.
         seconds: CPU seconds that pruning and fine-tuning may take together.
         num_scored: batches by which units are scored.
-        rates: learning rates to choose from, the first to try in the middle.
+        rates: learning rates to choose from; settings are compared at the first.
         head: globs over what stays whole.
         load: the data folder → the network as it starts, in training mode.
         loss: of a network on a batch, the mean over the batch.
@@ -203,7 +203,7 @@ MINILM = Trained(
     "MiniLM",
     seconds=12,
     num_scored=8,
-    rates=(1e-4, 3e-5, 3e-4),
+    rates=(1e-4, 3e-4),
     head=(encoder.HEAD,),
     load=_classifier,
     loss=encoder.loss_of,
@@ -215,7 +215,7 @@ RESNET20 = Trained(
     "ResNet-20",
     seconds=10,
     num_scored=4,
-    rates=(0.03, 0.01, 0.1),
+    rates=(0.03, 0.1),
     head=(),
     load=_resnet20,
     loss=narrow_networks.loss_of,
