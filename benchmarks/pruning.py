@@ -81,14 +81,12 @@ def measured(method: Method, keep: float, setting: Any, rate: float, seed: int, 
     run = Run(trained, keep, setting, rate, seed, cell.data)
     model = trained.load(cell.data)
     full = operations(run, model)
-    model = method.prune(run, model)
-    pruned = run.seconds
-    run.finetune(model)
+    model = method.train(run, model)
     results = {part: trained.evaluate(model, cell.data, part) for part in ("validation", "test")}
     return {
         **{part: accuracy for part, (accuracy, _) in results.items()},
         **{f"{part}_loss": loss for part, (_, loss) in results.items()},
-        "prune_seconds": pruned,
+        "prune_seconds": run.pruned,
         "seconds": run.seconds,
         "steps": run.steps,
         "operations": operations(run, model) / full,

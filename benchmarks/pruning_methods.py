@@ -1,4 +1,4 @@
-"""Ways to make a trained network narrow, up to a share of its FLOPs; fine-tuning takes what is left of the seconds."""
+"""Ways to make a trained network narrow, down to a share of its FLOPs; fine-tuning takes the seconds that are left."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import tithe
 from benchmarks import finetune, pruning_scores
 from benchmarks.pruning_networks import Trained
 from tithe.coupling import Coupling
 from tithe.narrow import make_stage
 
+CUT = 15  # steps of fine-tuning after which the last of five cuts is made
+STRUCTURE_RATE = 0.05  # of VR-PGE's Adam
 WARM_UP = 0.05  # of fine-tuning, over which the rate rises; then it falls linearly to zero
 
 
@@ -36,6 +40,7 @@ class Run:
         seed: of the order of the examples and of every draw.
         data: folder.
         seconds: CPU seconds so far.
+        pruned: CPU seconds before fine-tuning.
         steps: of fine-tuning.
     """
 
@@ -46,6 +51,7 @@ class Run:
     seed: int
     data: Path
     seconds: float = field(default=0.0, init=False)
+    pruned: float = field(default=0.0, init=False)
     steps: int = field(default=0, init=False)
 
     @contextmanager
@@ -57,7 +63,8 @@ class Run:
 
     def finetune(self, model: nn.Module) -> None:
         """Train all weights in the ordinary way until the seconds are spent."""
-        began, limit = self.seconds, self.trained.seconds
+        self.pruned = began = self.seconds
+        limit = self.trained.seconds
         optimizer = self.trained.optimizer(model.requires_grad_(True).parameters(), self.rate)
         for batch in self.trained.batches(self.data, self.seed):
             progress = (self.seconds - began) / (limit - began)
@@ -73,31 +80,33 @@ class Run:
             self.steps += 1
 
 
-Prune = Callable[[Run, nn.Module], nn.Module]
+Train = Callable[[Run, nn.Module], nn.Module]  # from the whole network to the narrow one, fine-tuned
 
 
 def whole(run: Run, model: nn.Module) -> nn.Module:
     """Nothing is left out."""
+    run.finetune(model)
     return model
 
 
-def by(score: pruning_scores.Score) -> Prune:
+def by(score: pruning_scores.Score) -> Train:
     """Prune once, before fine-tuning, what is worth least by that score.
 
     The setting says how scores are compared. "each group": the same share of every layer's channels, of its heads, of
     its hidden units. "per FLOP": score over the unit's own FLOPs, in all groups together.
     """
 
-    def prune(run: Run, model: nn.Module) -> nn.Module:
+    def train(run: Run, model: nn.Module) -> nn.Module:
         batches = run.trained.scored(run.data, run.seed)
         with run.clock():
             names = [name for name, _ in model.named_parameters() if not matches(name, run.trained.head)]
             stage, _ = make_stage(model, run.trained.loss, batches[0], names)
             worth = score(model, stage.coupling, run.trained.loss, batches)
             stage.settle(best(worth, stage.coupling, run.keep, run.setting))
+        run.finetune(model)
         return model
 
-    return prune
+    return train
 
 
 def best(worth: Tensor, coupling: Coupling, keep: float, spread: str) -> Tensor:
@@ -131,18 +140,51 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def frozen(run: Run, model: nn.Module) -> nn.Module:
+    """Tithe: VR-PGE from Taylor scores, forward passes alone; the likeliest network is then fine-tuned.
+
+    The setting is the number of steps of the search.
+    """
+    batches = run.trained.scored(run.data, run.seed)
+    with run.clock():
+        structure = tithe.VRPGE(run.keep, structure_lr=STRUCTURE_RATE, cost="flops", weights="frozen", init="taylor")
+        plan = tithe.attach(model, structure, loss=run.trained.loss, data=batches, head=run.trained.head, seed=run.seed)
+    for batch in islice(run.trained.batches(run.data, run.seed), run.setting):
+        with run.clock():
+            plan.backward(lambda batch=batch: run.trained.loss(model, batch))
+            plan.step()
+    with run.clock():
+        plan.settle(batches, draws=0)
+        narrow = plan.export()
+    run.finetune(narrow)
+    return narrow
+
+
+def cuts(run: Run, model: nn.Module) -> nn.Module:
+    """Tithe: what is worth least by Taylor scores goes in five cuts, in the first steps of fine-tuning itself.
+
+    The setting is the floor of a group's width, as a part of the uniform one.
+    """
+    batches = run.trained.scored(run.data, run.seed)
+    with run.clock():
+        structure = tithe.TaylorPruning(run.keep, stop=CUT, floor=run.setting)
+        plan = tithe.attach(model, structure, loss=run.trained.loss, data=batches, head=run.trained.head, seed=run.seed)
+    run.finetune(model)
+    return plan.export()
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
     Args:
         name: for people.
-        prune: from a run and the whole network to the narrow one.
-        settings: what it chooses from on validation examples, the first being where the choice of the rate starts.
+        train: from a run and the whole network to the narrow one, fine-tuned.
+        settings: what it chooses from on validation examples.
     """
 
     name: str
-    prune: Prune
+    train: Train
     settings: tuple[Any, ...]
 
 
@@ -156,5 +198,7 @@ METHODS = {
         Method("magnitude", by(pruning_scores.magnitude), (GROUPS,)),
         Method("Taylor", by(pruning_scores.taylor), (FLOPS, GROUPS)),
         Method("Wanda-sp", by(pruning_scores.wanda), (GROUPS,)),
+        Method("Tithe: VR-PGE, frozen weights", frozen, (30, 10)),
+        Method("Tithe: cuts", cuts, (0.8, 0.4)),
     )
 }

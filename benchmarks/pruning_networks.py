@@ -201,7 +201,7 @@ def _score_images(model: nn.Module, data: Path, part: str) -> tuple[float, float
 
 MINILM = Trained(
     "MiniLM",
-    seconds=12,
+    seconds=8,
     num_scored=8,
     rates=(1e-4, 3e-4),
     head=(encoder.HEAD,),
@@ -213,7 +213,7 @@ MINILM = Trained(
 )
 RESNET20 = Trained(
     "ResNet-20",
-    seconds=10,
+    seconds=8,
     num_scored=4,
     rates=(0.03, 0.1),
     head=(),
