@@ -22,7 +22,7 @@ from tithe.coupling import Coupling
 from tithe.narrow import make_stage
 
 CUT = 15  # steps of fine-tuning after which the last of five cuts is made
-STRUCTURE_RATE = 0.05  # of VR-PGE's Adam
+STRUCTURE_RATE = 0.02  # of VR-PGE's Adam
 WARM_UP = 0.05  # of fine-tuning, over which the rate rises; then it falls linearly to zero
 
 
@@ -198,7 +198,7 @@ METHODS = {
         Method("magnitude", by(pruning_scores.magnitude), (GROUPS,)),
         Method("Taylor", by(pruning_scores.taylor), (FLOPS, GROUPS)),
         Method("Wanda-sp", by(pruning_scores.wanda), (GROUPS,)),
-        Method("Tithe: VR-PGE, frozen weights", frozen, (30, 10)),
+        Method("Tithe: VR-PGE, frozen weights", frozen, (10, 30)),
         Method("Tithe: cuts", cuts, (0.8, 0.4)),
     )
 }
