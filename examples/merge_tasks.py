@@ -46,16 +46,6 @@ def turned(batch: Batch) -> Batch:
     return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)]), turns
 
 
-def entropy(heads: list[nn.Linear]) -> Callable[[nn.Module, list[Tensor]], Tensor]:
-    """The mean entropy of the answers, summed over tasks: the loss of AdaMerging. A batch has images of each task."""
-
-    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-        answers = [head(model(images)).log_softmax(-1) for head, images in zip(heads, batch, strict=True)]
-        return torch.stack([-(log_p.exp() * log_p).sum(-1).mean() for log_p in answers]).sum()
-
-    return loss
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, heads: list[nn.Linear], both: tuple[Task, ...]) -> list[float]:
     """The share of each task's test images that are told right."""
@@ -66,33 +56,34 @@ def accuracy(model: nn.Module, heads: list[nn.Linear], both: tuple[Task, ...]) -
 def main() -> None:
     torch.manual_seed(0)
     both = tasks()
-    base, quarter = encoder(), nn.Linear(WIDTH, 4)
+    base, quarters, heads = encoder(), nn.Linear(WIDTH, 4), [nn.Linear(WIDTH, 5) for _ in both]
     for task in both:
-        train(base, quarter, task, turned)
-    heads, tuned = [nn.Linear(WIDTH, 5) for _ in both], [copy.deepcopy(base) for _ in both]
+        train(base, quarters, task, turned)
+    tuned = [copy.deepcopy(base) for _ in both]
     for model, head, task in zip(tuned, heads, both, strict=True):
         train(model, head, task)
-
     folder = Path(tempfile.mkdtemp())
     paths = [folder / f"{name}.safetensors" for name in ("base", "low", "high")]
     for path, model in zip(paths, [base, *tuned], strict=True):
         save_file(model.state_dict(), path)
-
-    found = {"digits 0 to 4": tuned[0], "digits 5 to 9": tuned[1]}
+    found = {task.name: model for task, model in zip(both, tuned, strict=True)}
     for method in ("ties", "iso-c"):
         merged = tithe.merge_tasks(paths[0], paths[1:], folder / f"{method}.safetensors", method)
         found[method] = encoder()
         found[method].load_state_dict(load_file(merged))
 
-    model, loss = encoder(), entropy(heads)
-    images = [task.validation[0] for task in both]  # and none of their labels
+    def entropy(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        answers = [head(model(images)).log_softmax(-1) for head, images in zip(heads, batch, strict=True)]
+        return torch.stack([-(log_p.exp() * log_p).sum(-1).mean() for log_p in answers]).sum()
+
+    model, images = encoder(), [task.validation[0] for task in both]  # and none of their labels
     span = tithe.TWA(paths, granularity="tensor", start=[0.4, 0.3, 0.3])
-    plan = tithe.attach(model, span, loss=loss, data=[images])
+    plan = tithe.attach(model, span, loss=entropy, data=[images])
     found["0.3 of each"] = copy.deepcopy(model)
     optimizer = torch.optim.Adam(plan.parameters(), lr=0.02)
     plan.bind(optimizer)
     for _ in range(60):
-        plan.backward(lambda: loss(model, images))
+        plan.backward(lambda: entropy(model, images))
         optimizer.step()
         optimizer.zero_grad()
         plan.step()

@@ -88,8 +88,8 @@ def of_narrow(model: nn.Module, coupling: Coupling, case: Case, mask: Tensor, ba
     live = {name: tensor.requires_grad_(name in names) for name, tensor in stage.filled(fit).items()}
     with stage.run(fit.read, live):
         case.loss(model, batch).backward()
-    weights = {name: fit.strip(name, tensor.detach()) for name, tensor in live.items()}
-    grads = {name: fit.strip(name, tensor.grad) for name, tensor in live.items() if tensor.grad is not None}
+    weights = fit.strip({name: tensor.detach() for name, tensor in live.items()})
+    grads = fit.strip({name: tensor.grad for name, tensor in live.items() if tensor.grad is not None})
     return gate_gradients(coupling, fit.grids, weights, grads)
 
 

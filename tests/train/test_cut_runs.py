@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_narrow_runs import METHOD, NET, RECIPE
 
 import tithe
+from narrow_runs import METHOD, NET, RECIPE
 from tithe.app.train import read_recipe
 from tithe.app.train.checkpoints import Checkpoints
 from tithe.app.train.data import read_examples

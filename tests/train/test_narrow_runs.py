@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import tithe
+from narrow_runs import NET, RECIPE
 from tithe import TitheError
 from tithe.app.train import read_recipe
 from tithe.app.train.checkpoints import Checkpoints
@@ -25,41 +26,6 @@ from tithe.app.train.signals import Interrupted
 from workplace import assert_equal, editor, quiet, run, shown
 
 Edit = Callable[..., Path]
-
-NET = """
-from torch import nn
-
-def make(num_labels):
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1),
-        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, 24), nn.GELU(), nn.Linear(24, 8), nn.GELU(),
-        nn.Linear(8, num_labels),
-    )
-"""
-METHOD = 'name = "vrpge"\nkeep = 0.4\nstructure_lr = 0.2\nheld_out = 0.1\nfinetune = 0.2'
-RECIPE = """
-[model]
-callable = "narrow_net:make"
-head = ["13.*"]
-
-[data]
-task = "image-classification"
-npz = "{images}"
-
-[method]
-METHOD
-
-[optimizer]
-lr = 0.05
-
-[run]
-epochs = 5
-batch_size = 10
-log_every = 1
-output = "out"
-device = "cpu"
-""".lstrip().replace("METHOD", METHOD)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ WRONG = {
     "wrong method": (
         ('"fish"', '"fisch"'),
         "line 11: [method] name",
-        ["'fisch'", "'fish', 'trady', 'vrpge', 'spiel', 'full', 'head'"],
+        ["'fisch'", "'fish', 'trady', 'vrpge', 'taylor', 'spiel', 'full', 'head'"],
     ),
     "key of another method": (
         ('name = "fish"\ndensity = 0.2', 'name = "full"\ndensity = 0.2'),
