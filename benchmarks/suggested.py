@@ -73,6 +73,12 @@ class Grid:
 
 
 GRIDS = {
+    "sst2-1600": Grid(
+        "SST-2, mean pooling",
+        "masks.jsonl",
+        {"task": "sst2-1600", "pooling": "mean", "seed": 0},
+        chosen_on=False,
+    ),
     "sst2": Grid("SST-2, pooler", "which_mask.jsonl", {"task": "sst2", "seed": 0}, chosen_on=True),
 }
 
