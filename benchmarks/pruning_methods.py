@@ -198,6 +198,7 @@ METHODS = {
         Method("magnitude", by(pruning_scores.magnitude), (GROUPS,)),
         Method("Taylor", by(pruning_scores.taylor), (FLOPS, GROUPS)),
         Method("Wanda-sp", by(pruning_scores.wanda), (GROUPS,)),
+        Method("Taylor between, Wanda-sp within", by(pruning_scores.taylor_by_wanda), (FLOPS,)),
         Method("Tithe: VR-PGE, frozen weights", frozen, (10, 30)),
         Method("Tithe: cuts", cuts, (0.8, 0.4)),
     )
