@@ -14,7 +14,7 @@ from benchmarks.methods import PEERS, RANK, Method, Prepared, trained
 from benchmarks.text import Batch
 
 SAMPLES = 256
-EVERYWHERE, ENCODER, UPPER = ("*",), ("*", "!*embeddings*"), ("*layer.[2-5].*", "*pooler*")
+EVERYWHERE, ENCODER, UPPER = ("*",), ("*", "!*embeddings*"), ("*", "!*embeddings*", "!*layer.[01].*")
 STARTS = {
     "fisher": 1e-3,
     "gradient": 1e-3,
@@ -111,4 +111,5 @@ METHODS = {
         Method("head only", 1e-2, head_only),
     )
 }
-FINALISTS = ("full", "lora", "shira", "random tensor", "fisher columns tensor, ×4", PAPER.name, "head only")
+FINALISTS = ("fisher columns tensor, ×4", "lora", "random tensor", "full", "shira", PAPER.name, "head only")
+"""What is scored on test sets: the peers, the paper's mask, the best mask of single weights and the best of columns."""

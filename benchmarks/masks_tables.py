@@ -14,10 +14,19 @@ from benchmarks.masks_methods import FINALISTS, METHODS
 from benchmarks.plots import accuracy_against_rate
 from benchmarks.records import Record, lines, mean_and_spread
 
-NAMES = {"sst2-full": "SST-2", "mrpc-full": "MRPC", "cola-full": "CoLA (Matthews)"}
+NAMES = {SCREEN.name: "SST-2", "sst2-full": "SST-2", "mrpc-full": "MRPC", "cola-full": "CoLA (Matthews)"}
 POOLINGS = {"mean": "mean pooling", "pooler": "the pooler"}
 PARTS = ("embeddings", "attention", "feed-forward in", "feed-forward out", "pooler")
-DRAWN = ("full", "lora", "fisher global, embeddings too", "fisher tensor", "magnitude global", "random tensor")
+DRAWN = (
+    "full",
+    "lora",
+    "fisher global, embeddings too",
+    "fisher tensor",
+    "fisher columns tensor, ×4",
+    "magnitude global",
+    "snr global",
+    "random tensor",
+)
 
 
 def masks(results: Path, docs: Path) -> str:
@@ -30,7 +39,10 @@ def masks(results: Path, docs: Path) -> str:
         own = [r for r in records if r["pooling"] == pooling]
         finals = [r for r in own if r["tested"] and r["task"] in TASKS]
         if finals:
-            parts += [f"## Whole training sets, test scores, {words}", _finals(finals)]
+            parts += [f"## Whole training sets, test scores, {words}", _finals(finals, list(TASKS))]
+        small = [r for r in own if r["tested"] and r["task"] == SCREEN.name]
+        if small:
+            parts += [f"## 1,600 sentences of SST-2, test scores, {words}", _finals(small, [SCREEN.name])]
     costs = list(lines(results / "masks_costs.jsonl"))
     if costs:
         parts += ["## What a step costs", _costs(costs), origin(costs)]
@@ -72,19 +84,20 @@ def _rates(records: Sequence[Record]) -> str:
     return table(["", "trained", "best", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def _finals(records: Sequence[Record]) -> str:
+def _finals(records: Sequence[Record], among: Sequence[str]) -> str:
     runs: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         runs[record["method"]][record["task"]].append(record)
-    tasks = [task for task in TASKS if any(task in by_task for by_task in runs.values())]
+    tasks = [task for task in among if any(task in by_task for by_task in runs.values())]
     rows = []
     for name in (name for name in FINALISTS if name in runs):
         cells = [_seeds([r["test"] for r in runs[name][task]]) for task in tasks]
         means = [mean_and_spread([r["test"] for r in runs[name][task]])[0] for task in tasks if runs[name][task]]
-        first = next(iter(runs[name].values()))[0]
-        mean = f"{sum(means) / len(means):.1f}" if len(means) == len(tasks) else "—"
-        rows.append([name, f"{first['trained']:,}", f"{first['rate']:g}", *cells, mean])
-    return table(["", "trained", "rate", *(NAMES[task] for task in tasks), "mean"], rows)
+        first = next(records[0] for records in runs[name].values() if records)
+        mean = [f"{sum(means) / len(means):.1f}" if len(means) == len(tasks) else "—"] if len(tasks) > 1 else []
+        rows.append([name, f"{first['trained']:,}", f"{first['rate']:g}", *cells, *mean])
+    header = ["", "trained", "rate", *(NAMES[task] for task in tasks)]
+    return table([*header, "mean"] if len(tasks) > 1 else header, rows)
 
 
 def _seeds(values: list[float]) -> str:

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-COLOURS = ("#0f6b6b", "#d08c2e", "#7b5ea7", "#8a8f98", "#b03a48", "#4a7ab5", "#5c8a3a", "#222222")
+COLOURS = ("#0f6b6b", "#d08c2e", "#7b5ea7", "#8a8f98")
+MORE_COLOURS = (*COLOURS, "#b03a48", "#4a7ab5", "#5c8a3a", "#222222")
 
 
 def validation_by_variant(first: Mapping[str, Record], variants: Sequence[Mask], path: Path) -> None:
@@ -100,7 +101,7 @@ def accuracy_against_seconds(panels: Mapping[str, Mapping[str, Sequence[tuple[fl
 def accuracy_against_rate(curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
     """One line a method: validation accuracy over the learning rate."""
     figure, axes = _axes(1, (7.0, 3.8))
-    for colour, (method, points) in zip(COLOURS, curves.items(), strict=False):
+    for colour, (method, points) in zip(MORE_COLOURS, curves.items(), strict=False):
         axes[0].plot(*zip(*points, strict=True), "o-", color=colour, label=method, markersize=5)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("learning rate")
