@@ -15,6 +15,7 @@ from benchmarks.text import Batch
 
 SAMPLES = 256
 EVERYWHERE, ENCODER, UPPER = ("*",), ("*", "!*embeddings*"), ("*", "!*embeddings*", "!*layer.[01].*")
+PLACES: dict[tuple[str, ...], str] = {EVERYWHERE: ", embeddings too", ENCODER: "", UPPER: ", upper layers"}
 STARTS = {
     "fisher": 1e-3,
     "gradient": 1e-3,
@@ -51,9 +52,8 @@ class Mask:
         """For example "fisher tensor" or "fisher columns global, ×4"."""
         columns = " columns" if self.unit == "column" else ""
         more = "" if self.times == 1 else f", ×{self.times}"
-        where = {EVERYWHERE: ", embeddings too", ENCODER: "", UPPER: ", upper layers"}[self.where]
         also = "" if not self.also else ", biases"
-        return f"{self.score}{columns} {self.scope}{more}{where}{also}"
+        return f"{self.score}{columns} {self.scope}{more}{PLACES[self.where]}{also}"
 
     def fish(self, k: int) -> tithe.FISH:
         """The recipe of this mask."""

@@ -108,6 +108,7 @@ def _seeds(values: list[float]) -> str:
 def _costs(records: Sequence[Record]) -> str:
     rows = {r["method"]: r for r in reversed(records)}
     peer = rows[PEER]
+    timed = len(peer["cpu_ms_all"]) > 1
     cells = [
         [
             name,
@@ -116,12 +117,12 @@ def _costs(records: Sequence[Record]) -> str:
             f"{r['saved_bytes'] / peer['saved_bytes']:.2f}",
             megabytes(r["peak_bytes"]),
             f"{r['peak_bytes'] / peer['peak_bytes']:.2f}",
-            f"{r['cpu_ms']:.0f}",
-            f"{r['cpu_ms'] / peer['cpu_ms']:.2f}",
+            *([f"{r['cpu_ms']:.0f}", f"{r['cpu_ms'] / peer['cpu_ms']:.2f}"] if timed else []),
         ]
         for name, r in rows.items()
     ]
-    return table(["", "trained", "kept MB", "of LoRA", "peak MB", "of LoRA", "CPU ms", "of LoRA"], cells)
+    header = ["", "trained", "kept MB", "of LoRA", "peak MB", "of LoRA", *(["CPU ms", "of LoRA"] if timed else [])]
+    return table(header, cells)
 
 
 def _landing(records: Sequence[Record]) -> str:
