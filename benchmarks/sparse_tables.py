@@ -58,7 +58,7 @@ def sparse(results: Path, docs: Path) -> str:
     if mine:
         beside = [r for r in records if r["end"] == AGAIN]
         parts += ["## Cuts", cuts_table(mine, beside, runs), origin(mine), "## All other tables"]
-    return "\n\n".join([*parts, origin(records)])
+    return "\n\n".join([*parts, origin(runs.records)])
 
 
 def _title(network: str, ratio: float) -> str:
