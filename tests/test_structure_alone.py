@@ -139,12 +139,12 @@ def test_search_then_fine_tune_the_narrow_network(name: str, tmp_path: Path) -> 
     tithe.apply(case.model(), tmp_path / "narrow.safetensors")
 
 
-@pytest.mark.parametrize("init", ["taylor", "wanda"])
+@pytest.mark.parametrize("init", ["taylor", "wanda", "taylor+wanda"])
 def test_without_a_search_the_metric_alone_cuts(init: Any) -> None:
     """The likeliest network is taken where none is drawn, and costs no more than is kept."""
     case = FAMILIES["residual"]
     plan = attach(case, method=VRPGE(0.6, cost="flops", weights="frozen", init=init))
-    likely, groups = plan.probabilities.likely(0), plan.stage.coupling.groups
+    likely, groups = plan.structure.likely(0), plan.stage.coupling.groups
     plan.settle(draws=0)
     assert [g.num_units for g in plan.stage.coupling.groups] == [int(likely[g.start : g.stop].sum()) for g in groups]
     assert plan.narrowing().spent <= 0.6 + 1e-9
@@ -225,7 +225,7 @@ def test_a_search_moves_towards_the_units_that_matter(control: bool) -> None:
 # --- what the probabilities start from
 
 
-@pytest.mark.parametrize("init", ["taylor", "wanda"])
+@pytest.mark.parametrize("init", ["taylor", "wanda", "taylor+wanda"])
 @pytest.mark.parametrize("cost", ["channels", "flops", "params"])
 @pytest.mark.parametrize("name", ["vgg", "inverted", "bert", "gpt2", "grouped_query"])
 def test_the_start_spends_what_is_kept_in_the_order_of_the_metric(name: str, cost: Any, init: Any) -> None:
@@ -274,7 +274,7 @@ def test_a_metric_foretells_differences_as_soon_as_its_scale_is_known() -> None:
     torch.testing.assert_close(control.vector, -worth.double(), rtol=1e-9, atol=0)
 
 
-def test_taylor_is_the_gate_gradient_of_each_part_in_the_order_of_wanda() -> None:
+def test_taylor_is_the_gate_gradient_of_each_part_and_may_take_the_order_of_wanda() -> None:
     """Of 32 samples each, squared, summed, and the root of it; by autograd with explicit gates."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -292,7 +292,8 @@ def test_taylor_is_the_gate_gradient_of_each_part_in_the_order_of_wanda() -> Non
     plan._inference.unhook()
     wanda = model[2].weight.detach().abs().mean(0) * model[1](model[0](x)).detach().norm(dim=0)
     torch.testing.assert_close(unit_metric("wanda", plan.stage, loss, [x]), wanda)
-    metric = unit_metric("taylor", plan.stage, loss, [x])
+    torch.testing.assert_close(unit_metric("taylor", plan.stage, loss, [x]), total.sqrt())
+    metric = unit_metric("taylor+wanda", plan.stage, loss, [x])
     torch.testing.assert_close(metric[wanda.argsort()], total.sqrt().sort().values)
 
 

@@ -43,7 +43,7 @@ from tithe.selection import Coordinates, Selection
 
 Cost = Literal["channels", "flops", "params"]
 Weights = Literal["trained", "frozen"]
-Init = Literal["uniform", "taylor", "wanda"]
+Init = Literal["uniform", "taylor", "wanda", "taylor+wanda"]
 Granularity = Literal["model", "tensor"]
 
 DATA_FREE = ("magnitude", "random", "principal")

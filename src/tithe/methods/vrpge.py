@@ -42,8 +42,8 @@ class VRPGE(NarrowMethod):
             operations, or the parameters, of the network of expected widths, fixed parts included.
         weights: "trained", or "frozen": until `plan.settle` the structure alone is learned, from two forward passes
             without a gradient, and of parameters only those of `head=`.
-        init: "uniform": one probability for all units. "taylor", "wanda": from a metric of each unit, over `data=`
-            (`tithe.narrow.metrics`), the odds s / (1 − s) in proportion to a power of it.
+        init: "uniform": one probability for all units. "taylor", "wanda", "taylor+wanda": from a metric of each unit,
+            over `data=` (`tithe.narrow.metrics`), the odds s / (1 − s) in proportion to a power of it.
         hold: for how many steps a draw is kept; the second loss is evaluated in the first of them alone.
         control_variate: whether earlier steps' forecast is used; without it the estimate is the paper's.
 

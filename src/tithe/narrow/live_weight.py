@@ -110,6 +110,11 @@ class LiveWeights(dict[str, LiveWeight]):
         super().__init__({name: LiveWeight(name, weight) for name, weight in weights.items()})
         self._fit = Fit({}, {}, {}, {})
 
+    @property
+    def trained(self) -> list[str]:
+        """Return the names of those that an optimizer moves."""
+        return [name for name, part in self.items() if part.trained]
+
     def open(self, stage: Stage, fit: Fit) -> dict[str, Tensor]:
         """Return the live tensors of a step, which modules read: a weight itself if all of it is live.
 

@@ -3,17 +3,15 @@
     taylor   a_i = (Σ_parts c_i²)^½,   c_i = ∂L/∂m_i of a gate on the unit     a forward and backward pass of each part
     wanda    a_i = Σ_readers mean_o |W_oi| · ‖x_i‖₂                            a forward pass of each batch
 
-The values of "taylor" say how much of each group to keep. Within a group they go to the units in the order of "wanda",
-where that can be told: of a network that fits its data, gradients are little but noise there. A pretrained ResNet-20,
-cut to half of its operations and fine-tuned, is better so by some 3 points (`docs/benchmarks/pruning.md`).
+With "taylor+wanda" the values of "taylor" say how much of each group to keep, and go to its units in the order of
+"wanda": of a network that fits its data, gradients are little but noise within a group (`docs/benchmarks/pruning.md`).
 
 In evaluation mode, with the whole network. Of a head, or of a channel with several positions, positions are summed.
 
 References:
     P. Molchanov, A. Mallya, S. Tyree, I. Frosio, J. Kautz. Importance Estimation for Neural Network Pruning. CVPR 2019,
     arXiv 1906.10771, equation 8: the squared first-order estimate, averaged over mini-batches. Deviations: the gate is
-    where the unit is read (`tithe.narrow.gates`), mini-batches are parts of a few samples, the root is taken, and the
-    order within a group is another.
+    where the unit is read (`tithe.narrow.gates`), mini-batches are parts of a few samples, and the root is taken.
     M. Sun, Z. Liu, A. Bair, J. Z. Kolter. A Simple and Effective Pruning Approach for Large Language Models. ICLR 2024,
     arXiv 2306.11695: Wanda. Y. An, X. Zhao, T. Yu, M. Tang, J. Wang. Fluctuation-based Adaptive Structured Pruning for
     Large Language Models. AAAI 2024, arXiv 2312.11983, section 4.1: Wanda-sp, the same of whole channels.
@@ -21,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,29 +42,27 @@ _PART = 32
 pretrained ResNet-20 parts of 8 and of 64 choose equally good networks, and a pass of few samples costs more of each."""
 
 
-class _Untold(TitheError):
-    """The inputs of a weight cannot be told from its module's."""
-
-
 def unit_metric(kind: str, stage: Stage, loss: Loss, data: Iterable[Any]) -> Tensor:
     """Return the metric of each unit over the first samples of the data, float64 (n,), not negative.
 
     The model, its gradients and the random states stay as they were. Metrics of several ranks may be added up.
 
     Args:
-        kind: "taylor", or "wanda".
+        kind: "taylor", "wanda", or "taylor+wanda".
         stage: of the model, whole.
         loss: `loss(model, batch)`.
         data: batches.
 
     Raises:
-        TitheError: when there is no batch, a gate has no gradient that is finite, or, for "wanda", a weight is read by
-            something else than a linear layer or a convolution.
+        TitheError: when there is no batch, a gate has no gradient that is finite, or a weight that "wanda" needs the
+            inputs of is read by something else than a linear layer or a convolution.
     """
     with evaluating(stage.model), stage.untouched():
-        metric = _taylor(stage, loss, data) if kind == "taylor" else _wanda(stage, loss, data)
-        if kind == "taylor":
-            with contextlib.suppress(_Untold):
+        if kind == "wanda":
+            metric = _wanda(stage, loss, data)
+        else:
+            metric = _taylor(stage, loss, data)
+            if kind == "taylor+wanda":
                 metric = _in_order(metric, _wanda(stage, loss, data), stage.coupling)
     if not bool(metric.isfinite().all()):
         raise TitheError(
@@ -139,8 +134,8 @@ def _inputs(stage: Stage, squares: dict[tuple[str, int], Tensor]) -> Generator[N
             handle.remove()
 
 
-def _untold(name: str, found: str) -> _Untold:
-    return _Untold(
+def _untold(name: str, found: str) -> TitheError:
+    return TitheError(
         name,
         found=found,
         expected="weights read by linear layers and convolutions",

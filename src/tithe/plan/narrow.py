@@ -140,8 +140,7 @@ class NarrowPlan(Plan):
             parameter.requires_grad_(not self._searching)
 
     def _notes(self) -> list[str]:
-        still = ["the weights are frozen until plan.settle(); the probabilities alone are learned"]
-        return [*super()._notes(), *(still if self._searching else [])]
+        return [*super()._notes(), *["the weights are frozen until plan.settle()"] * self._searching]
 
     def start(self) -> None:
         """Let the probabilities start from the method's metric of the units, over the data.
@@ -152,7 +151,7 @@ class NarrowPlan(Plan):
         super().start()
         if self.structure.init != "uniform":
             metric = summed_metric(self.structure.init, self.stage, self._loss, self._data)
-            self.structure.start_from(metric, between=self.structure.init == "taylor")
+            self.structure.start_from(metric, between=self.structure.init != "wanda")
             self._draw()
 
     # ------------------------------------------------------------------------------------------------ what is trained
@@ -263,8 +262,7 @@ class NarrowPlan(Plan):
         if not self._parts:  # under cuts the model's own parameters are θ
             return super()._movable()
         whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
-        trained = [name for name, part in self._parts.items() if part.trained]
-        return movable_network(self.stage, self._fit.grids, trained, whole)
+        return movable_network(self.stage, self._fit.grids, self._parts.trained, whole)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""
