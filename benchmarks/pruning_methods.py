@@ -143,7 +143,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 def frozen(run: Run, model: nn.Module) -> nn.Module:
     """Tithe: VR-PGE from Taylor scores, forward passes alone; the likeliest network is then fine-tuned.
 
-    The setting is the number of steps of the search.
+    The setting is the number of steps of the search; after none the structure is that of the scores.
     """
     batches = run.trained.scored(run.data, run.seed)
     with run.clock():
@@ -199,7 +199,7 @@ METHODS = {
         Method("Taylor", by(pruning_scores.taylor), (FLOPS, GROUPS)),
         Method("Wanda-sp", by(pruning_scores.wanda), (GROUPS,)),
         Method("Taylor between, Wanda-sp within", by(pruning_scores.taylor_by_wanda), (FLOPS,)),
-        Method("Tithe: VR-PGE, frozen weights", frozen, (10, 30)),
+        Method("Tithe: VR-PGE, frozen weights", frozen, (0, 10)),
         Method("Tithe: cuts", cuts, (0.8, 0.4)),
     )
 }
