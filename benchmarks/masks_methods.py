@@ -18,7 +18,6 @@ EVERYWHERE, ENCODER, UPPER = ("*",), ("*", "!*embeddings*"), ("*", "!*embeddings
 PLACES: dict[tuple[str, ...], str] = {EVERYWHERE: ", embeddings too", ENCODER: "", UPPER: ", upper layers"}
 STARTS = {
     "fisher": 1e-3,
-    "gradient": 1e-3,
     "snr": 3e-3,
     "saliency": 3e-3,
     "principal": 3e-3,
@@ -37,7 +36,6 @@ class Mask:
         unit: "entry" or "column".
         where: which tensors to choose from.
         times: how many times LoRA's count.
-        also: what is trained whole besides, charged to the count.
     """
 
     score: str
@@ -45,15 +43,13 @@ class Mask:
     unit: Literal["entry", "column"] = "entry"
     where: tuple[str, ...] = ENCODER
     times: int = 1
-    also: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """For example "fisher tensor" or "fisher columns global, ×4"."""
         columns = " columns" if self.unit == "column" else ""
         more = "" if self.times == 1 else f", ×{self.times}"
-        also = "" if not self.also else ", biases"
-        return f"{self.score}{columns} {self.scope}{more}{PLACES[self.where]}{also}"
+        return f"{self.score}{columns} {self.scope}{more}{PLACES[self.where]}"
 
     def fish(self, k: int) -> tithe.FISH:
         """The recipe of this mask."""
@@ -62,10 +58,8 @@ class Mask:
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch], seed: int, _: int = 0) -> Prepared:
         """Attach the mask to the model."""
-        head = [HEAD, *self.also]
-        whole = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".bias")) if self.also else 0
-        recipe = self.fish(self.times * num_lora(model) - whole)
-        plan = tithe.attach(model, recipe, loss=loss_of, data=batches, where=self.where, head=head, seed=seed)
+        recipe = self.fish(self.times * num_lora(model))
+        plan = tithe.attach(model, recipe, loss=loss_of, data=batches, where=self.where, head=[HEAD], seed=seed)
         return Prepared(model, list(plan.parameters()), plan)
 
     def method(self) -> Method:
