@@ -53,8 +53,8 @@ class Mask:
 
     def fish(self, k: int) -> tithe.FISH:
         """The recipe of this mask."""
-        options: dict[str, Any] = {"unit": "column"} if self.unit == "column" else {}
-        return tithe.FISH(k=k, samples=SAMPLES, score=self.score, scope=self.scope, **options)  # pyright: ignore[reportArgumentType]
+        options: dict[str, Any] = {"score": self.score, "scope": self.scope, "unit": self.unit}
+        return tithe.FISH(k=k, samples=SAMPLES, **options)
 
     def prepare(self, model: nn.Module, batches: Sequence[Batch], seed: int, _: int = 0) -> Prepared:
         """Attach the mask to the model."""
