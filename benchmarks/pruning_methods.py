@@ -147,7 +147,9 @@ def frozen(run: Run, model: nn.Module) -> nn.Module:
     """
     batches = run.trained.scored(run.data, run.seed)
     with run.clock():
-        structure = tithe.VRPGE(run.keep, structure_lr=STRUCTURE_RATE, cost="flops", weights="frozen", init="taylor+wanda")
+        structure = tithe.VRPGE(
+            run.keep, structure_lr=STRUCTURE_RATE, cost="flops", weights="frozen", init="taylor+wanda"
+        )
         plan = tithe.attach(model, structure, loss=run.trained.loss, data=batches, head=run.trained.head, seed=run.seed)
     for batch in islice(run.trained.batches(run.data, run.seed), run.setting):
         with run.clock():
