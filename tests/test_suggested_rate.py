@@ -547,3 +547,16 @@ def test_two_ranks_have_the_rate_of_one_with_both_batches(tmp_path: Path) -> Non
     plan = tithe.attach(case.model(dtype=F64), tithe.TWA(tithe.History(tmp_path / "run")), loss=case.loss)
     assert found["twa"][0] == found["twa"][1] == pytest.approx(plan.suggest_lr(case.batch(8, dtype=F64)), rel=2e-2)
     refused(found["one_is_wrong"], "loss")
+
+
+def test_while_the_structure_of_frozen_weights_is_searched_only_a_head_has_a_rate() -> None:
+    case = CASES["resnet_basic"]
+    batches = case.batches(2, dtype=F64)
+    method = tithe.VRPGE(0.6, weights="frozen")
+    plan = tithe.attach(case.model(dtype=F64), method, loss=case.loss, data=batches)
+    with pytest.raises(TitheError, match="trains nothing now"):
+        plan.suggest_lr(batches[0])
+    plan.settle(batches)
+    assert 0 < plan.suggest_lr(batches[0]) < math.inf
+    with_head = tithe.attach(case.model(dtype=F64), method, loss=case.loss, data=batches, head=case.head)
+    assert 0 < with_head.suggest_lr(batches[0]) < math.inf

@@ -104,10 +104,9 @@ class NarrowPlan(Plan):
         self._alive = torch.ones(self.stage.coupling.num_units, dtype=torch.bool)
         self._settled = self.structure.fixed
         self._difference: float | None = None
-        self._ran = False
         self._loss_scale = 1.0
         self._held = held_parameters(model)
-        self._checked = False
+        self._checked = self._ran = False
         for parameter in split.head.values():
             parameter.requires_grad_(True)
         drawn = self.stage.tensors if self.structure.draws else ()
@@ -261,8 +260,9 @@ class NarrowPlan(Plan):
     def _movable(self) -> AbstractContextManager[Movable]:
         if not self._parts:  # under cuts the model's own parameters are θ
             return super()._movable()
-        whole = [parameter for name, parameter in self.named_parameters() if name not in self._parts]
-        return movable_network(self.stage, self._fit.grids, self._parts.trained, whole)
+        named = self._split.head if self._searching else dict(self.named_parameters())
+        whole = [parameter for name, parameter in named.items() if name not in self._parts]
+        return movable_network(self.stage, self._fit.grids, [] if self._searching else self._parts.trained, whole)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, elementwise: bool | None) -> None:
         """Refuse an optimizer that is not elementwise, where θ is another part of its tensors in each step."""
