@@ -68,7 +68,7 @@ def costs(records: Sequence[Record]) -> str:
     cells = [
         [
             name,
-            found[0]["setting"] or "—",
+            shown(found[0]["setting"]),
             f"{found[0]['rate']:g}",
             f"{mean(found, 'prune_seconds'):.1f}",
             f"{mean(found, 'seconds'):.1f}",
@@ -87,10 +87,15 @@ def tried(records: Sequence[Record]) -> str:
     by_setting = {(r["method"], r["setting"]): {} for r in first}
     for r in first:
         by_setting[r["method"], r["setting"]][r["rate"]] = f"{r['validation']:.1f}"
-    cells = [[m, s or "—", *(found.get(rate, "—") for rate in rates)] for (m, s), found in by_setting.items()]
+    cells = [[m, shown(s), *(found.get(rate, "—") for rate in rates)] for (m, s), found in by_setting.items()]
     return table(["", "setting", *(f"{rate:g}" for rate in rates)], cells)
 
 
 def mean(found: Found, name: str) -> float:
     """Over the seeds."""
     return statistics.fmean(r[name] for r in found)
+
+
+def shown(setting: str | float | None) -> str:
+    """A setting as the page says it."""
+    return "—" if setting is None else str(setting)
