@@ -525,3 +525,17 @@ def test_two_ranks_are_cut_alike_as_one_with_both_halves(tmp_path: Any) -> None:
     for name, value in bits(plan.model).items():
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
     refused(found["_apart"], "gradients", "plan.backward")
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"keep": "half"}, "keep='half'"),
+        ({"stop": 5.5}, "stop=5.5"),
+        ({"cuts": 2.0}, "cuts=2.0"),
+        ({"start": None}, "start="),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: Any, found: str) -> None:
+    with pytest.raises(TitheError, match=found):
+        tithe.TaylorPruning(**{"keep": 0.5, "stop": 6, **settings})

@@ -324,6 +324,8 @@ def test_wanda_says_where_it_cannot_tell_the_inputs() -> None:
         ({"weights": "fixed"}, "weights='fixed'"),
         ({"init": "magnitude"}, "init='magnitude'"),
         ({"hold": 0}, "hold=0"),
+        ({"hold": 1.5}, "hold=1.5"),
+        ({"control_variate": "yes"}, "control_variate='yes'"),
         ({"init": "taylor", "gradual": (0, 5)}, "init='taylor'"),
     ],
 )

@@ -319,3 +319,9 @@ def test_coefficients_move_the_weights_of_a_model_in_float64(granularity: Any, t
         plan.theta.add_(0.1)
     plan.step()
     assert not torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("start", [3, ["a", 1.0, 0.0], None])
+def test_a_start_that_is_neither_a_name_nor_numbers_is_refused(start: Any, tmp_path: Path) -> None:
+    with pytest.raises(tithe.TitheError, match="a number for each checkpoint"):
+        tithe.TWA(tmp_path, start=start)

@@ -179,6 +179,7 @@ def test_a_torch_file_keeps_what_the_base_holds_beside_the_weights(tmp_path: Pat
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown method": ({"method": "dare"}, "'ties' or 'iso-c'"),
     "a density of 0": ({"density": 0.0}, "a share in (0, 1]"),
+    "a density in words": ({"density": "all"}, "a share in (0, 1]"),
     "a scale that is not finite": ({"scale": float("nan")}, "a finite number"),
     "a weight too few": ({"weights": [1.0]}, "one positive number a checkpoint"),
     "a weight below zero": ({"weights": [1.0, -1.0]}, "one positive number a checkpoint"),

@@ -264,8 +264,8 @@ def merge_tasks(
 def _check_settings(method: str, density: float, scale: float) -> None:
     for name, value, fine, expected in (
         ("method", method, method in get_args(MergeMethod), " or ".join(map(repr, get_args(MergeMethod)))),
-        ("density", density, 0 < density <= 1, "a share in (0, 1]"),
-        ("scale", scale, math.isfinite(scale), "a finite number"),
+        ("density", density, isinstance(density, (int, float)) and 0 < density <= 1, "a share in (0, 1]"),  # pyright: ignore[reportUnnecessaryIsInstance]
+        ("scale", scale, isinstance(scale, (int, float)) and math.isfinite(scale), "a finite number"),  # pyright: ignore[reportUnnecessaryIsInstance]
     ):
         if not fine:
             raise TitheError("merge_tasks", found=f"{name}={value!r}", expected=expected, remedy=f"change {name}")

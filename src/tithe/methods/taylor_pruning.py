@@ -67,12 +67,20 @@ class TaylorPruning(CutMethod):
 
     def __post_init__(self) -> None:
         for name, value, low in (("keep", self.keep, 0.0), ("floor", self.floor, -1e-9)):
-            if not low < value <= 1:
+            if not (isinstance(value, (int, float)) and low < value <= 1):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TitheError(
                     "TaylorPruning",
-                    found=f"{name}={value}",
+                    found=f"{name}={value!r}",
                     expected="a number in " + ("(0, 1]" if name == "keep" else "[0, 1]"),
                     remedy=written_as_percent(name, value, f"change {name}"),
+                )
+        for name, value in (("start", self.start), ("stop", self.stop), ("cuts", self.cuts)):
+            if type(value) is not int:
+                raise TitheError(
+                    "TaylorPruning",
+                    found=f"{name}={value!r}",
+                    expected="a whole number",
+                    remedy="count steps: stop = num_steps // 6" if name == "stop" else f"give {name} as a whole number",
                 )
         if not 0 <= self.start < self.stop:
             raise TitheError(

@@ -64,6 +64,14 @@ class TWA(SubspaceMethod):
                     remedy=f"change {name}",
                 )
         if not isinstance(self.start, str):
+            weights = self.start if isinstance(self.start, Sequence) else [None]  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not all(isinstance(weight, (int, float)) for weight in weights):
+                raise TitheError(
+                    "TWA",
+                    found=f"start={self.start!r}",
+                    expected="a name, or a number for each checkpoint",
+                    remedy='write start="mean", or a list of numbers that sum to one',
+                )
             return
         if self.start not in ("mean", "last", "best", *DECAYS) and not self.start.startswith(EMA):
             raise TitheError(

@@ -94,8 +94,20 @@ class VRPGE(NarrowMethod):
                     expected="one of " + ", ".join(map(repr, get_args(kind))),
                     remedy=f"change {name}",
                 )
-        if self.hold < 1:
-            raise TitheError("VRPGE", found=f"hold={self.hold}", expected="at least 1 step", remedy="leave hold out")
+        if type(self.hold) is not int or self.hold < 1:
+            raise TitheError(
+                "VRPGE",
+                found=f"hold={self.hold!r}",
+                expected="a whole number of steps, at least 1",
+                remedy="try hold=1",
+            )
+        if type(self.control_variate) is not bool:
+            raise TitheError(
+                "VRPGE",
+                found=f"control_variate={self.control_variate!r}",
+                expected="True or False",
+                remedy="leave control_variate out",
+            )
         if self.gradual is not None and self.init != "uniform":
             raise TitheError(
                 "VRPGE",
