@@ -214,7 +214,7 @@ def cuts(course: Course, architecture: Architecture, ratio: float) -> Trained:
     model = started(architecture, architecture.widths, course)
     first = next(evaluation_batches(apart(course.split.train)[1], 2))
     with course.clock():
-        structure = tithe.TaylorPruning(keep=ratio, stop=LAST_CUT)
+        structure = tithe.TaylorPruning(keep=ratio, stop=LAST_CUT, fresh=True)
         plan = tithe.attach(model, structure, loss=loss_of, data=[first], seed=course.seed)
     course.train(model)
     narrow = plan.export(first)

@@ -24,6 +24,7 @@ from tithe.testing import check_method
 
 METHOD = TaylorPruning(0.45, stop=6, cuts=3)
 """Cuts after steps 2, 4 and 6."""
+FRESH = TaylorPruning(0.45, stop=6, cuts=3, fresh=True)
 QUICK = ("vgg", "residual", "inverted", "bert", "grouped_query_tied", "resnet_bottleneck")
 
 
@@ -291,10 +292,12 @@ def test_the_order_of_cuts(sizes: list[int], floor: float, seed: int) -> None:
 class Run:
     """A run that can be stopped after any of its steps and taken up in a model of other values."""
 
-    def __init__(self, case: Case, optimizer: Optimizer, saved: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, case: Case, optimizer: Optimizer, method: TaylorPruning, saved: dict[str, Any] | None = None
+    ) -> None:
         self.case, self.model = case, case.model(seed=0 if saved is None else 9)
         state = {} if saved is None or "plan" not in saved else {"state": saved["plan"]}
-        self.plan = attach(case, self.model, **state)
+        self.plan = attach(case, self.model, method, **state)
         self.opt = optimizer(self.plan.parameters())
         self.plan.bind(self.opt)
         if saved is not None:
@@ -311,16 +314,20 @@ class Run:
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 7])
 @pytest.mark.parametrize("by", ["plan", "optimizer"])
-@pytest.mark.parametrize(("name", "optimizer"), [("vgg", sgd), ("residual", adamw), ("bert_dropout", adamw)])
-def test_resuming_equals_never_stopping(name: str, optimizer: Optimizer, by: str, stop: int, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer", "method"), [("vgg", sgd, METHOD), ("residual", adamw, FRESH), ("bert_dropout", adamw, FRESH)]
+)
+def test_resuming_equals_never_stopping(
+    name: str, optimizer: Optimizer, method: TaylorPruning, by: str, stop: int, tmp_path: Any
+) -> None:
     """Before, at and after cuts; by the plan's own state or the optimizer's."""
     case = FAMILIES.get(name) or CASES[name]
-    straight, stopped = Run(case, optimizer), Run(case, optimizer)
+    straight, stopped = Run(case, optimizer, method), Run(case, optimizer, method)
     straight.go(0, 8)
     stopped.go(0, stop)
     state = {"opt": stopped.opt.state_dict()} | ({"plan": stopped.plan.state_dict()} if by == "plan" else {})
     torch.save(state, tmp_path / "state.pt")
-    resumed = Run(case, optimizer, torch.load(tmp_path / "state.pt", weights_only=True))
+    resumed = Run(case, optimizer, method, torch.load(tmp_path / "state.pt", weights_only=True))
     assert resumed.plan.settled == (stop >= 6)
     assert equal_bits(stopped.everything(), resumed.everything()) == []
     resumed.go(stop, 8)
@@ -490,7 +497,7 @@ def _half(batch: Batch, rank: int) -> Batch:
 def _together(rank: int) -> dict[str, Tensor]:
     """Half of each batch a rank, through the plan, which averages gradients."""
     case = CASES["mlp"]
-    plan = attach(case)
+    plan = attach(case, method=FRESH)
     opt = sgd(plan.parameters())
     for batch in case.batches(8, 8):
         plan.backward(lambda batch=batch: case.loss(plan.model, _half(batch, rank)))
@@ -518,7 +525,7 @@ def test_two_ranks_are_cut_alike_as_one_with_both_halves(tmp_path: Any) -> None:
     first, second = found["_together"]
     assert equal_bits(first, second) == []
     case = CASES["mlp"]
-    plan = attach(case)
+    plan = attach(case, method=FRESH)
     opt = sgd(plan.parameters())
     for batch in case.batches(8, 8):
         step(plan, opt, case, batch)
@@ -534,6 +541,7 @@ def test_two_ranks_are_cut_alike_as_one_with_both_halves(tmp_path: Any) -> None:
         ({"stop": 5.5}, "stop=5.5"),
         ({"cuts": 2.0}, "cuts=2.0"),
         ({"start": None}, "start="),
+        ({"fresh": "yes"}, "fresh='yes'"),
     ],
 )
 def test_settings_of_another_kind_are_refused(settings: Any, found: str) -> None:

@@ -179,6 +179,10 @@ class CutMethod(ABC):
 
     What a unit is worth follows from the weights' own gradients, so that a step costs what an ordinary one does. A
     choice is a pure function of them: nothing is drawn.
+
+    The units of least worth go. Of fresh weights, worth only says how many units of each group go: the one of most
+    worth stays, and then those whose gate gradients of the last steps are least like those of the units that stay
+    already (`tithe.select.cut_order.unlike_first`). Weights that lose inputs then keep the norm with which they read.
     """
 
     keep: float
@@ -187,6 +191,8 @@ class CutMethod(ABC):
     """What is counted: units, the forward pass's operations, or parameters."""
     floor: float = 0.0
     """No group gets below this part of the width that it would have if all were equally narrow, in [0, 1]."""
+    fresh: bool = False
+    """Whether training starts from fresh weights, whose units are alike at first, and whose sums get small when cut."""
 
     @abstractmethod
     def share(self, step: int) -> float:

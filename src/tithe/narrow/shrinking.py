@@ -28,6 +28,34 @@ def smaller(tensor: Tensor, grid: Grid) -> Tensor:
 
 
 @torch.no_grad()
+def norm_ratio(weight: Tensor, part: Tensor, grid: Grid, inputs: Sequence[int]) -> float:
+    """Return how much of its norm a weight loses with the inputs that go, as the ratio of before to after.
+
+        ‖W[outputs that stay, all inputs]‖ / ‖W[outputs that stay, inputs that stay]‖
+
+    Of weights that were drawn at random a sum over fewer inputs is smaller by the root of their number. A norm behind
+    it makes up for that in its output, but not in how fast an optimizer turns the weight.
+
+    Args:
+        weight: before it is cut.
+        part: what stays of it.
+        grid: where that lies.
+        inputs: axes over which its products sum.
+
+    Returns:
+        At least 1, which it is when no input goes, and when what stays is zero.
+    """
+    if not any(axis in grid.axes for axis in inputs):
+        return 1.0
+    read = weight
+    for axis, positions in grid.axes.items():
+        if axis not in inputs:
+            read = read.index_select(axis, positions.to(read.device))
+    whole, left = (float(torch.linalg.vector_norm(w.double())) for w in (read, part))
+    return max(whole / left, 1.0) if left > 0 else 1.0
+
+
+@torch.no_grad()
 def shrink_parameter(
     parameter: nn.Parameter, small: Tensor, grid: Grid, optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 from tithe.coupling import Coupling, Group
 from tithe.forward import untouched
 from tithe.narrow.fit import Fit
-from tithe.narrow.shrinking import smaller
+from tithe.narrow.shrinking import norm_ratio, smaller
 from tithe.narrow.widths import Count, find_counts
 from tithe.selection import Grid
 
@@ -187,11 +187,12 @@ class Stage:
                 else:
                     own[key] = value
 
-    def settle(self, alive: Tensor) -> Stage:
+    def settle(self, alive: Tensor, *, rescale: bool = False) -> Stage:
         """Make the model itself a narrow network, for good: its tensors become their live part.
 
         Args:
             alive: bool (n,), the units that stay.
+            rescale: multiply trained weights that lose inputs, so that they keep the norm with which they read.
 
         Returns:
             The stage of the model as it is then.
@@ -200,7 +201,11 @@ class Stage:
         lengths = self._lengths(grids)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                tensor.data = smaller(tensor.data, grids[name])
+                part = smaller(tensor.data, grids[name])
+                if rescale and tensor.requires_grad:
+                    inputs = [axis for axis in grids[name].axes if (name, axis) in self.coupling.reads]
+                    part.mul_(norm_ratio(tensor.data, part, grids[name], inputs))
+                tensor.data = part
         left: list[Count] = []
         for module, count in self._counts:
             length = lengths[count.axis]

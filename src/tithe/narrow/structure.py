@@ -39,6 +39,11 @@ class Structure(ABC):
         return "uniform"
 
     @property
+    def fresh(self) -> bool:
+        """Return whether weights that lose inputs for good have to keep the norm with which they read."""
+        return False
+
+    @property
     def fixed(self) -> bool:
         """Return whether nothing will change any more."""
         return False

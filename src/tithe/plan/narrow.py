@@ -454,7 +454,7 @@ class NarrowPlan(Plan):
     def _drop(self, alive: Tensor) -> None:
         """Let units go for good: bool (n,) says which stay."""
         grids = self.stage.grids(alive)
-        self.stage = self.stage.settle(alive)
+        self.stage = self.stage.settle(alive, rescale=self.structure.fresh)
         for name, part in self._parts.items():
             part.shrink(grids[name], self._optimizers.bound)
         for name in (grids.keys() & self._floats.keys()) - self._parts.keys():
