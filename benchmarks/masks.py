@@ -36,7 +36,7 @@ TASKS = {
     for t in (
         Task("sst2-full", "sst2_sentences", "test.tsv", "accuracy", 6920, 872, 1, 48, 16, "dev.tsv"),
         Task("mrpc-full", "mrpc", "test.tsv", "accuracy", 3668, 408, 2, 64, 16, "dev.tsv"),
-        Task("cola-full", "cola", "dev.tsv", "matthews", 7551, 1000, 2, 32, 32),
+        Task("cola-full", "cola", "dev.tsv", "matthews", 7551, 1000, 1, 32, 32),
     )
 }
 STAGES = ("screen", "small", "finals")
