@@ -68,9 +68,7 @@ class Cell:
         return [self.run(method, rate, seed, limit) for seed, limit in zip(SEEDS, limits, strict=True)]
 
     def best(self, method: Method, limit: float | None) -> float:
-        """The rate of highest validation accuracy; of one there is no choice."""
-        if len(method.rates) == 1:
-            return method.rates[0]
+        """The rate of highest validation accuracy."""
         return max(method.rates, key=lambda rate: self.run(method, rate, SEEDS[0], limit)["validation"])
 
     def run(self, method: Method, rate: float, seed: int, limit: float | None = None, end: str = "seconds") -> Record:

@@ -1,12 +1,13 @@
 """Suggested learning rates against the best of a grid, for pairs of a task and a mask.
 
 `plan.suggest_lr` of the first four training batches, at the start of training. The grids: of SST-2 those that
-`which_mask` climbed, of the image tasks climbed here: MobileNetV2-w0.35 (ImageNet) with 5 % of its weights, 512 images
-at 64², 4 epochs, Adam, linear decay to zero, one seed. A climb goes by factors of about three from the mask's usual
-rate to one whose two neighbours are no better on validation data (ties: the lower loss). On the image tasks the
-suggested rate is trained with as well. No test set is read.
+`which_mask` (pooler) and `masks` (mean pooling) climbed, of the image tasks climbed here: MobileNetV2-w0.35 (ImageNet)
+with 5 % of its weights, 512 images at 64², 4 epochs, Adam, linear decay to zero, one seed. A climb goes by factors of
+about three from the mask's usual rate to one whose two neighbours are no better on validation data (ties: the lower
+loss). On the image tasks the suggested rate is trained with as well. No test set is read.
 
 How many batches, and whether the head belongs to the sum, was decided on the pairs of SST-2 with the pooler.
+`--tasks` does a part: a task of images, `sst2` (pooler) or `sst2-1600` (mean pooling).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 import tithe
-from benchmarks import encoder, methods, text, vision
+from benchmarks import encoder, masks, masks_methods, methods, text, vision
 from benchmarks.finetune import RATES
 from benchmarks.images import BATCH, Batch, Images, Task, load, training_batches
 from benchmarks.records import Record, Store, parse
@@ -45,7 +46,7 @@ IMAGES = {
     )
 }
 MASKS = (("fisher", "global"), ("gradient", "tensor"), ("magnitude", "tensor"), ("random", "tensor"))
-TEXT_MASKS = (
+POOLER_MASKS = (
     *(methods.Mask(score, scope) for score, scope in itertools.product(SCORES, SCOPES)),
     *(methods.Mask(score, "tensor", embeddings=False) for score in ("random", "fisher")),
 )
@@ -142,22 +143,25 @@ class ImagePair:
 
 @dataclass(frozen=True)
 class TextPair:
-    """A mask on SST-2 with the pooler, as `which_mask` trains it.
+    """A mask on SST-2.
 
     Args:
         mask: which.
+        task: as the benchmark trains it whose grid is compared with.
+        pooling: what the head sees.
         data: folder of the data.
     """
 
-    mask: methods.Mask
+    mask: methods.Mask | masks_methods.Mask
+    task: text.Task
+    pooling: encoder.Pooling
     data: Path
 
     def suggest(self) -> Record:
         """The suggested rate, and what it cost."""
-        task = text.TASKS["sst2"]
-        examples = text.load(task, self.data).train
-        batches = list(text.training_batches(examples, task.batch, seed=0, epoch=0))
-        plan = self.mask.prepare(encoder.encoder(seed=0), batches, 0, 0).plan
+        examples = text.load(self.task, self.data).train
+        batches = list(text.training_batches(examples, self.task.batch, seed=0, epoch=0))
+        plan = self.mask.prepare(encoder.encoder(seed=0, pooling=self.pooling), batches, 0, 0).plan
         assert plan is not None
         return suggestion(plan, batches[:NUM_BATCHES])
 
@@ -197,12 +201,10 @@ def do(store: Store, fields: Record, work: Callable[[], Record]) -> Record:
     return store.find(**fields) or store.add({**fields, **work()})
 
 
-def main(args: argparse.Namespace) -> None:
-    """Run what is missing."""
-    torch.set_num_threads(args.threads)
-    store = Store(args.results / "suggested.jsonl", key=KEY)
-    for task, (score, scope) in itertools.product(args.tasks or IMAGES, MASKS):
-        pair = ImagePair(task, score, scope, args.data)
+def images(task: str, store: Store, data: Path) -> None:
+    """The masks on a task of images, and the grid of each."""
+    for score, scope in MASKS:
+        pair = ImagePair(task, score, scope, data)
 
         def run(rate: float, pair: ImagePair = pair) -> Record:
             return do(store, {"task": pair.task, "method": pair.method, "rate": rate}, lambda: pair.train(rate))
@@ -210,8 +212,22 @@ def main(args: argparse.Namespace) -> None:
         suggested = do(store, {"task": task, "method": pair.method, "rate": None}, pair.suggest)["suggested"]
         climb(STARTS[score], run)
         run(suggested)
-    for mask in TEXT_MASKS if not args.tasks else ():
-        do(store, {"task": "sst2", "method": mask.name, "rate": None}, TextPair(mask, args.data).suggest)
+
+
+def texts(task: str, store: Store, data: Path) -> None:
+    """The masks on SST-2, whose grids are those of another benchmark."""
+    pooler = [TextPair(mask, text.TASKS["sst2"], "pooler", data) for mask in POOLER_MASKS]
+    mean = [TextPair(mask, masks.SCREEN, "mean", data) for mask in masks_methods.MASKS]
+    for pair in pooler if task == "sst2" else mean:
+        do(store, {"task": task, "method": pair.mask.name, "rate": None}, pair.suggest)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is missing."""
+    torch.set_num_threads(args.threads)
+    store = Store(args.results / "suggested.jsonl", key=KEY)
+    for task in args.tasks or (*GRIDS, *IMAGES):
+        (images if task in IMAGES else texts)(task, store, args.data)
 
 
 if __name__ == "__main__":

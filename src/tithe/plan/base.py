@@ -247,21 +247,23 @@ class Plan(ABC):
     def suggest_lr(self, batch: Any, *more: Any) -> float:
         """Return a learning rate for an Adam-like optimizer, from what it would train now, the head included.
 
-            g = ∇L(θ)    s = sign g    sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    η = Σ|g| / (sᵀHs)
+            g_b = ∇L_b(θ)    s_b = sign g_b    c_b = s_bᵀ H_b s_b ≈ (∇L_b(θ + ε s_b) − g_b) · s_b / ε
+            η = Σ|mean g_b| / mean c_b
 
         Adam, AdamW and their like move each value by about the learning rate: the first step is −η s, and by the
-        second derivatives of the loss this η lowers it most. A mask of large curvature therefore gets a small rate, one
-        drawn at random a large one. It is meant as the highest rate of a schedule that decays to zero. It says nothing
-        of SGD, whose rate has another unit.
+        second derivatives of one batch's loss this η lowers it most. Of several batches, the slope is that of the mean
+        gradient, which they agree on; the curvature is what steps along the signs of a single one meet. A mask of large
+        curvature therefore gets a small rate, one drawn at random a large one. It is meant as the highest rate of a
+        schedule that decays to zero. It says nothing of SGD, whose rate has another unit.
 
-        The fewer samples, the larger the rate: the noise of a small batch passes for gradient. Four batches of training
+        Of one batch its noise passes for slope, and the rate is larger. Give a few as large as those of training: four
         gave the rates of the table in docs/benchmarks/rates.md.
 
         Where the loss does not curve upwards at θ, or so little that it would have to fall below zero, the curvature is
         that over the distance 2 L / Σ|g| along −s, beyond which no parabola above zero has its minimum, and without any
         that distance is the rate.
 
-        It costs two forward and backward passes of each batch, in such a case three, in training mode and with the same
+        It costs two forward and backward passes of each batch, in such a case four, in training mode and with the same
         random draws. Weights, gradients, buffers, random states, optimizers and the plan stay as they were, bit by bit.
         On several ranks all of them call it, each with its own batches, and get the same rate. Under a method that
         draws networks it is the rate of the network that is drawn now; while a warm-up trains the head alone, that of
@@ -270,7 +272,7 @@ class Plan(ABC):
         Args:
             batch: training data as the `loss=` of `attach` takes it. Call it under the autocast of training, if there
                 is one.
-            more: further batches; gradients are means over all, and memory is that of one.
+            more: further batches, as many on each rank; memory is that of one.
 
         Returns:
             The rate: by how much a value of θ moves in a step, in the unit of the weights.

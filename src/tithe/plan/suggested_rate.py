@@ -1,9 +1,12 @@
-"""Suggest a learning rate: how far the loss falls along the signs of its gradient, by two gradients.
+"""Suggest a learning rate: how far the loss falls along the signs of its gradient, by two gradients of each batch.
 
-    g = ∇L(θ)    s = sign g    c = sᵀHs ≈ (∇L(θ + εs) − ∇L(θ)) · s / ε    L(θ − ηs) ≈ L(θ) − η Σ|g| + ½ η² c
+    g = mean of the batches' g_b = ∇L_b(θ)    s_b = sign g_b    c_b = s_bᵀ H_b s_b ≈ (∇L_b(θ + ε s_b) − g_b) · s_b / ε
+    η = Σ|g| / mean c_b
 
-The right side is least at η = Σ|g| / c. An optimizer that divides each gradient by its usual size moves every value by
-about its learning rate: the first step of Adam is −η s.
+An optimizer that divides each gradient by its usual size moves every value by about its learning rate: the first step
+of Adam is −η s. Of one batch L(θ − ηs) ≈ L(θ) − η Σ|g| + ½ η² c is least at this η. Of several, a step follows the
+signs of one of them, its noise included, and meets the curvature along these; what all agree on is the slope of the
+mean gradient.
 
 A loss that is not negative bounds η: its parabola has a minimum above zero, not further away than 2 L / Σ|g|. Where c
 says otherwise, or is not positive, it tells of the loss near θ alone; it is then taken over that whole distance, −s.
@@ -116,32 +119,40 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
     """
     if not movable.leaves:
         raise _refused("a plan that trains nothing now", "values that an optimizer moves", "call it once there are any")
-    value, directions = _gradients(model, movable.leaves, losses)
-    distributed.meet("suggest_lr: the gradient")
-    distributed.mean_all_(directions)
-    value = distributed.mean_number(value, directions[0].device)
-    total = _sum(gradient.abs() for gradient in directions)
+    device = movable.leaves[0].device
+
+    def curvature(step: float) -> tuple[float, float, list[Tensor]]:
+        """Mean loss at θ, mean second derivative along the signs between θ and `step` further, mean gradient at θ."""
+        value, curved, mean = 0.0, 0.0, [torch.zeros_like(leaf) for leaf in movable.leaves]
+        for number, loss in enumerate(losses, 1):
+            here, directions = _gradients(model, movable.leaves, loss, finite=True)
+            distributed.meet(f"suggest_lr: the gradient of batch {number}")
+            distributed.mean_all_(directions)
+            for total, gradient in zip(mean, directions, strict=True):
+                total.add_(gradient, alpha=1 / len(losses))
+            slope = _sum(gradient.abs() for gradient in directions)
+            for gradient in directions:
+                gradient.sign_()
+            movable.move(step, directions)
+            _, gradients = _gradients(model, movable.leaves, loss, finite=False)
+            moved = _sum(g * s for g, s in zip(gradients, directions, strict=True))
+            movable.move(0.0, directions)
+            distributed.meet(f"suggest_lr: the gradient {step:.1g} further, of batch {number}")
+            value += distributed.mean_number(here, device) / len(losses)
+            curved += (distributed.mean_number(moved, device) - slope) / step / len(losses)
+        return value, curved, mean
+
+    precision = _rounding(movable)
+    step = math.sqrt(precision) * (movable.scale or 1.0)
+    value, curved, mean = curvature(step)
+    total = _sum(gradient.abs() for gradient in mean)
     if not 0 < total < math.inf:
         raise _refused(
             f"a gradient whose entries have the sum {total:g}",
             "a gradient that is finite and not zero",
             "look at the loss of this batch; a network that was just drawn needs values other than zero",
         )
-    for gradient in directions:
-        gradient.sign_()
-
-    def curvature(step: float) -> float:
-        """The mean second derivative along the directions between here and `step` further."""
-        movable.move(step, directions)
-        _, gradients = _gradients(model, movable.leaves, losses)
-        slope = _sum(g * s for g, s in zip(gradients, directions, strict=True))
-        distributed.meet(f"suggest_lr: the gradient {step:.1g} further")
-        return (distributed.mean_number(slope, directions[0].device) - total) / step
-
-    precision = _rounding(movable)
-    step = math.sqrt(precision) * (movable.scale or 1.0)
     least = precision * total / step
-    curved = curvature(step)
     # A parabola that stays above zero has its minimum no further away than this.
     far = 2 * value / total if value > 0 else math.inf
     if curved > least and total / curved <= far:
@@ -154,7 +165,7 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
             "a loss that is finite and curved along the signs of its gradient, or nothing bounds a step",
             "name a rate, or look at the loss",
         )
-    curved = curvature(-far)
+    _, curved, _ = curvature(-far)
     return total / curved if least < curved < math.inf else far
 
 
@@ -164,23 +175,20 @@ def scale_of(weights: Iterable[Tensor], count: int) -> float:
 
 
 def _gradients(
-    model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Callable[[], Tensor]]
+    model: nn.Module, leaves: Sequence[Tensor], loss: Callable[[], Tensor], *, finite: bool
 ) -> tuple[float, list[Tensor]]:
-    """The mean loss and the mean gradients that backward passes bring to leaves; nothing else gets or keeps one."""
-    values: list[float] = []
-    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    """The loss, and the gradients that its backward pass brings to leaves; nothing else gets or keeps one."""
+    gradients = [torch.zeros_like(leaf) for leaf in leaves]
     with training(model), untouched(model), torch.enable_grad():
-        for loss in losses:
-            torch.clear_autocast_cache()  # it holds weights as they were before they were moved
-            value = check_loss(loss(), finite=not values)
-            values.append(float(value.detach()))
-            with _put_aside([*leaves, *graph_leaves(value)]):
-                value.backward()
-                for total, leaf in zip(totals, leaves, strict=True):
-                    if leaf.grad is not None:
-                        total.add_(leaf.grad)  # a sparse one, too
+        torch.clear_autocast_cache()  # it holds weights as they were before they were moved
+        value = check_loss(loss(), finite=finite)
+        with _put_aside([*leaves, *graph_leaves(value)]):
+            value.backward()
+            for gradient, leaf in zip(gradients, leaves, strict=True):
+                if leaf.grad is not None:
+                    gradient.add_(leaf.grad)  # a sparse one, too
         torch.clear_autocast_cache()
-    return sum(values) / len(values), [total.div_(len(losses)) for total in totals]
+    return float(value.detach()), gradients
 
 
 @contextmanager
