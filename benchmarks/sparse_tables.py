@@ -57,7 +57,8 @@ def sparse(results: Path, docs: Path) -> str:
     mine = [r for r in records if r["method"] == CUTS.name]
     if mine:
         beside = [r for r in records if r["end"] == AGAIN]
-        parts += ["## Cuts", cuts_table(mine, beside, runs), origin(mine), "## All other tables"]
+        parts += ["## Cuts", cuts_table(Runs(mine), beside, runs), rates_table(mine), origin(mine)]
+        parts += ["## All other tables"]
     return "\n\n".join([*parts, origin(runs.records)])
 
 
@@ -129,12 +130,12 @@ def reach_table(runs: Runs, settings: Sequence[tuple[str, float]]) -> str:
     return table(["points of test accuracy", "measured", "to reach", "reached"], rows)
 
 
-def cuts_table(mine: Sequence[Record], beside: Sequence[Record], runs: Runs) -> str:
+def cuts_table(mine: Runs, beside: Sequence[Record], runs: Runs) -> str:
     """Cuts and a uniformly narrow network in turn, as many seconds each, and the estimator of the tables above."""
     rows: list[list[str]] = []
     for network in NETWORKS:
         for ratio in RATIOS:
-            cuts = [r for r in mine if (r["network"], r["ratio"]) == (network, ratio)]
+            cuts = mine.of(network, ratio, CUTS.name)
             even = [r for r in beside if (r["network"], r["ratio"]) == (network, ratio)]
             if not cuts:
                 continue
@@ -142,6 +143,7 @@ def cuts_table(mine: Sequence[Record], beside: Sequence[Record], runs: Runs) -> 
             rows.append(
                 [
                     f"{network}, {100 * ratio:g} %",
+                    f"{cuts[0]['rate']:g}",
                     f"{100 * statistics.fmean(r['flops'] for r in cuts):.1f}",
                     f"{statistics.fmean(r['seconds'] for r in cuts):.0f}",
                     str(len(cuts)),
@@ -151,8 +153,8 @@ def cuts_table(mine: Sequence[Record], beside: Sequence[Record], runs: Runs) -> 
                     f"{statistics.fmean(r['test'] for r in cuts) - learned:+.1f} (≥ +{ABOVE:g})",
                 ]
             )
-    header = ["", "FLOPs, %", "CPU s", "seeds", "cuts", EVEN.name, "cuts less that (to reach)", "less Tithe (to reach)"]
-    return table(header, rows)
+    header = ["", "rate", "FLOPs, %", "CPU s", "seeds", "cuts", EVEN.name]
+    return table([*header, "cuts less that (to reach)", "less Tithe (to reach)"], rows)
 
 
 def rates_table(records: Sequence[Record]) -> str:

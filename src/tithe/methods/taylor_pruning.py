@@ -40,8 +40,8 @@ class TaylorPruning(CutMethod):
 
     Args:
         keep: the share of the cost that is kept in the end, in (0, 1].
-        stop: step after which the last cut is made; of fresh weights at least a few hundred steps, since the units that
-            score highest at first do much the same (`docs/taylor-pruning.md`).
+        stop: step after which the last cut is made: a tenth of the run, and of fresh weights at least a hundred steps
+            (`docs/taylor-pruning.md`).
         start: step from which on cuts are counted; the first comes (stop − start) / cuts steps later.
         cuts: how many there are.
         cost: what is counted. "flops", "params": the forward pass's operations, or the parameters, fixed parts
@@ -84,14 +84,14 @@ class TaylorPruning(CutMethod):
                     "TaylorPruning",
                     found=f"{name}={value!r}",
                     expected="a whole number",
-                    remedy="count steps: stop = num_steps // 6" if name == "stop" else f"give {name} as a whole number",
+                    remedy="count steps: stop = num_steps // 10" if name == "stop" else f"give {name} as a whole number",
                 )
         if not 0 <= self.start < self.stop:
             raise TitheError(
                 "TaylorPruning",
                 found=f"start={self.start}, stop={self.stop}",
                 expected="two counts of steps, the first smaller",
-                remedy="stop after a sixth of all steps: stop = num_steps // 6",
+                remedy="stop after a tenth of all steps: stop = num_steps // 10",
             )
         if not 1 <= self.cuts <= self.stop - self.start:
             raise TitheError(
