@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.markdown import origin, table
 from benchmarks.plots import rates_against_best
 from benchmarks.records import Record, lines
-from benchmarks.suggested import DENSITY, GRIDS, IMAGES, quality
+from benchmarks.suggested import APART, DENSITY, GRIDS, IMAGES, quality
 
 FACTOR = 3
 
@@ -98,7 +98,7 @@ def _images(records: Iterable[Record]) -> Iterable[Found]:
     for one in (r for r in own if r["rate"] is None):
         runs = {r["rate"]: r for r in own if (r["task"], r["method"]) == (one["task"], one["method"]) and r["rate"]}
         at = runs.pop(one["suggested"], None)
-        yield Found(f"{one['task']}, {DENSITY:.0%}", one["method"], one, runs, at, chosen_on=False)
+        yield Found(f"{one['task']}, {DENSITY:.0%}", one["method"], one, runs, at, one["task"] not in APART)
 
 
 def _texts(records: Iterable[Record], results: Path) -> Iterable[Found]:
@@ -106,6 +106,5 @@ def _texts(records: Iterable[Record], results: Path) -> Iterable[Found]:
         grid = GRIDS.get(one["task"])
         if grid is not None and one["rate"] is None:
             runs = {r["rate"]: r for r in lines(results / grid.file) if grid.holds(r, one["method"])}
-            yield Found(
-                grid.title, one["method"].replace(" loaded static", ""), one, runs, None, chosen_on=grid.chosen_on
-            )
+            mask = one["method"].replace(" loaded static", "")
+            yield Found(grid.title, mask, one, runs, None, chosen_on=one["task"] not in APART)
