@@ -51,7 +51,7 @@ def test_a_run_is_cut_in_its_first_part_and_its_rate_falls_over_the_whole(
 @pytest.mark.parametrize("stop", [3, 15, 17])
 def test_resuming_equals_never_stopping(stop: int, write: Callable[..., Path], tmp_path: Path) -> None:
     """Before a cut, right after the last one, which comes at step 15 of 30, and later."""
-    path = write()
+    path = write(("cuts = 3", "cuts = 3\nfresh = true"))
     whole = run(path, "run.output=whole")
     made = Run(read_recipe(path, ["run.output=parts"]), resume=False, console=quiet())
     inner = made.trainee.step
