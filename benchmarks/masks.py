@@ -5,8 +5,9 @@ In stages, each finished run kept:
 * `screen`: 1,600 sentences of SST-2, one epoch, one seed. Every mask, every peer climbs a grid of learning rates,
   judged on validation examples.
 * `small`: the finalists and the peers in the same setting, three seeds, scored on the test set too.
-* `finals`: the finalists and the peers on the whole training sets of SST-2, MRPC and CoLA, three seeds, at the rate
-  that the screening chose, scored on the test sets too.
+* `finals`: the finalists and the peers on the whole training sets of SST-2, MRPC and CoLA, three seeds, scored on the
+  test sets too; at the rate that the screening chose, or the next lower one where that is better on the validation
+  examples with the first seed: longer runs and other tasks may bear less.
 
 All masks train as many weights as LoRA of rank 3 on every Linear layer, the head beside them. `--stages`, `--tasks` and
 `--poolings` do a part; `--workers 2` trains two at a time, one thread each.
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks import cells
 from benchmarks.encoder import Pooling
-from benchmarks.finetune import Run, best_rate, do
+from benchmarks.finetune import RATES, Run, best_rate, do
 from benchmarks.masks_methods import FINALISTS, METHODS
 from benchmarks.records import Store
 from benchmarks.text import Task
@@ -59,10 +60,20 @@ class Cell:
         torch.set_num_threads(1)
         if self.stage == "screen":
             self.rate()
+        elif self.stage == "small":
+            do(self.one(SCREEN, self.rate(), self.seed, test=True), self.store(), self.data)
         else:
-            task = SCREEN if self.stage == "small" else TASKS[self.task]
-            run = Run(task, METHODS[self.method], self.rate(), self.seed, test=True, pooling=self.pooling)
-            do(run, self.store(), self.data)
+            task, screened = TASKS[self.task], self.rate()
+            lower = RATES[RATES.index(screened) - 1]
+
+            def quality(rate: float) -> float:
+                return do(self.one(task, rate, SEEDS[0]), self.store(), self.data)["validation"]
+
+            do(self.one(task, max(screened, lower, key=quality), self.seed, test=True), self.store(), self.data)
+
+    def one(self, task: Task, rate: float, seed: int, *, test: bool = False) -> Run:
+        """A run of this cell's method."""
+        return Run(task, METHODS[self.method], rate, seed, test=test, pooling=self.pooling)
 
     def rate(self) -> float:
         """The rate that the screening chose."""

@@ -84,7 +84,7 @@ class TaylorPruning(CutMethod):
                     "TaylorPruning",
                     found=f"{name}={value!r}",
                     expected="a whole number",
-                    remedy="count steps: stop = num_steps // 10" if name == "stop" else f"give {name} as a whole number",
+                    remedy="count steps: num_steps // 10" if name == "stop" else f"give {name} as a whole number",
                 )
         if not 0 <= self.start < self.stop:
             raise TitheError(
