@@ -105,5 +105,15 @@ METHODS = {
         Method("head only", 1e-2, head_only),
     )
 }
-FINALISTS = ("fisher columns tensor, ×4", "lora", "random tensor", "full", "shira", PAPER.name, "head only")
-"""What is scored on test sets: the peers, the paper's mask, the best mask of single weights and the best of columns."""
+FINALISTS = (
+    "fisher columns tensor, ×4",
+    "fisher columns tensor, ×4, upper layers",
+    "lora",
+    "random tensor",
+    "full",
+    "shira",
+    PAPER.name,
+    "head only",
+)
+"""What is scored on test sets: the peers, the paper's mask, the best mask of single weights, the best of columns, and,
+added last for what a step of it costs, the cheapest of columns."""

@@ -93,6 +93,8 @@ def _finals(records: Sequence[Record], among: Sequence[str]) -> str:
     rows = []
     for name in (name for name in FINALISTS if name in runs):
         found = [_at_chosen_rate(runs[name][task]) for task in tasks]
+        if not any(found):
+            continue
         cells = [cell for each in found for cell in (_scores(each), f"{each[0]['rate']:g}" if each else "—")]
         means = [mean_and_spread([r["test"] for r in each])[0] for each in found if each]
         trained = next(r["trained"] for each in found for r in each)
