@@ -45,6 +45,7 @@ def test_a_copy_of_a_unit_comes_after_all_others_and_a_silent_one_last() -> None
     traces[:, 3] = 7 * traces[:, 0]
     traces[:, 1] = 0
     assert unlike_first(traces).tolist()[-2:] == [3, 1]
+    assert unlike_first(traces * 1e-30).tolist() == unlike_first(traces).tolist()
 
 
 def heard(plan: NarrowPlan, case: Case, steps: int) -> None:

@@ -560,7 +560,13 @@ def test_two_ranks_have_the_rate_of_one_with_both_batches(tmp_path: Path) -> Non
         plan = tithe.attach(case.model(), FISH(k=3, score="random"), loss=lambda m, b: case.loss(m, b) * b["by"])
         return plan.suggest_lr({**case.batch(), "by": torch.tensor(0.0 if rank else math.nan)})
 
-    found = play(tmp_path, random, vrpge, twa, one_is_wrong)
+    def one_has_more(rank: int) -> float:
+        case = CASES["mlp"]
+        plan = tithe.attach(case.model(), FISH(k=3, score="random"), loss=case.loss)
+        return plan.suggest_lr(*case.batches(1 + rank))
+
+    found = play(tmp_path, random, vrpge, twa, one_is_wrong, one_has_more)
+    refused(found["one_has_more"], "suggest_lr")
     for scene in (random, vrpge):
         rates = found[scene.__name__]
         assert rates[0] == rates[1] == pytest.approx(_rate(scene.__name__, tmp_path, None), rel=2e-2)

@@ -53,7 +53,7 @@ def unlike_first(traces: Tensor, noise: float = 1e-3) -> Tensor:
         >>> unlike_first(torch.tensor([[1.0, 5.0, 0.0, 0.0, 1.0], [0.0, 0.1, 0.0, 3.0, 1.0]]))
         tensor([0, 3, 4, 1, 2])
     """
-    unit = torch.nn.functional.normalize(traces.double(), dim=0)
+    unit = torch.nn.functional.normalize(traces.double(), dim=0, eps=1e-60)  # gradients may be tiny
     inverse = torch.eye(len(unit), dtype=unit.dtype) / noise
     news = unit.square().sum(0) / noise
     order = torch.zeros(unit.shape[1], dtype=torch.int64)
