@@ -208,10 +208,11 @@ def soup(records: Sequence[Record]) -> str:
 
 
 def step(records: Sequence[Record]) -> str:
-    """One row for each width of codes."""
+    """One row for each width of codes and number of threads."""
     rows = [
         [
             f"{r['bits']} bits",
+            f"{r['threads']}",
             f"{r['sgd ms']:.0f}",
             f"{r['twa ms']:.0f}",
             f"{r['ratio']:.2f}",
@@ -224,6 +225,7 @@ def step(records: Sequence[Record]) -> str:
     ]
     header = [
         "",
+        "threads",
         "SGD, ms",
         "TWA, ms",
         "ratio",

@@ -130,6 +130,7 @@ def timed(bits: int, folder: Path, threads: int) -> dict[str, object]:
     found = {name: seconds[WARM:] for name, seconds in found.items()}
     return {
         "bits": bits,
+        "threads": threads,
         "n": N,
         "weights": sum(p.numel() for p in plain.parameters()),
         "sgd ms": 1e3 * statistics.median(found["sgd"]),
@@ -155,18 +156,19 @@ def held(bits: int, folder: Path, threads: int) -> dict[str, object]:
     plan.bind(optimizer)
     for _ in range(WARM):
         step(model, optimizer, batch, plan)
-    return {"bits": bits, "resident MB": highest() - before}
+    return {"bits": bits, "threads": threads, "resident MB": highest() - before}
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure each width of codes; checkpoints are kept in a folder beside the results until all is measured."""
     torch.set_num_threads(args.threads)  # what the records say
-    times = Store(args.results / "span_step.jsonl", key=("bits",))
-    memory = Store(args.results / "span_memory.jsonl", key=("bits",))
+    times = Store(args.results / "span_step.jsonl", key=("bits", "threads"))
+    memory = Store(args.results / "span_memory.jsonl", key=("bits", "threads"))
     folder = args.results / "span_step"
     for bits in BITS:
         for store, measure in ((times, timed), (memory, held)):
-            if store.find(bits=bits) is None:  # each in a process of its own, which holds nothing of the one before
+            if store.find(bits=bits, threads=args.threads) is None:
+                # each in a process of its own, which holds nothing of the one before
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                     pool.submit(walk, folder / f"{bits} bits", bits).result()
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
