@@ -366,3 +366,15 @@ def test_a_plan_without_data_prints_what_it_trains() -> None:
     plan = tithe.attach(MLP.model(), FISH(k=3, score="random"))
     assert repr(plan) == "SparsePlan of Sequential by FISH: trains 3 of 499 parameters (0.60%)"
     assert str(plan) == f'{plan!r}\n  no head: nothing is trained whole; if 4 is a new layer, pass head="4.*"'
+
+
+def test_inside_of_inference_mode_nothing_is_trained_but_inside_of_no_grad_all_works() -> None:
+    model, batch = MLP.model(), MLP.batch()
+    with torch.no_grad():
+        plan = _attach(MLP, model, FISH(k=60))
+        assert plan.suggest_lr(batch) == plan.suggest_lr(batch)
+    with torch.inference_mode(), pytest.raises(TitheError, match=r"suggest_lr: found torch\.inference_mode"):
+        plan.suggest_lr(batch)
+    plan.release()
+    with torch.inference_mode(), pytest.raises(TitheError, match=r"attach: found torch\.inference_mode"):
+        _attach(MLP, model, FISH(k=60))

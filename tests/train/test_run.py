@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -210,20 +211,37 @@ def test_a_rate_that_the_recipe_does_not_name_is_suggested(edit: Edit, workplace
     assert named["learning_rate"] == {"highest": 0.5, "suggested": False}
 
 
-def test_a_rate_is_suggested_by_the_first_four_batches(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("accumulate", "count"), [(1, 4), (2, 8), (3, 9)])
+def test_a_rate_is_suggested_by_the_first_four_steps(
+    accumulate: int, count: int, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an epoch of 80 rows, the fourth step of three batches of eight has one: it is left out."""
     asked: list[Any] = []
 
-    def suggest(plan: tithe.Plan, *batches: Any) -> float:
-        asked.extend(batches)
+    def suggest(plan: tithe.Plan, *batches: Any, accumulate: int = 1) -> float:
+        asked.extend([*batches, accumulate])
         return 0.125
 
     monkeypatch.setattr(tithe.Plan, "suggest_lr", suggest)
-    path = edit(("[optimizer]\nlr = 0.01\nclip = 1.0\n\n", ""), ("epochs = 2", "steps = 3\naccumulate = 3"))
+    length = f"steps = 3\naccumulate = {accumulate}"
+    path = edit(("[optimizer]\nlr = 0.01\nclip = 1.0\n\n", ""), ("epochs = 2", length))
     made = Run(read_recipe(path), resume=False, console=quiet())
     steps = made.samples["train"].steps(made.course.parts(0), 0)
-    first = [batch for step in steps for batch, _ in step][:4]
-    assert_equal(asked, first)
+    first = [batch for step in steps for batch, _ in step][:count]
+    assert_equal(asked, [*first, accumulate])
     assert made.optimizer.param_groups[0]["initial_lr"] == 0.125
+
+
+def test_a_step_of_micro_batches_has_the_rate_of_a_step_of_one_batch(edit: Edit, workplace: Path) -> None:
+    """Without dropout, whose draws are others for a batch of another size."""
+    config = workplace / "tiny" / "config.json"
+    config.write_text(re.sub(r'(dropout_prob": )[0-9.]+', r"\g<1>0.0", config.read_text()))
+    edits = (("lr = 0.01\n", ""), ("epochs = 2", "steps = 1"))
+    rates = [
+        run(edit(*edits, ("batch_size = 8", batches)), f"run.output=out{number}")["learning_rate"]["highest"]
+        for number, batches in enumerate(("batch_size = 16", "batch_size = 4\naccumulate = 4"))
+    ]
+    assert rates[1] == pytest.approx(rates[0], rel=0.05)
 
 
 def test_a_rate_that_cannot_be_suggested_names_the_section(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:

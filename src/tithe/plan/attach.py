@@ -24,7 +24,7 @@ from tithe.narrow import Cuts, InferenceNetwork, Probabilities
 from tithe.plan.base import Plan, Settings
 from tithe.plan.mount import check_free
 from tithe.plan.narrow import NarrowPlan
-from tithe.plan.parameters import TRAINABLE
+from tithe.plan.parameters import TRAINABLE, check_recorded
 from tithe.plan.ranks import Ranks
 from tithe.plan.sparse import SparsePlan
 from tithe.plan.subspace import SubspacePlan
@@ -130,6 +130,7 @@ def attach(
         with distributed.together("attach"):
             _check_method(method)
             _check_dtype(dtype)
+            check_recorded("attach")
             check_free(model)
             _check_whole(model)
             distributed.check_whole(model)

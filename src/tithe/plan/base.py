@@ -19,8 +19,8 @@ from tithe.errors import TitheError
 from tithe.forward import RandomStates
 from tithe.ledger import Ledger, human
 from tithe.method import Narrowing, Spending
-from tithe.plan.parameters import split_parameters
-from tithe.plan.suggested_rate import Movable, Whole, suggest_rate
+from tithe.plan.parameters import check_recorded, split_parameters
+from tithe.plan.suggested_rate import Movable, Whole, in_steps, suggest_rate
 from tithe.plan.watch import BeforeForward, Optimizers
 from tithe.scoring import Loss
 from tithe.selection import Coordinates, Selection
@@ -244,7 +244,7 @@ class Plan(ABC):
             TitheError: when the plan has no loss, or the model cannot run on shapes alone.
         """
 
-    def suggest_lr(self, batch: Any, *more: Any) -> float:
+    def suggest_lr(self, batch: Any, *more: Any, accumulate: int = 1) -> float:
         """Return a learning rate for an Adam-like optimizer, from what it would train now, the head included.
 
             g_b = ∇L_b(θ)    s_b = sign g_b    c_b = s_bᵀ H_b s_b ≈ (∇L_b(θ + ε s_b) − g_b) · s_b / ε
@@ -260,8 +260,8 @@ class Plan(ABC):
         gave the rates of the table in docs/benchmarks/rates.md.
 
         Where the loss does not curve upwards at θ, or so little that it would have to fall below zero, the curvature is
-        that over the distance 2 L / Σ|g| along −s, beyond which no parabola above zero has its minimum, and without any
-        that distance is the rate.
+        that over the distance 2 L / Σ|g| along −s, beyond which no parabola above zero has its minimum; this distance
+        is the most that it gives, unless the loss is negative there, and what it gives without any curvature.
 
         It costs two forward and backward passes of each batch, in such a case four, in training mode and with the same
         random draws. Weights, gradients, buffers, random states, optimizers and the plan stay as they were, bit by bit.
@@ -273,13 +273,16 @@ class Plan(ABC):
             batch: training data as the `loss=` of `attach` takes it. Call it under the autocast of training, if there
                 is one.
             more: further batches, as many on each rank; memory is that of one.
+            accumulate: how many of them, one after the other, make a step's gradient, which is the mean of theirs: the
+                micro-batches of gradient accumulation.
 
         Returns:
             The rate: by how much a value of θ moves in a step, in the unit of the weights.
 
         Raises:
             TitheError: when the plan has no loss or trains nothing now, loss or gradient is not finite, the gradient is
-                zero, or the loss is negative and linear along its signs, so that nothing bounds a step.
+                zero, the loss is negative and linear along its signs, so that nothing bounds a step, or the batches are
+                no multiple of `accumulate`.
 
         References:
             The minimum of the quadratic model of the loss along the first step of Adam (Kingma and Ba, "Adam", ICLR
@@ -287,14 +290,16 @@ class Plan(ABC):
             Masking", ICML 2024.
 
             Deviations: Hs is a forward difference, with ε = √(precision) · ‖w‖ / √(values of θ), where w is what is
-            selected, in a span all weights, and the precision that of the weights, or of autocast.
+            selected, in a span all weights, and the precision that of the coarsest numbers between θ and the loss. Lean
+            layers keep nothing in codes meanwhile.
         """
         self._check_live()
         if self._loss is None:
             raise TitheError(
                 "suggest_lr", found="no loss", expected="loss= at attach", remedy="attach(..., loss=loss_fn)"
             )
-        losses = [partial(self._loss, self.model, one) for one in (batch, *more)]
+        check_recorded("suggest_lr")
+        losses = in_steps([partial(self._loss, self.model, one) for one in (batch, *more)], accumulate)
         self._catch_up()
         self._optimizers.finish()  # as the forward passes would, in the middle
         began = self._forward_began

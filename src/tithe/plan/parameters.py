@@ -274,6 +274,21 @@ def _check_values(model: nn.Module) -> None:
             raise TitheError(name, found=found, expected=expected, remedy=remedy)
 
 
+def check_recorded(call: str) -> None:
+    """Check that autograd records, or may be told to.
+
+    Raises:
+        TitheError: inside of torch.inference_mode().
+    """
+    if torch.is_inference_mode_enabled():
+        raise TitheError(
+            call,
+            found="torch.inference_mode(), inside of which torch makes tensors that it never trains",
+            expected="a call outside of it",
+            remedy="leave inference_mode for this call; inside of torch.no_grad() it works",
+        )
+
+
 def _kind(parameter: Tensor) -> str:
     """What keeps a plan from selecting entries of a parameter; "" for an ordinary one, and for whole numbers."""
     dtype = str(parameter.dtype).removeprefix("torch.")

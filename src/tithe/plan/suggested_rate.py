@@ -9,27 +9,35 @@ signs of one of them, its noise included, and meets the curvature along these; w
 mean gradient.
 
 A loss that is not negative bounds η: its parabola has a minimum above zero, not further away than 2 L / Σ|g|. Where c
-says otherwise, or is not positive, it tells of the loss near θ alone; it is then taken over that whole distance, −s.
+says otherwise, or is not positive, it tells of the loss near θ alone; it is then taken over that whole distance, −s,
+which remains the bound, unless the loss is below zero there.
+
+Gradients that lie close together are subtracted, so whatever is computed or kept in few digits counts: ε follows the
+coarsest dtype of the graph, and lean layers keep nothing in codes meanwhile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tithe import distributed
 from tithe.errors import TitheError
-from tithe.forward import graph_leaves, training, untouched
+from tithe.forward import graph_dtypes, graph_leaves, training, untouched
 from tithe.narrow import Stage
+from tithe.plan.shared_theta import ThetaSharing
 from tithe.rules import Carrier
+from tithe.rules.lean.model import Lean
 from tithe.scoring import check_loss
 from tithe.selection import Grid
+
+Loss = Callable[[], Tensor]
 
 _FINEST = 1e-10
 """No rounding is taken to be finer: models in float64 may compute a norm or their loss in float32."""
@@ -50,6 +58,24 @@ class Movable:
     scale: float
     dtypes: Iterable[torch.dtype]
     move: Callable[[float, Sequence[Tensor]], None]
+
+
+class _Look(NamedTuple):
+    """Means over batches, at θ and a step further along the signs of each one's gradient.
+
+    Args:
+        step: how much further.
+        value: the loss at θ.
+        further: the loss there.
+        curved: how much the slope along the signs changes in between, per unit.
+        total: Σ|g| of the mean gradient at θ.
+    """
+
+    step: float
+    value: float
+    further: float
+    curved: float
+    total: float
 
 
 class Whole:
@@ -106,13 +132,28 @@ def movable_network(
         yield movable
 
 
-def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[], Tensor]]) -> float:
+def in_steps(losses: Sequence[Loss], accumulate: int) -> list[Sequence[Loss]]:
+    """Return the losses of micro-batches by the steps that they are of.
+
+    Raises:
+        TitheError: when they make no whole number of steps.
+    """
+    if not isinstance(accumulate, int) or accumulate < 1 or len(losses) % accumulate:  # pyright: ignore
+        raise _refused(
+            f"{len(losses)} batches, accumulate={accumulate!r}",
+            "a whole number of steps of that many batches",
+            "give as many batches as accumulate for each step; four steps are good",
+        )
+    return [losses[start : start + accumulate] for start in range(0, len(losses), accumulate)]
+
+
+def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Sequence[Loss]]) -> float:
     """Return the rate at which a step along the signs of the gradient lowers the loss most; ranks return the same.
 
     Args:
         model: in whichever mode; its forward passes here run in training mode and leave no trace.
         movable: of this model; afterwards it stands elsewhere than at θ, and whoever made it puts it back.
-        losses: of some batches, which count alike.
+        losses: of the micro-batches of some steps; all steps count alike, and within a step all micro-batches.
 
     Raises:
         TitheError: no gradient, or one that is not finite; or nothing that would bound the step.
@@ -120,12 +161,14 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
     if not movable.leaves:
         raise _refused("a plan that trains nothing now", "values that an optimizer moves", "call it once there are any")
     device = movable.leaves[0].device
+    met = set(movable.dtypes) | _autocast(movable)
 
-    def curvature(step: float) -> tuple[float, float, list[Tensor]]:
-        """Mean loss at θ, mean second derivative along the signs between θ and `step` further, mean gradient at θ."""
-        value, curved, mean = 0.0, 0.0, [torch.zeros_like(leaf) for leaf in movable.leaves]
+    def looked(step: float = 0.0) -> _Look:
+        """Compare θ with what lies `step` further along the signs, by default as near as rounding allows."""
+        value, further, curved, mean = 0.0, 0.0, 0.0, [torch.zeros_like(leaf) for leaf in movable.leaves]
         for number, loss in enumerate(losses, 1):
-            here, directions = _gradients(model, movable.leaves, loss, finite=True)
+            here, directions = _gradients(model, movable.leaves, loss, met, finite=True)
+            step = step or math.sqrt(_rounding(met)) * (movable.scale or 1.0)
             distributed.meet(f"suggest_lr: the gradient of batch {number}")
             distributed.mean_all_(directions)
             for total, gradient in zip(mean, directions, strict=True):
@@ -134,25 +177,23 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
             for gradient in directions:
                 gradient.sign_()
             movable.move(step, directions)
-            _, gradients = _gradients(model, movable.leaves, loss, finite=False)
+            there, gradients = _gradients(model, movable.leaves, loss, met, finite=False)
             moved = _sum(g * s for g, s in zip(gradients, directions, strict=True))
             movable.move(0.0, directions)
             distributed.meet(f"suggest_lr: the gradient {step:.1g} further, of batch {number}")
             value += distributed.mean_number(here, device) / len(losses)
+            further += distributed.mean_number(there, device) / len(losses)
             curved += (distributed.mean_number(moved, device) - slope) / step / len(losses)
-        return value, curved, mean
+        return _Look(step, value, further, curved, _sum(gradient.abs() for gradient in mean))
 
-    precision = _rounding(movable)
-    step = math.sqrt(precision) * (movable.scale or 1.0)
-    value, curved, mean = curvature(step)
-    total = _sum(gradient.abs() for gradient in mean)
+    step, value, _, curved, total = looked()
     if not 0 < total < math.inf:
         raise _refused(
             f"a gradient whose entries have the sum {total:g}",
             "a gradient that is finite and not zero",
             "look at the loss of this batch; a network that was just drawn needs values other than zero",
         )
-    least = precision * total / step
+    least = _rounding(met) * total / step
     # A parabola that stays above zero has its minimum no further away than this.
     far = 2 * value / total if value > 0 else math.inf
     if curved > least and total / curved <= far:
@@ -165,8 +206,10 @@ def suggest_rate(model: nn.Module, movable: Movable, losses: Sequence[Callable[[
             "a loss that is finite and curved along the signs of its gradient, or nothing bounds a step",
             "name a rate, or look at the loss",
         )
-    _, curved, _ = curvature(-far)
-    return total / curved if least < curved < math.inf else far
+    _, _, further, curved, _ = looked(-far)
+    if not least < curved < math.inf:
+        return far
+    return total / curved if further < 0 else min(far, total / curved)  # a loss below zero bounds nothing
 
 
 def scale_of(weights: Iterable[Tensor], count: int) -> float:
@@ -175,50 +218,64 @@ def scale_of(weights: Iterable[Tensor], count: int) -> float:
 
 
 def _gradients(
-    model: nn.Module, leaves: Sequence[Tensor], loss: Callable[[], Tensor], *, finite: bool
+    model: nn.Module, leaves: Sequence[Tensor], losses: Sequence[Loss], met: set[torch.dtype], *, finite: bool
 ) -> tuple[float, list[Tensor]]:
-    """The loss, and the gradients that its backward pass brings to leaves; nothing else gets or keeps one."""
-    gradients = [torch.zeros_like(leaf) for leaf in leaves]
-    with training(model), untouched(model), torch.enable_grad():
-        torch.clear_autocast_cache()  # it holds weights as they were before they were moved
-        value = check_loss(loss(), finite=finite)
-        with _put_aside([*leaves, *graph_leaves(value)]):
-            value.backward()
-            for gradient, leaf in zip(gradients, leaves, strict=True):
-                if leaf.grad is not None:
-                    gradient.add_(leaf.grad)  # a sparse one, too
-        torch.clear_autocast_cache()
-    return float(value.detach()), gradients
+    """The mean loss of a step, and the gradients that its passes bring to leaves; nothing else gets or keeps one.
+
+    Dtypes that it is computed in are added to `met`.
+    """
+    mean, gradients = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
+    for loss in losses:
+        with training(model), untouched(model), torch.enable_grad(), ExitStack() as inside:
+            for lean in Lean.all_of(model):
+                inside.enter_context(lean.exactly())
+            torch.clear_autocast_cache()  # it holds weights as they were before they were moved
+            value = check_loss(loss(), finite=finite)
+            met |= graph_dtypes(value)
+            with _put_aside([*leaves, *graph_leaves(value)]):
+                value.backward()
+                for gradient, leaf in zip(gradients, leaves, strict=True):
+                    if leaf.grad is not None:
+                        gradient.add_(leaf.grad, alpha=1 / len(losses))  # a sparse one, too
+            torch.clear_autocast_cache()
+        mean += float(value.detach()) / len(losses)
+    return mean, gradients
 
 
 @contextmanager
 def _put_aside(leaves: Sequence[Tensor]) -> Generator[None]:
-    """Let leaves have no gradient for now, and no hook by which a loop would train as soon as they get one.
+    """Let leaves have no gradient for now, and no hook by which a loop changes it, or trains as soon as there is one.
 
-    A carrier hands on what arrives at it, by such a hook of its own.
+    A carrier hands on what arrives at it, and θ of a span collects it, by such hooks of their own.
     """
     plain: dict[int, Any] = {id(leaf): leaf for leaf in leaves if not isinstance(leaf, Carrier)}
-    hooks = [leaf._post_accumulate_grad_hooks for leaf in plain.values() if leaf._post_accumulate_grad_hooks]
+    kinds = [(leaf._post_accumulate_grad_hooks, leaf._backward_hooks) for leaf in plain.values()]
+    hooks = [each for kind in kinds for each in kind if each]
     before = [(leaf, leaf.grad) for leaf in plain.values()], [(each, dict(each)) for each in hooks]
     try:
         for leaf in plain.values():
             leaf.grad = None
         for each in hooks:
+            own = {key: hook for key, hook in each.items() if isinstance(getattr(hook, "__self__", None), ThetaSharing)}
             each.clear()
+            each.update(own)
         yield
     finally:
         for leaf, grad in before[0]:
             leaf.grad = grad
         for each, content in before[1]:
+            each.clear()  # in their order
             each.update(content)
 
 
-def _rounding(movable: Movable) -> float:
-    """The relative rounding of the coarsest numbers that the passes compute with, as far as dtypes tell."""
-    dtypes = set(movable.dtypes)
-    for kind in {leaf.device.type for leaf in movable.leaves}:
-        if torch.is_autocast_enabled(kind):
-            dtypes.add(torch.get_autocast_dtype(kind))
+def _autocast(movable: Movable) -> set[torch.dtype]:
+    """The dtype that the passes are cast to from outside, if they are."""
+    kinds = {leaf.device.type for leaf in movable.leaves}
+    return {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+
+
+def _rounding(dtypes: Iterable[torch.dtype]) -> float:
+    """The relative rounding of the coarsest numbers that passes compute with."""
     return max(_FINEST, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 

@@ -170,11 +170,13 @@ class Run:
         at, samples = self.position, self.samples["train"]
         if self.recipe.optimizer.lr is not None:
             return None
-        parts = self.course.parts(at.epoch, start=at.step_in_epoch)
-        rows = list(itertools.islice((rows for part in parts for rows, _ in part), SUGGESTED_BY))
-        batches = [to_device(batch, self.accelerator.device) for batch in samples.batches(rows)]
+        steps = itertools.islice(self.course.parts(at.epoch, start=at.step_in_epoch), SUGGESTED_BY)
+        rows = [[rows for rows, _ in step] for step in steps]
+        size = len(rows[0])  # the last of an epoch may have fewer micro-batches
+        whole = itertools.chain.from_iterable(step for step in rows if len(step) == size)
+        batches = [to_device(batch, self.accelerator.device) for batch in samples.batches(list(whole))]
         with self.recipe.blamed("optimizer"), self.accelerator.autocast():
-            at.lr = self.trainee.suggest_lr(*batches)
+            at.lr = self.trainee.suggest_lr(*batches, accumulate=size)
         return f"learning rate {at.lr:.2g}, suggested for " + (
             "the head alone" if at.step < self.trainee.warmup else "what is trained"
         )

@@ -13,7 +13,7 @@ from tithe.app.train.lr_schedule import highest
 from tithe.app.train.sections import OptimizerSection
 
 SUGGESTED_BY = 4
-"""Batches that a learning rate is suggested by: of one alone it comes out too high."""
+"""Steps whose batches a learning rate is suggested by: of one alone it comes out too high."""
 
 
 def make_optimizer(

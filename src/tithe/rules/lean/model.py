@@ -151,11 +151,13 @@ class Lean:
             >>> Lean.of(nn.ReLU()) is None
             True
         """
-        for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, _Watch):
-                    return cls(hook)
-        return None
+        return next(iter(cls.all_of(model)), None)
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> list[Lean]:
+        """The handles of a model and of its parts, which may have been made lean apart."""
+        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+        return [cls(watch) for watch in {id(hook): hook for hook in hooks if isinstance(hook, _Watch)}.values()]
 
     def __repr__(self) -> str:
         """Say what the last forward pass served, and what that keeps against stock, for n elements in and m out.
@@ -198,6 +200,19 @@ class Lean:
             self._watch.paused = False
             for norm in own:
                 norm.put()
+
+    @contextmanager
+    def exactly(self) -> Generator[None]:
+        """Let gradients be stock's inside: nothing is kept in codes, and the rest is as lean as otherwise."""
+        holders = [self._watch.mode, *(handle for handle in self._watch.handles if isinstance(handle, OwnNorm))]
+        before = self._watch.mode.leanness
+        try:
+            for holder in holders:
+                holder.leanness = Leanness(exact=True)
+            yield
+        finally:
+            for holder in holders:
+                holder.leanness = before
 
     def release(self) -> None:
         """Take every hook off the model; a second call does nothing."""
