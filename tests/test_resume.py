@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +262,43 @@ def test_an_optimizer_state_of_other_sizes_is_refused() -> None:
     optimizer.load_state_dict(fits)
     with pytest.raises(TitheError, match=r"shape \[99\]"):
         optimizer.load_state_dict(spoiled)
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign descent with one moment (Chen et al., 2023); its groups have no setting but its own, as most have."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+                moment.lerp_(parameter.grad, 0.1)
+                parameter.sub_(group["lr"] * moment.sign())
+
+
+@pytest.mark.parametrize("by", ["plan", "optimizer"])
+def test_an_optimizer_of_a_user_s_own_resumes(by: str) -> None:
+    """Torch adds a setting to the defaults of every optimizer that loads a state, which its groups lack."""
+    method, batches = FISH(k=60), MLP.batches(4)
+
+    def start() -> tuple[tithe.Plan, torch.optim.Optimizer]:
+        plan = _attach(MLP, MLP.model(), method)
+        return plan, Lion(plan.parameters())
+
+    straight, opt = start()
+    for batch in batches[:2]:
+        _step(straight, opt, MLP, batch)
+    saved = copy.deepcopy((straight.state_dict(), opt.state_dict()))
+    for batch in batches[2:]:
+        _step(straight, opt, MLP, batch)
+    resumed, opt = start()
+    if by == "plan":
+        resumed.load_state_dict(saved[0])
+        resumed.bind(opt)
+    opt.load_state_dict(saved[1])
+    for batch in batches[2:]:
+        _step(resumed, opt, MLP, batch)
+    assert equal_bits(bits(straight.model), bits(resumed.model)) == []

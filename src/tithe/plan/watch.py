@@ -259,7 +259,8 @@ def _check_kind(optimizer: Optimizer) -> None:
     Raises:
         TitheError: when it lacks settings of this one.
     """
-    lacking = sorted({key for group in optimizer.param_groups for key in optimizer.defaults.keys() - group.keys()})
+    own = optimizer.defaults.keys() - {"differentiable"}  # which torch adds to the defaults of every one that loads
+    lacking = sorted({key for group in optimizer.param_groups for key in own - group.keys()})
     if lacking:
         raise TitheError(
             type(optimizer).__name__,
