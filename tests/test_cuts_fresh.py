@@ -93,11 +93,9 @@ def test_the_window_is_short_and_gone_after_the_last_cut() -> None:
 
 @pytest.mark.parametrize("case", every(("vgg", "residual", "bert", "resnet_bottleneck")))
 def test_weights_that_lose_inputs_keep_the_norm_with_which_they_read(case: Case) -> None:
-    """What reads what is cut is scaled; everything else, frozen weights too, keeps its bits."""
+    """What reads what is cut is scaled; everything else keeps its bits."""
     model = case.model()
-    frozen = next(n for n, p in reversed(list(model.named_parameters())) if p.dim() > 1)
     plan = attach(case, model, ONE_CUT)
-    model.get_parameter(frozen).requires_grad_(False)
     coupling, before, cut = plan.stage.coupling, {}, []
     stay = plan.structure.stay
 
@@ -114,7 +112,7 @@ def test_weights_that_lose_inputs_keep_the_norm_with_which_they_read(case: Case)
         grid = tithe.Grid(tuple(before[name].shape), {axis: kept[at] for axis, at in places.items()})
         part = grid.gather(before[name]) if places else before[name]
         inputs = [axis for axis in places if (name, axis) in coupling.reads]
-        if not inputs or name == frozen:
+        if not inputs:
             assert torch.equal(value, part), name
             continue
         whole = before[name]
@@ -126,6 +124,23 @@ def test_weights_that_lose_inputs_keep_the_norm_with_which_they_read(case: Case)
         assert math.isclose(float(value.double().norm()), float(whole.double().norm()), rel_tol=1e-6)
         scaled += factor > 1
     assert scaled
+
+
+def test_a_frozen_weight_keeps_its_bits() -> None:
+    """It may be frozen between the last step that is heard and `settle`."""
+    case = FAMILIES["vgg"]
+    model = case.model()
+    plan = attach(case, model, ONE_CUT)
+    heard(plan, case, 2)
+    name = max(name for name, _ in plan.stage.coupling.reads)
+    weight = model.get_parameter(name)
+    weight.requires_grad_(False)
+    before, coupling = weight.detach().clone(), plan.stage.coupling
+    plan.settle()
+    kept = coupling.kept(plan._alive)
+    grid = tithe.Grid(tuple(before.shape), {axis: kept[at] for axis, at in coupling.places[name].items()})
+    assert weight.shape != before.shape
+    assert torch.equal(weight, grid.gather(before))
 
 
 def test_cuts_come_as_scheduled() -> None:

@@ -255,6 +255,7 @@ def test_a_shipped_delta_moves_the_selected_weights_of_the_base_only(shown: tupl
         assert 0 < moved <= int(DENSITY * sum(value.numel() for value in base.values()))
 
 
+@pytest.mark.filterwarnings("ignore:the network that is exported:tithe.TitheWarning")  # after two steps
 @pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.slug)
 def test_a_contestant_trains_saves_and_leaves_an_ordinary_model(contestant: Any, tmp_path: Path) -> None:
     _, task = digits.tasks()

@@ -308,6 +308,47 @@ class Bilinear(nn.Module):
         return self.one(x).relu() @ self.two
 
 
+class ByHand(nn.Module):
+    """The weight of a layer that is never called reads the hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.one(x).relu(), self.two.weight, self.two.bias)
+
+
+@pytest.mark.parametrize("init", ["wanda", "taylor+wanda"])
+def test_wanda_says_which_layer_it_has_not_seen_called(init: Any) -> None:
+    with pytest.raises(TitheError, match=r"two\.weight: found a weight whose module was never called"):
+        tithe.attach(ByHand(), VRPGE(0.5, init=init), loss=lambda m, x: m(x).square().mean(), data=[torch.randn(8, 5)])
+
+
+def test_wanda_sees_every_layer_that_shares_a_weight() -> None:
+    class Shared(nn.Module):
+        """Two layers of one weight, of which each reads other values of the same units."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+            self.three.weight = self.two.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.one(x).relu()
+            return self.two(hidden) + self.three(2 * hidden)
+
+    def loss(given: nn.Module, batch: Tensor) -> Tensor:
+        return given(batch).square().mean()
+
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(8, 5)
+    hidden = model.one(x).relu().detach().double()
+    plan = tithe.attach(model, VRPGE(0.5), loss=loss, data=[x])
+    expected = model.two.weight.detach().double().abs().mean(0) * (5 * hidden.square()).sum(0).sqrt()
+    torch.testing.assert_close(unit_metric("wanda", plan.stage, loss, [x]), expected)
+
+
 def test_wanda_says_where_it_cannot_tell_the_inputs() -> None:
     def loss(given: nn.Module, batch: Tensor) -> Tensor:
         return given(batch).square().mean()

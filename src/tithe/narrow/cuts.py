@@ -11,6 +11,7 @@ Nothing is drawn. Scores live on the CPU, where the widths of the next kernels h
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tithe.coupling import Coupling
-from tithe.errors import TitheError
+from tithe.errors import TitheError, TitheWarning
 from tithe.method import CutMethod
 from tithe.narrow.costs import SLACK, Costs
 from tithe.narrow.structure import Structure, whole
@@ -92,6 +93,18 @@ class Cuts(Structure):
     def likely(self, step: int) -> Tensor:
         """Return the network of all units that are left."""
         return whole(self._coupling)
+
+    def exported(self, step: int) -> Tensor:
+        """Return the network of all units that are left, and warn where it costs more than is kept in the end."""
+        if self.spent() > self.method.keep * SLACK:
+            warnings.warn(
+                f"the network that is exported has {self.spent():.0%} of the cost: after {step} steps the cuts down to"
+                f" {self.method.keep:.0%} are not made yet. plan.settle(batches) makes them at once; a step is an"
+                " optimizer's, however many micro-batches it has",
+                TitheWarning,
+                stacklevel=4,
+            )
+        return self.likely(step)
 
     def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:
         """Return the one network that the last cut would leave now."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tithe.coupling import Coupling, Group
+from tithe.errors import TitheError
 from tithe.selection import Grid
 
 
@@ -75,10 +76,22 @@ def gates_of_step(
 
     Args:
         optimizer: before its step.
-        named: the model's parameters, by name; those that the optimizer does not hold are left out.
+        named: the model's parameters that are trained, by name; those that the optimizer does not hold are left out.
         coupling: which positions are of which unit.
         grids: what exists of each tensor.
+
+    Raises:
+        TitheError: when a weight that reads units was frozen: units that it alone reads would all be worth nothing.
     """
+    silent = min((name for name, _ in coupling.reads if name not in named), default=None)
+    if silent is not None:
+        raise TitheError(
+            silent,
+            found="a weight that was frozen after attaching, whose gradient tells what its inputs are worth",
+            expected="every weight that reads what may be cut trained, until the last cut",
+            remedy="freeze it before tithe.attach, which then leaves its inputs whole, or after plan.settled; attach"
+            " after steps that train the head alone",
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     gradients = {name: p.grad for name, p in named.items() if id(p) in held and p.grad is not None}
     gates = gate_gradients(coupling, grids, {name: named[name] for name in gradients}, gradients)

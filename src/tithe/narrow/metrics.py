@@ -102,9 +102,12 @@ def _wanda(stage: Stage, loss: Loss, data: Iterable[Any]) -> Tensor:
     coupling = stage.coupling
     squares: dict[tuple[str, int], Tensor] = {}
     whole = stage.grids(torch.ones(coupling.num_units, dtype=torch.bool))
-    with torch.no_grad(), stage.run(whole, stage.tensors, spare=True), _inputs(stage, squares):
+    with torch.no_grad(), stage.run(whole, stage.tensors, spare=True), _inputs(stage, squares) as seen:
         for batch in _parts(data, None):
             loss(stage.model, batch)
+    unseen = min((name for name, _ in squares if name not in seen), default=None)
+    if unseen is not None:
+        raise _untold(unseen, "a weight whose module was never called, as when its weight is used by itself")
     total = torch.zeros(coupling.num_units + 1, dtype=torch.float64)
     for (name, axis), square in squares.items():
         weight = stage.tensors[name].detach()
@@ -116,19 +119,27 @@ def _wanda(stage: Stage, loss: Loss, data: Iterable[Any]) -> Tensor:
 
 
 @contextmanager
-def _inputs(stage: Stage, squares: dict[tuple[str, int], Tensor]) -> Generator[None]:
-    """While inside, Σ x² of each input channel of each weight that reads units is added up, float64 on the CPU."""
-    owners = {id(tensor): module for module in stage.model.modules() for tensor in module._parameters.values()}
+def _inputs(stage: Stage, squares: dict[tuple[str, int], Tensor]) -> Generator[set[str]]:
+    """While inside, Σ x² of each input channel of each weight that reads units is added up, float64 on the CPU.
+
+    Yields:
+        The names of the weights whose inputs have been seen.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in stage.model.modules():
+        for tensor in module._parameters.values():
+            owners.setdefault(id(tensor), []).append(module)
     handles: list[Any] = []
+    seen: set[str] = set()
     try:
         for name, axis in sorted(stage.coupling.reads):
             weight = stage.tensors[name]
             if id(weight) not in owners:
                 raise _untold(name, "no parameter of a module")
             squares[name, axis] = torch.zeros(weight.shape[axis], dtype=torch.float64)
-            add = _adds(name, weight.dim(), squares[name, axis])
-            handles.append(owners[id(weight)].register_forward_pre_hook(add))
-        yield
+            add = _adds(name, weight.dim(), squares[name, axis], seen)
+            handles += [module.register_forward_pre_hook(add) for module in owners[id(weight)]]
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -143,14 +154,17 @@ def _untold(name: str, found: str) -> TitheError:
     )
 
 
-def _adds(name: str, num_dims: int, square: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _adds(name: str, num_dims: int, square: Tensor, seen: set[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = next(leaves(list(args)), None)
         dim = -1 if num_dims == 2 else 1
+        if x is not None and not x.is_floating_point():
+            return  # a table looked up by number, which is tied to a layer
         if x is None or x.dim() < 2 or x.shape[dim] != len(square):
             raise _untold(name, f"a {type(module).__name__} whose input does not tell the channels that it reads")
         others = [d for d in range(x.dim()) if d != dim % x.dim()]
         square.add_(x.detach().double().square().sum(others).cpu())
+        seen.add(name)
 
     return add
 

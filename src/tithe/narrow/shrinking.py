@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tithe.batch import leaves
 from tithe.errors import TitheError
 from tithe.selection import Grid
 
@@ -99,21 +100,31 @@ def check_state_shapes(named: Mapping[str, nn.Parameter], optimizer: torch.optim
     """Check that what an optimizer keeps for parameters can follow when they become smaller.
 
     Raises:
-        TitheError: when a tensor of its state does not have the parameter's axes.
+        TitheError: when a tensor of its state does not have the parameter's axes, is coded (torchao's optimizers of 8
+            bits), or lies inside a list or another container.
     """
     kept = [(name, p, key, value) for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()]
     for name, parameter, key, value in kept:
-        if isinstance(value, Tensor) and value.dim() and not _fits(value, parameter):
+        unfit = _unfit(value, parameter)
+        if unfit is not None:
             raise TitheError(
                 name,
-                found=f"{type(optimizer).__name__}'s state {key!r} of shape {list(value.shape)} for a weight of shape"
+                found=f"{type(optimizer).__name__}'s state {key!r}{unfit} for a weight of shape"
                 f" {list(parameter.shape)}",
                 expected="state with an entry for each value of the weight, which can get smaller with it",
                 remedy="use SGD, Adam, AdamW, RMSprop, Adagrad or another optimizer with such a state",
             )
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
-    return value.dim() == parameter.dim() and all(
+def _unfit(value: Any, parameter: Tensor) -> str | None:
+    """What keeps a piece of state from getting smaller, or None."""
+    if not isinstance(value, Tensor):
+        return f", a {type(value).__name__} of tensors," if any(t.dim() for t in leaves([value])) else None
+    if not value.dim():
+        return None
+    if type(value) not in (Tensor, nn.Parameter):
+        return f", a {type(value).__name__},"
+    fits = value.dim() == parameter.dim() and all(
         length in (1, whole) for length, whole in zip(value.shape, parameter.shape, strict=True)
     )
+    return None if fits else f" of shape {list(value.shape)}"

@@ -79,7 +79,11 @@ class Structure(ABC):
 
     @abstractmethod
     def likely(self, step: int) -> Tensor:
-        """Return the network that would be exported after `step` finished steps, bool (n,)."""
+        """Return the likeliest network after `step` finished steps that costs no more than is kept, bool (n,)."""
+
+    def exported(self, step: int) -> Tensor:
+        """Return the network that is exported after `step` finished steps, before it is fixed, bool (n,)."""
+        return self.likely(step)
 
     @abstractmethod
     def candidates(self, seed: int, step: int, draws: int) -> list[Tensor]:

@@ -297,8 +297,8 @@ class NarrowPlan(Plan):
     def after_update(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer update what took part in the step, and nothing else."""
         self._parts.after_update(optimizer)
-        if not self.structure.draws and self.num_steps == 0:
-            check_state_shapes({name: p for name, p in self._floats.items() if name in self.stage.tensors}, optimizer)
+        if not self._settled:
+            check_state_shapes({n: p for n, p in self.named_parameters() if n in self.stage.tensors}, optimizer)
 
     def _commit(self) -> bool:
         moved = self._parts.moved
@@ -509,7 +509,7 @@ class NarrowPlan(Plan):
     def export(self, example: Any = None) -> nn.Module:
         """Return the narrow network as a plain module of the same class, without a trace of the library.
 
-        Before `settle` it is the likeliest network that costs no more than is kept.
+        Before `settle` it is the likeliest network that costs no more than is kept; under cuts, what is left by now.
 
         Args:
             example: a batch; the copy gives the same loss on it as the attached model, which is checked. None skips
@@ -533,8 +533,8 @@ class NarrowPlan(Plan):
             parameter.requires_grad_(self._parts[name].trained if name in self._parts else required)
             parameter.grad = None
         if not self._settled:
-            likely = self.structure.likely(self.num_steps)
-            Stage(network, self.stage.coupling, self.stage.counts).settle(likely)
+            exported = self.structure.exported(self.num_steps)
+            Stage(network, self.stage.coupling, self.stage.counts).settle(exported)
         if example is not None:
             check_same_loss(self.model, network, self._loss, example)
         return network

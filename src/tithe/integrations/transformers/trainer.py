@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, final
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import tithe
 from tithe.errors import TitheError, TitheWarning
@@ -413,7 +414,10 @@ class _WithTithe(_Trainer):
             return
         if delta_alone:
             files.remove_weights(folder)
-        self.plan.save(Path(folder) / files.DELTA)
+        with warnings.catch_warnings():
+            if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):  # from which training goes on
+                warnings.filterwarnings("ignore", "the network that is exported", TitheWarning)
+            self.plan.save(Path(folder) / files.DELTA)
         self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
