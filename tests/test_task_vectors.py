@@ -183,6 +183,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a scale that is not finite": ({"scale": float("nan")}, "a finite number"),
     "a weight too few": ({"weights": [1.0]}, "one positive number a checkpoint"),
     "a weight below zero": ({"weights": [1.0, -1.0]}, "one positive number a checkpoint"),
+    "one number for all": ({"weights": 1.0}, "one positive number a checkpoint"),
+    "weights in words": ({"weights": ["one", "two"]}, "one positive number a checkpoint"),
 }
 
 
@@ -193,6 +195,32 @@ def test_settings_that_are_refused(settings: dict[str, Any], expected: str, tmp_
         tithe.merge_tasks(base, tuned, tmp_path / "merged.safetensors", **settings)
     assert expected in error.value.expected
     assert not (tmp_path / "merged.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "iso-c"])
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 6e4), (torch.float32, 3e38)])
+def test_what_would_be_infinite_is_refused(method: Any, dtype: torch.dtype, large: float, tmp_path: Path) -> None:
+    base, tuned = {"weight": torch.zeros(4, 4, dtype=dtype)}, {"weight": torch.eye(4, dtype=dtype) * large}
+    start, others = written(tmp_path, [base, tuned, tuned])
+    out = tmp_path / "merged.safetensors"
+    with pytest.raises(TitheError, match=f"weight: found a merged tensor beyond the range of {dtype}"):
+        tithe.merge_tasks(start, others, out, method, density=1.0, scale=1.2)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "iso-c"])
+def test_models_of_eight_bits_are_merged(method: Any, tmp_path: Path) -> None:
+    eight = torch.float8_e4m3fn
+    models = [{name: state[name].to(eight) for name in ("linear", "kernel", "bias")} for state in states(2)]
+    base, tuned = written(tmp_path, models)
+    merged = load_file(tithe.merge_tasks(base, tuned, tmp_path / "merged.safetensors", method))
+    (tmp_path / "wide").mkdir()
+    wide = [{name: w.float() for name, w in state.items()} for state in models]
+    start, others = written(tmp_path / "wide", wide)
+    expected = load_file(tithe.merge_tasks(start, others, tmp_path / "wide" / "merged.safetensors", method))
+    for name, values in merged.items():
+        assert values.dtype == eight
+        assert torch.equal(values.float(), expected[name].to(eight).float())
 
 
 def test_a_model_with_other_tensors_or_broken_values_is_named(tmp_path: Path) -> None:

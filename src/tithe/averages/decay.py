@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Final
 
 from tithe.errors import TitheError
@@ -51,7 +52,7 @@ def decay_weights(decay: str, count: int, *, last: int | None = None) -> list[fl
         One weight a checkpoint, in sum 1.
 
     Raises:
-        TitheError: when there is no such decay, or fewer checkpoints than `last`.
+        TitheError: when there is no such decay, `last` is no whole number, or there are fewer checkpoints than it.
 
     Example:
         >>> [round(weight, 3) for weight in decay_weights("cosine", 5, last=4)]
@@ -59,6 +60,13 @@ def decay_weights(decay: str, count: int, *, last: int | None = None) -> list[fl
     """
     if decay not in DECAYS:
         raise _unknown(decay)
+    if last is not None and not isinstance(last, Integral):
+        raise TitheError(
+            "average",
+            found=f"last={last!r}",
+            expected="a whole number of checkpoints, or None",
+            remedy="write last=round(…) where it is a share of them",
+        )
     n = count if last is None else last
     if not 1 <= n <= count:
         raise TitheError(
@@ -83,7 +91,7 @@ def ema_width(like: str) -> float | None:
     """
     if like in DECAYS:
         return None
-    if not like.startswith(EMA):
+    if not isinstance(like, str) or not like.startswith(EMA):  # pyright: ignore
         raise _unknown(like, _WIDTH)
     try:
         return float(like.removeprefix(EMA))

@@ -90,7 +90,7 @@ def merge_isotropic(vectors: Tensor, weights: Tensor) -> Tensor:
 
     Directions whose singular value is rounding (σ_j ≤ max(m, n) · ε · σ_1) have none to speak of and stay out, though
     they count in the mean; the authors' code fills them with whatever the decomposition returns there. What is no
-    matrix is averaged, as by the authors: Σ_i α_i τ_i / n.
+    matrix is averaged, as by the authors: Σ_i α_i τ_i / n. So is a sum that is not finite, which has no decomposition.
 
     Args:
         vectors: (n, …), float32 or float64.
@@ -105,7 +105,7 @@ def merge_isotropic(vectors: Tensor, weights: Tensor) -> Tensor:
                 [0., 2.]])
     """
     total = torch.einsum("n,n...->...", weights.to(vectors), vectors)
-    if total.dim() != 2 or total.numel() == 0:
+    if total.dim() != 2 or total.numel() == 0 or not bool(total.isfinite().all()):
         return total / len(vectors)
     u, sigma, vt = torch.linalg.svd(total, full_matrices=False)
     rounding = max(total.shape) * torch.finfo(total.dtype).eps * sigma[0]
@@ -148,8 +148,28 @@ class _Merged:
         start = _finite(base, name).to(computed_dtype(form.dtype))
         vectors = torch.empty(len(tuned), *form.shape, dtype=start.dtype)
         for row, entry in zip(vectors, tuned, strict=True):
-            torch.sub(_finite(entry, name), start, out=row)
-        return start.add_(self._merge(vectors)).to(form.dtype)
+            torch.sub(_finite(entry, name).to(start.dtype), start, out=row)
+        merged = start.add_(self._merge(vectors)).to(form.dtype)
+        if not bool(merged.float().isfinite().all()):
+            raise _beyond(name, form.dtype)
+        return merged
+
+
+def _numbers(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The weights as numbers; none of what is no list of numbers."""
+    try:
+        return [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        return []
+
+
+def _beyond(name: str, dtype: torch.dtype) -> TitheError:
+    return TitheError(
+        name,
+        found=f"a merged tensor beyond the range of {dtype}",
+        expected="one that keeps within it",
+        remedy="lower scale or weights, or leave out the model whose weights are so large",
+    )
 
 
 def _finite(entry: Entry, name: str) -> Tensor:
@@ -202,7 +222,8 @@ def merge_tasks(
 
     Raises:
         TitheError: when a checkpoint is missing, damaged, a delta, of other tensors than the base, or has a value that
-            is not finite or that no sum stands for; a setting is out of range; the output exists, or there is no room.
+            is not finite or that no sum stands for; a merged tensor is beyond the range of its dtype; a setting is out
+            of range; the output exists, or there is no room.
 
     Example:
         >>> import tempfile, safetensors.torch as st
@@ -232,11 +253,11 @@ def merge_tasks(
         raise TitheError(
             str(base), found=f"{len(base_rows)} checkpoints", expected="one base", remedy="name one of them"
         )
-    alpha = [1.0] * len(tuned) if weights is None else [float(weight) for weight in weights]
+    alpha = _numbers(weights, len(tuned))
     if len(alpha) != len(tuned) or not all(0 < weight < math.inf for weight in alpha):
         raise TitheError(
             "merge_tasks",
-            found=f"weights {alpha} for {len(tuned)} checkpoints",
+            found=f"weights={weights!r} for {len(tuned)} checkpoints",
             expected="one positive number a checkpoint",
             remedy="name the weights in the order of the checkpoints; their default is one each",
         )
