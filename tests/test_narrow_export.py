@@ -35,6 +35,18 @@ def _attributes(model: nn.Module) -> list[list[str]]:
 # --- in memory
 
 
+def test_what_was_lean_apart_is_not_in_the_exported_network() -> None:
+    case = FAMILIES["bert"]
+    model = case.model()
+    layers = [m for m in model.modules() if type(m).__name__ == "BertLayer"]
+    assert len(layers) > 1
+    for layer in layers:
+        tithe.lean(layer)
+    network = attach(case, model).export(case.batch())
+    assert tithe.Lean.all_of(network) == []
+    assert len(tithe.Lean.all_of(model)) == len(layers)
+
+
 @pytest.mark.parametrize("settle", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["settled", "likeliest"])
 @pytest.mark.parametrize("case", every((*KINDS, "grouped", "grouped_query_tied")))
 def test_the_exported_network_is_plain_and_gives_the_same(case: Case, settle: bool) -> None:

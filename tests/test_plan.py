@@ -378,3 +378,14 @@ def test_inside_of_inference_mode_nothing_is_trained_but_inside_of_no_grad_all_w
     plan.release()
     with torch.inference_mode(), pytest.raises(TitheError, match=r"attach: found torch\.inference_mode"):
         _attach(MLP, model, FISH(k=60))
+
+
+def test_what_full_training_keeps_is_told_of_stock_layers_also_where_parts_are_lean_apart() -> None:
+    case = CASES["bert"]
+    told: list[str] = []
+    for lean in (False, True):
+        model = case.model()
+        for layer in [m for m in model.modules() if lean and type(m).__name__ == "BertLayer"]:
+            tithe.lean(layer)
+        told.append(str(_attach(case, model, FISH(k=60, score="random"))).rsplit("full training keeps", 1)[1])
+    assert told[0] == told[1]

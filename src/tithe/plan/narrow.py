@@ -525,9 +525,8 @@ class NarrowPlan(Plan):
         finally:
             self._inference.hook()
         clear(network)
-        inner = Lean.of(network)
-        if inner is not None:
-            inner.release()
+        for handle in Lean.all_of(network):
+            handle.release()
         for name, parameter in network.named_parameters():
             required = parameter.requires_grad or name in self._still
             parameter.requires_grad_(self._parts[name].trained if name in self._parts else required)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,9 @@ class SparsePlan(Plan):
         """Price the same step with all weights trained by torch's own operations."""
         loss = self._loss
         assert loss is not None
-        handle = Lean.of(self.model)
-        with self._mount.stock(), handle.paused() if handle is not None else nullcontext():
+        with self._mount.stock(), ExitStack() as inside:
+            for handle in Lean.all_of(self.model):
+                inside.enter_context(handle.paused())
             return ledger.predict(self.model, lambda shapes: loss(self.model, shapes), batch)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
