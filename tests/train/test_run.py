@@ -245,7 +245,7 @@ def test_a_step_of_micro_batches_has_the_rate_of_a_step_of_one_batch(edit: Edit,
 
 
 def test_a_rate_that_cannot_be_suggested_names_the_section(edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(plan: tithe.Plan, *batches: Any) -> float:
+    def refuse(plan: tithe.Plan, *batches: Any, accumulate: int) -> float:
         raise TitheError("suggest_lr", found="a gradient of zero", expected="another", remedy="name a rate")
 
     monkeypatch.setattr(tithe.Plan, "suggest_lr", refuse)
